@@ -1,0 +1,19 @@
+"""What a user did wrong, in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """An input that cannot be honoured: the message names it, its value and what would do.
+
+    The command line prints the message alone; any other exception is a defect, with its traceback.
+    """
+
+
+def unknown(what: str, value: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not one of `known`, with the nearest names first."""
+    known = sorted(known)
+    near = difflib.get_close_matches(value, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(known)}"
+    return UserError(f"unknown {what} {value!r}; {hint}")
