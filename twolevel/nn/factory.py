@@ -1,0 +1,52 @@
+"""A convolution by name."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from twolevel.errors import UserError, unknown
+from twolevel.nn.checks import check_groups
+from twolevel.nn.two_level import TwoLevelConv2d
+
+
+def _dense(*args, groups: int, **options) -> nn.Module:
+    if groups != 1:
+        raise UserError(f"conv='sc' is dense and takes groups=1, not groups={groups}; use gc or gc2l")
+    return nn.Conv2d(*args, bias=False, **options)
+
+
+def _grouped(in_channels: int, out_channels: int, *args, groups: int, **options) -> nn.Module:
+    check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+    return nn.Conv2d(in_channels, out_channels, *args, groups=groups, bias=False, **options)
+
+
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "sc": _dense,
+    "gc": _grouped,
+    "gc2l": TwoLevelConv2d,
+}
+
+
+def make_conv(
+    kind: str,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    *,
+    groups: int = 1,
+    **options,
+) -> nn.Module:
+    """A convolution without bias, `[B, n, H, W] -> [B, m, H', W']`, of the given kind.
+
+    `sc` standard (dense), `gc` group convolution, `gc2l` two-level group convolution. `options` go to
+    the class of that kind.
+
+    Raises UserError for an unknown kind, groups other than 1 with `sc`, and groups that do not divide
+    both channel numbers.
+    """
+    if kind not in KINDS:
+        raise unknown("conv", kind, KINDS)
+    build = KINDS[kind]
+    return build(in_channels, out_channels, kernel_size, stride, padding, groups=groups, **options)

@@ -1,0 +1,50 @@
+"""Initial parameters that do not depend on the number of processors."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from twolevel.nn.layout import layout_of
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int = 0, device: torch.device | str | None = None) -> nn.Module:
+    """Draw a network's parameters, whole or in part, from (seed, parameter name, channel group).
+
+    Weights of convolutions and linear layers are normal with variance 2 / fan-in (He et al.,
+    arXiv 1502.01852), normalisations start at scale 1, everything else at 0. Each channel group has its
+    own stream, always drawn on the CPU in float32, so that any rank of any number of ranks gets the same
+    values and draws no others. With `device`, a model on the meta device is first given memory there.
+    """
+    if device is not None:
+        model.to_empty(device=device)
+    layout = layout_of(model)
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            key = f"{prefix}.{name}" if prefix else name
+            if isinstance(module, nn.Conv2d | nn.Linear) and name == "weight":
+                _draw_he_normal(parameter, key, layout, seed)
+            else:
+                parameter.fill_(1.0 if name == "weight" else 0.0)
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    return model
+
+
+def _draw_he_normal(weight: Tensor, name: str, layout, seed: int) -> None:
+    std = math.sqrt(2 / math.prod(layout.whole_shape(name, weight)[1:]))
+    dim = layout.dims[name]
+    if dim is None:
+        weight.copy_(_stream(seed, name, 0, weight.shape) * std)
+        return
+    held = layout.held_groups()
+    for group, part in zip(held, weight.chunk(len(held), dim), strict=True):
+        part.copy_(_stream(seed, name, group, part.shape) * std)
+
+
+def _stream(seed: int, name: str, group: int, shape) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}/{group}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

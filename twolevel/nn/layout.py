@@ -1,0 +1,102 @@
+"""Which dimension of every tensor of a network divides by channel group.
+
+This is a fact about the network, whoever holds it: initialisation draws each group's part from its own
+stream, and `twolevel.distributed.parallelize` gives each rank the parts of its groups.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from twolevel.nn.two_level import TwoLevelConv2d
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The part of a network that is held: of P equal parts along the channel groups, the one at `index`.
+
+    `dims` maps each name of the single-process `state_dict()` to the dimension that divides by channel
+    group, or to None for a tensor that every rank holds whole. A part has `groups / parts` groups.
+    """
+
+    groups: int
+    dims: dict[str, int | None]
+    index: int = 0
+    parts: int = 1
+
+    def part(self, index: int, parts: int) -> "Layout":
+        return replace(self, index=index, parts=parts)
+
+    def is_split(self, name: str) -> bool:
+        """Whether ranks hold different parts of this tensor."""
+        return self.parts > 1 and self.dims[name] is not None
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """This part of a whole tensor, a view."""
+        dim = self.dims[name]
+        return whole if dim is None else whole.chunk(self.parts, dim)[self.index]
+
+    def whole_shape(self, name: str, held: Tensor) -> list[int]:
+        """The shape in the single-process model of a tensor of which this part is held."""
+        shape = list(held.shape)
+        if self.is_split(name):
+            shape[self.dims[name]] *= self.parts
+        return shape
+
+    def held_groups(self) -> range:
+        """The channel groups of this part."""
+        held = self.groups // self.parts
+        return range(self.index * held, (self.index + 1) * held)
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a network: as `parallelize` left it, else that of the whole.
+
+    Convolutions, normalisations and the first, dense convolution (the stem) divide by output channel at
+    dim 0; the last linear layer (the classifier) divides by input feature at dim 1, its bias not at all.
+    """
+    kept = getattr(model, "layout", None)
+    if kept is not None:
+        return kept
+    groups = channel_groups(model)
+    dims: dict[str, int | None] = dict.fromkeys(model.state_dict())
+    if groups > 1:
+        classifier = last_linear(model)
+        for prefix, module in model.named_modules():
+            own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            for name, tensor in own.items():
+                key = f"{prefix}.{name}" if prefix else name
+                if module is classifier:
+                    dims[key] = 1 if tensor.dim() == 2 else None
+                elif tensor.dim() > 0:
+                    dims[key] = 0
+    return Layout(groups, dims)
+
+
+def channel_groups(model: nn.Module) -> int:
+    """The number G of channel groups by which the whole network divides; 1 for a dense one.
+
+    Convolutions with a multiple of G groups (depthwise ones among them) act within G groups too.
+    """
+    first, *rest = convolutions(model) or [None]
+    return math.gcd(*(conv.groups for conv in rest)) if rest else getattr(first, "groups", 1)
+
+
+def convolutions(model: nn.Module) -> list[nn.Module]:
+    """The convolutions of a network in the order of their definition, a two-level one as one layer."""
+    return [m for m in _layers(model) if isinstance(m, TwoLevelConv2d | nn.Conv2d)]
+
+
+def last_linear(model: nn.Module) -> nn.Linear | None:
+    """The classifier: the linear layer that is defined last."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    if not isinstance(module, TwoLevelConv2d):
+        for child in module.children():
+            yield from _layers(child)

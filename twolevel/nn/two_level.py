@@ -1,0 +1,97 @@
+"""Two-level group convolution (GC-2L)."""
+
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from twolevel.errors import UserError, unknown
+from twolevel.nn.checks import check_groups
+from twolevel.ops import LOCAL, SCHEDULES, Exchange, Geometry, Schedule, two_level_conv2d
+
+
+class TwoLevelConv2d(nn.Module):
+    """Group convolution whose groups see one representative channel of every group.
+
+        z_g = r_g * x_g                      restriction   k x k, n/G -> 1
+        y_g = A_g * x_g + C_g [z_1 ... z_G]  local k x k, n/G -> m/G, plus coarse 1 x 1, G -> m/G
+
+    "Two-level Group Convolution", Lee, Park, Lee (arXiv 2110.05060). No part has a bias. Stride,
+    padding and dilation belong to the local and restriction convolutions.
+
+    Input `[B, n, H, W]`, output `[B, m, H', W']` with n = in_channels, m = out_channels, G = groups.
+    Parameters, all rows of group g at dim 0: `local.weight [m, n/G, k, k]`,
+    `restriction.weight [G, n/G, k, k]`, `coarse.weight [m, G, 1, 1]`. The three submodules hold the
+    weights and are not called one by one, so forward hooks belong on this module.
+
+    `schedule` says how it is computed (see `twolevel.ops.two_level_conv2d`). `exchange` carries the
+    representatives between ranks and is set by `twolevel.distributed.parallelize`, after which this
+    module holds the rows of its rank's groups alone; `in_channels`, `out_channels` and `groups` go on
+    describing the whole layer.
+
+    Raises UserError where groups does not divide both channel numbers, or for an unknown schedule.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        *,
+        groups: int,
+        dilation: int | tuple[int, int] = 1,
+        schedule: Schedule = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        if schedule not in SCHEDULES:
+            raise unknown("schedule", schedule, SCHEDULES)
+        kernel_size, dilation = _pair(kernel_size), _pair(dilation)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.groups = groups
+        self.geometry = Geometry(_pair(stride), _padding(padding, kernel_size, dilation), dilation)
+        self.schedule = schedule
+        self.exchange: Exchange = LOCAL
+        options = {"bias": False, "device": device, "dtype": dtype}
+        shared = {**options, **self.geometry._asdict(), "groups": groups}
+        self.local = nn.Conv2d(in_channels, out_channels, kernel_size, **shared)
+        self.restriction = nn.Conv2d(in_channels, groups, kernel_size, **shared)
+        self.coarse = nn.Conv2d(groups, out_channels, 1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.local.in_channels:
+            raise ValueError(
+                f"TwoLevelConv2d takes [B, {self.local.in_channels}, H, W] here, got {[*x.shape]}"
+            )
+        return two_level_conv2d(
+            x,
+            self.local.weight,
+            self.restriction.weight,
+            self.coarse.weight,
+            self.geometry,
+            schedule=self.schedule,
+            exchange=self.exchange,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+        text += f"groups={self.groups}, schedule={self.schedule!r}"
+        return text + (f", ranks={self.exchange.ranks}" if self.exchange.ranks > 1 else "")
+
+
+def _padding(padding, kernel_size, dilation) -> tuple[int, int]:
+    """nn.Conv2d's padding as two numbers."""
+    if padding == "valid":
+        return (0, 0)
+    if padding != "same":
+        return _pair(padding)
+    reach = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    if any(r % 2 for r in reach):
+        raise UserError(
+            f"padding='same' with kernel_size={kernel_size} pads unevenly; use an odd kernel or numbers"
+        )
+    return (reach[0] // 2, reach[1] // 2)
