@@ -1,0 +1,61 @@
+"""MobileNetV2 (Sandler et al., arXiv 1801.04381)."""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from twolevel.nn import make_conv
+
+# Expansion, output channels, blocks, stride of the first: table 2 of the paper.
+STAGES = [
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+]
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise 3x3 (stride), project 1x1; added to the input where the shape is the same."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, conv):
+        super().__init__()
+        hidden = in_channels * expansion
+        expand = [conv(in_channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+        depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        self.layers = nn.Sequential(
+            *(expand if expansion != 1 else []),
+            *(depthwise, nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)),
+            *(conv(hidden, out_channels, 1), nn.BatchNorm2d(out_channels)),
+        )
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+class MobileNetV2(nn.Module):
+    """Images `[B, 3, 224, 224]` to logits `[B, num_classes]`."""
+
+    def __init__(self, *, conv: str = "sc", groups: int = 1, num_classes: int = 1000, **options):
+        super().__init__()
+        make = partial(make_conv, conv, groups=groups, **options)
+        stem = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
+        layers = [stem, nn.BatchNorm2d(32), nn.ReLU6(inplace=True)]
+        channels = 32
+        for expansion, width, blocks, first_stride in STAGES:
+            for index in range(blocks):
+                stride = first_stride if index == 0 else 1
+                layers.append(InvertedResidual(channels, width, stride, expansion, make))
+                channels = width
+        # The paper of GC-2L groups the last 1x1 but gives it no coarse part.
+        last = make_conv("gc" if conv == "gc2l" else conv, channels, 1280, 1, groups=groups)
+        self.features = nn.Sequential(*layers, last, nn.BatchNorm2d(1280), nn.ReLU6(inplace=True))
+        self.dropout = nn.Dropout(0.2)
+        self.classifier = nn.Linear(1280, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.features(x).mean((2, 3))))
