@@ -1,0 +1,66 @@
+"""Batch normalisation over the images of every data-parallel rank, on CPUs and GPUs alike."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twolevel.distributed.collectives import MeshAxis
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose statistics in training are those of all ranks' images: x `[B, C, H, W]`.
+
+    (torch.nn.SyncBatchNorm does the same on GPUs and refuses CPUs.) One all-gather forward and one
+    all-reduce backward, of 2 C + 1 and 2 C numbers.
+    """
+
+    axis: MeshAxis
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.axis.group)
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            unbiased = var * (count / (count - 1))
+            self.running_mean.lerp_(mean.to(self.running_mean), rate)
+            self.running_var.lerp_(unbiased.to(self.running_var), rate)
+        return y
+
+
+class _Normalise(torch.autograd.Function):
+    """y = w (x - mean) / sqrt(var + eps) + b with mean and var over all ranks, images and pixels."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, group):
+        # Statistics in float32 at least, combined from each rank's own mean and variance: sums of
+        # squares would lose digits (Chan, Golub, LeVeque, 1979).
+        wide = x if x.dtype == torch.float64 else x.float()
+        own_var, own_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        own = torch.cat([own_mean, own_var, own_mean.new_tensor([x.numel() / x.shape[1]])])
+        every = own.new_empty(group.size() * len(own))
+        dist.all_gather_into_tensor(every, own, group)
+        means, variances, counts = every.view(group.size(), -1).split([x.shape[1], x.shape[1], 1], 1)
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count
+        var = (counts * (variances + (means - mean) ** 2)).sum(0) / count
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps), count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, var, count)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, count
+
+    @staticmethod
+    def backward(ctx, gy, *_):
+        x, weight, mean, inv_std, count = ctx.saved_tensors
+        across = (None, slice(None), None, None)
+        centred = (x - mean[across]) * inv_std[across]
+        wide = gy if gy.dtype == torch.float64 else gy.float()
+        g_bias = wide.sum((0, 2, 3))
+        g_weight = (wide * centred).sum((0, 2, 3))
+        sums = torch.stack([g_bias, g_weight]) / count
+        dist.all_reduce(sums, dist.ReduceOp.SUM, ctx.group)
+        mean_g, mean_gx = sums
+        gx = (wide - mean_g[across] - centred * mean_gx[across]) * (weight * inv_std)[across]
+        return gx.to(x.dtype), g_weight.to(weight.dtype), g_bias.to(weight.dtype), None, None

@@ -1,0 +1,80 @@
+"""Everything that crosses the `group` axis, each collective beside its gradient.
+
+    where            forward                          backward
+    representatives  all-gather  [G/P] -> [G]         reduce-scatter with SUM  [G] -> [G/P]
+    logits           all-reduce  sum of P parts       identity
+    image            identity                         all-reduce (only where the image needs a gradient)
+
+The pairs are conjugate: the ranks' uses of z differ, so its gradient is a sum; all ranks compute one loss
+from the same logits, so its gradient is already the same everywhere and must not be summed again.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _InFlight(NamedTuple):
+    work: dist.Work
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.result
+
+
+class MeshAxis:
+    """The ranks along one axis of the mesh, in order; the `ops.Exchange` of the layers along `group`."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.ranks = group.size()
+
+    def gather(self, own: Tensor) -> _InFlight:
+        """Start the all-gather `[G/P, ...] -> [G, ...]`."""
+        result = own.new_empty(self.ranks * len(own), *own.shape[1:])
+        return _InFlight(dist.all_gather_into_tensor(result, own, self.group, async_op=True), result)
+
+    def scatter_sum(self, parts: Tensor) -> _InFlight:
+        """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
+        result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
+        work = dist.reduce_scatter_tensor(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
+        return _InFlight(work, result)
+
+    def sum_logits(self, partial: Tensor) -> Tensor:
+        """The sum over ranks of `[B, classes]`, the same on each; its gradient passes unchanged."""
+        return _SumForward.apply(partial, self.group)
+
+    def share_input(self, x: Tensor) -> Tensor:
+        """x itself, of which each rank computes its own output channels: its gradient is summed."""
+        return _SumBackward.apply(x, self.group)
+
+    def __deepcopy__(self, memo) -> "MeshAxis":
+        return self  # copies of a network, such as its moving average, live on the same ranks
+
+
+class _SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, dist.ReduceOp.SUM, group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _SumBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, dist.ReduceOp.SUM, ctx.group)
+        return total, None

@@ -1,0 +1,122 @@
+"""The one place that cuts a network: by channel group over the `group` axis, whole over the `data` axis."""
+
+from torch import nn
+from torch.distributed import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from twolevel.distributed.batch_norm import SyncedBatchNorm2d
+from twolevel.distributed.collectives import MeshAxis
+from twolevel.distributed.layers import SplitClassifier, SplitStem
+from twolevel.errors import UserError
+from twolevel.nn import Layout, TwoLevelConv2d, layout_of
+from twolevel.nn.checks import check_groups
+from twolevel.nn.layout import convolutions, last_linear
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, *, sync_batch_norm: bool = False) -> nn.Module:
+    """Keep of `model`, in place, the rows of this rank's groups; sets `model.layout`.
+
+    Works on a materialised model and on one of the meta device, whose parts are then drawn by
+    `twolevel.nn.initialize(model, seed, device)`: no rank ever builds the whole.
+
+    In order: (1) convolutions, normalisations, stem and classifier are cut by channel group;
+    (2) two-level convolutions get the exchange of this `group` axis; (3) with `sync_batch_norm`, batch
+    statistics are taken over the `data` axis (over the group axis there is nothing to share: a channel
+    lives on one rank). `replicate` then adds the gradients' all-reduce over `data`.
+
+    Raises UserError where the axis does not divide the groups, or a module acts across groups.
+    """
+    layout = layout_of(model)
+    if layout.parts > 1:
+        raise UserError("this network is a part already; parallelize a whole one")
+    ranks = mesh["group"].size()
+    if ranks > 1:
+        _check(model, layout, ranks)
+        layout = layout.part(mesh.get_local_rank("group"), ranks)
+        _cut(model, layout, MeshAxis(mesh.get_group("group")))
+    model.layout = layout
+    if sync_batch_norm and mesh["data"].size() > 1:
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SyncedBatchNorm2d
+                module.axis = MeshAxis(mesh.get_group("data"))
+    return model
+
+
+def replicate(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Average gradients over the `data` axis with DistributedDataParallel; nothing where it has one rank.
+
+    Batch norm is local to a rank, as by default in DDP, unless `parallelize` synchronised it.
+    """
+    if mesh["data"].size() == 1:
+        return model
+    return DistributedDataParallel(model, process_group=mesh.get_group("data"), gradient_as_bucket_view=True)
+
+
+def _check(model: nn.Module, layout: Layout, ranks: int) -> None:
+    groups = layout.groups
+    stem, classifier = _ends(model)
+    for name, module in model.named_modules():
+        if module in (stem, classifier) or isinstance(_parent(model, name), TwoLevelConv2d):
+            continue
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            raise UserError(
+                f"{name} is a dense convolution and cannot be split over group={ranks} ranks; "
+                f"use conv='gc' or 'gc2l', or replicate it with data={ranks}, group=1"
+            )
+        known = isinstance(module, TwoLevelConv2d | nn.Conv2d | nn.BatchNorm2d)
+        if not known and any(True for _ in module.parameters(recurse=False)):
+            raise UserError(
+                f"{name} ({type(module).__name__}) is not known to act within channel groups and cannot be "
+                f"split over group={ranks} ranks; replicate the network with data={ranks}, group=1"
+            )
+    if groups % ranks:
+        fits = ", ".join(str(p) for p in range(1, groups + 1) if groups % p == 0)
+        raise UserError(f"group={ranks} ranks do not divide groups={groups}; use one of {fits} ranks")
+    if stem is not None:
+        check_groups(groups, stem_channels=stem.out_channels)
+    if classifier is not None:
+        check_groups(groups, classifier_features=classifier.in_features)
+
+
+def _cut(model: nn.Module, layout: Layout, axis: MeshAxis) -> None:
+    stem, classifier = _ends(model)
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            key = f"{prefix}.{name}" if prefix else name
+            part = layout.cut(key, tensor.detach()).clone()
+            if isinstance(tensor, nn.Parameter):
+                part = nn.Parameter(part, requires_grad=tensor.requires_grad)
+            setattr(module, name, part)
+
+        # Each class changes only in how its input or output crosses ranks; its tensors keep their names.
+        if module is stem:
+            module.__class__, module.axis = SplitStem, axis
+            module.out_channels //= axis.ranks
+        elif module is classifier:
+            module.__class__, module.axis = SplitClassifier, axis
+            module.in_features //= axis.ranks
+        elif isinstance(module, TwoLevelConv2d):
+            if module.schedule == "dense":
+                raise UserError(
+                    f"schedule='dense' needs every channel on one rank: {prefix} has {axis.ranks}"
+                )
+            module.exchange = axis
+        elif isinstance(module, nn.Conv2d):
+            module.out_channels //= axis.ranks
+            if module.groups > 1:  # the coarse convolution alone reads the representatives of all groups
+                module.in_channels //= axis.ranks
+                module.groups //= axis.ranks
+        elif isinstance(module, nn.BatchNorm2d):
+            module.num_features //= axis.ranks
+
+
+def _ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:
+    """The stem (the first convolution, where dense) and the classifier."""
+    first = next(iter(convolutions(model)), None)
+    stem = first if isinstance(first, nn.Conv2d) and first.groups == 1 else None
+    return stem, last_linear(model)
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
