@@ -1,0 +1,194 @@
+"""Counting, without running anything: parameters, multiply-accumulates, and what crosses ranks in a step."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from twolevel.errors import UserError
+from twolevel.nn import TwoLevelConv2d, layout_of
+from twolevel.nn.checks import check_groups
+from twolevel.nn.layout import convolutions, last_linear
+
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a training step over the `group` axis, as one of its P ranks sees it.
+
+    `bytes_in` is what the rank hands over. `bytes_sent` is what it sends by the bandwidth-optimal (ring)
+    algorithm, the same number as it receives: (P-1)/P of the whole for a gather or a scatter, and twice
+    that for an all-reduce.
+    """
+
+    kind: Kind
+    bytes_in: int
+    bytes_sent: float
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """One layer: `parameters` of the whole and `held` by one rank, multiply-accumulates of one image."""
+
+    name: str
+    kind: str
+    output: tuple[int, ...]
+    parameters: int
+    held: int
+    macs: int
+    held_macs: int
+    collectives: tuple[Collective, ...]
+
+    @property
+    def bytes_sent(self) -> float:
+        return sum(c.bytes_sent for c in self.collectives)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A whole network on `ranks` ranks; sums over `layers` and `held_whole_ends`.
+
+    `held_whole_ends` are the parameters of a rank under the paper's convention, which counts stem and
+    classifier whole on every rank although here they are split too.
+    """
+
+    groups: int
+    ranks: int
+    batch_size: int
+    layers: tuple[LayerCount, ...]
+    held_whole_ends: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def held(self) -> int:
+        return sum(layer.held for layer in self.layers)
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def held_macs(self) -> int:
+        return sum(layer.held_macs for layer in self.layers)
+
+    @property
+    def collectives(self) -> list[Collective]:
+        return [c for layer in self.layers for c in layer.collectives]
+
+    @property
+    def bytes_sent(self) -> float:
+        return sum(layer.bytes_sent for layer in self.layers)
+
+    def collectives_by_kind(self) -> Counter:
+        return Counter(c.kind for c in self.collectives)
+
+
+def count(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    ranks: int | None = None,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Count:
+    """Count a whole network on images of `input_shape` (channels, height, width).
+
+    `ranks` is the size P of the group axis (as many as there are groups, unless given), `batch_size` the
+    images of one step on one data-parallel replica, `dtype` that of the activations. Works on a model of
+    any device, the meta device included: only shapes are computed. Multiply-accumulates are those of
+    convolutions and linear layers, for one image, forward.
+
+    Raises UserError where `ranks` does not divide the groups, or for a model that is a part already.
+    """
+    layout = layout_of(model)
+    if layout.parts > 1:
+        raise UserError(
+            f"this network is part {layout.index} of {layout.parts}; count the whole with ranks=P"
+        )
+    ranks = layout.groups if ranks is None else ranks
+    check_groups(ranks, groups=layout.groups)
+
+    ends = {*convolutions(model)[:1], last_linear(model)}
+    outputs = _output_shapes(model, input_shape)
+    layers, held_whole_ends = [], 0
+    for name, module in model.named_modules():
+        if name not in outputs:
+            continue
+        tensors = dict(module.named_parameters())
+        split = {k: layout.dims[f"{name}.{k}"] is not None for k in tensors}
+        held = sum(t.numel() // (ranks if split[k] else 1) for k, t in tensors.items())
+        parameters = sum(t.numel() for t in tensors.values())
+        held_whole_ends += parameters if module in ends else held
+        macs = _macs(module, outputs[name])
+        layers.append(
+            LayerCount(
+                name,
+                type(module).__name__,
+                outputs[name],
+                parameters,
+                held,
+                macs,
+                macs // ranks if any(split.values()) else macs,
+                _collectives(module, outputs[name], ranks, batch_size, dtype, module in ends),
+            )
+        )
+    return Count(layout.groups, ranks, batch_size, tuple(layers), held_whole_ends)
+
+
+def _output_shapes(model: nn.Module, input_shape) -> dict[str, tuple[int, ...]]:
+    """The output shape, without the batch, of every layer that has parameters."""
+    shapes, hooks = {}, []
+    names = {module: name for name, module in model.named_modules()}
+
+    def keep(module, _, output):
+        shapes[names[module]] = tuple(output.shape[1:])
+
+    for module in model.modules():
+        if isinstance(module, TwoLevelConv2d) or any(True for _ in module.parameters(recurse=False)):
+            hooks.append(module.register_forward_hook(keep))
+    training = {module: module.training for module in model.modules()}
+    tensors = {k: torch.empty_like(t, device="meta") for k, t in model.state_dict().items()}
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    try:
+        with torch.no_grad():
+            image = torch.empty(1, *input_shape, device="meta", dtype=dtype)
+            functional_call(model.eval(), tensors, (image,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return shapes
+
+
+def _macs(module: nn.Module, output: tuple[int, ...]) -> int:
+    """Every weight of a convolution is used once for each output pixel."""
+    if isinstance(module, nn.Linear):
+        return module.weight.numel()
+    if isinstance(module, nn.Conv2d | TwoLevelConv2d):
+        pixels = output[1] * output[2]
+        return pixels * sum(t.numel() for k, t in module.named_parameters() if k.endswith("weight"))
+    return 0
+
+
+def _collectives(module, output, ranks, batch, dtype, is_end) -> tuple[Collective, ...]:
+    if ranks == 1:
+        return ()
+    others = (ranks - 1) / ranks
+    if isinstance(module, TwoLevelConv2d):
+        whole = batch * module.groups * output[1] * output[2] * dtype.itemsize
+        return (
+            Collective("all-gather", whole // ranks, others * whole),
+            Collective("reduce-scatter", whole, others * whole),
+        )
+    if isinstance(module, nn.Linear) and is_end:
+        logits = batch * output[0] * max(dtype.itemsize, 4)  # added in float32 at least
+        return (Collective("all-reduce", logits, 2 * others * logits),)
+    return ()
