@@ -86,6 +86,10 @@ class Count:
     def bytes_sent(self) -> float:
         return sum(layer.bytes_sent for layer in self.layers)
 
+    def sums(self) -> dict[str, float]:
+        names = ("parameters", "held", "held_whole_ends", "macs", "held_macs", "bytes_sent")
+        return {name: getattr(self, name) for name in names}
+
     def collectives_by_kind(self) -> Counter:
         return Counter(c.kind for c in self.collectives)
 

@@ -42,6 +42,11 @@ def create(
     return model
 
 
+def image_size(name: str) -> int:
+    """Height and width of the images that a network is made for."""
+    return 224 if name in ("wrn-34-2", "mobilenetv2") else 32
+
+
 def _builder(name: str) -> Callable[..., nn.Module]:
     if name == "mobilenetv2":
         return MobileNetV2

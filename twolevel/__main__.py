@@ -1,0 +1,5 @@
+import sys
+
+from twolevel.cli import main
+
+sys.exit(main())

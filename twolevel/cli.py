@@ -1,0 +1,113 @@
+"""The command line: `twolevel train | evaluate | export | count | doctor`.
+
+Commands import what they need when they run, so that help comes at once.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from twolevel.errors import UserError, unknown
+
+T = TypeVar("T")
+
+COMMANDS = {
+    "train": "train a network on the ranks that a launcher started, or on one",
+    "evaluate": "test a run, a checkpoint or an exported file",
+    "export": "write a run's whole network into one safetensors file",
+    "count": "count parameters, multiply-accumulates and bytes exchanged",
+    "doctor": "say what this machine has and what twolevel makes of it",
+}
+
+EXAMPLES = """examples:
+  twolevel train --model wrn-16-2 --data sample --epochs 5
+  torchrun --nproc-per-node 4 -m twolevel train --model wrn-28-10 --conv gc2l --groups 4 --data cifar10
+  twolevel count --model wrn-28-10 --conv gc2l --groups 16"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, or 2 where the input cannot be honoured (one line says why)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if argv[0] == "--version":
+        from twolevel import __version__
+
+        print(f"twolevel {__version__}")
+        return 0
+    name, *rest = argv
+    try:
+        if name not in COMMANDS:
+            raise unknown("command", name, COMMANDS)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            if _rank() != 0:
+                warnings.simplefilter("ignore")
+            _commands()[name](rest)
+    except UserError as error:
+        prefix = f"[rank {_rank()}] " if "RANK" in os.environ or _rank() else ""
+        print(f"{prefix}twolevel {name}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"twolevel {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    head = "usage: twolevel COMMAND [options]      (twolevel COMMAND --help explains each option)"
+    about = "Train wide convolutional networks, their convolutions split by channel group over processors."
+    return "\n".join([head, "", about, "", "commands:", *lines, "", EXAMPLES])
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    from twolevel import commands
+
+    return {name: getattr(commands, name) for name in COMMANDS}
+
+
+def parse(cls: type[T], name: str, argv: list[str], default: T | None = None) -> T:
+    """An instance of the dataclass `cls` from options; its parts' options have no prefix."""
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            given = {} if default is None else {"default": default}
+            return tyro.cli(
+                cls, prog=f"twolevel {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,), **given
+            )
+    except SystemExit as end:
+        if end.code in (0, None):  # --help
+            raise
+        raise UserError(_one_line(box.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's error box: its first paragraphs, without the frame and the pointer to the help."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    text = " ".join(lines).split(" ─")[0]
+    more = [line for line in lines if line.startswith("--")]
+    if text.startswith("Unrecognized options") and more:
+        text += f"; did you mean {more[0].split()[0]}?"
+    return text.removeprefix("Error ").partition(": ")[2] if text.startswith("Error parsing ") else text
+
+
+def _rank() -> int:
+    """This process's rank before any group exists, by what launchers set."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    where = "" if issubclass(category, UserWarning) else f" ({filename}:{lineno})"
+    print(f"twolevel: warning: {message}{where}", file=sys.stderr, flush=True)

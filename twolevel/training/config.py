@@ -1,0 +1,243 @@
+"""A training run as nested dataclasses, whose fields are the options of `twolevel train` (imports no torch).
+
+Each field is followed by its help text. Fields that default to None take the published recipe's value for
+the data set; `TrainConfig` fills them in, so that the `config.json` of a run holds them all.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from twolevel.data.config import DataConfig
+from twolevel.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """The network and its convolutions."""
+
+    model: str = "wrn-28-10"
+    """network: wrn-D-k for 32 x 32 images, wrn-34-2 or mobilenetv2 for 224 x 224"""
+
+    conv: str = "gc2l"
+    """convolution: sc (standard), gc (group) or gc2l (two-level group)"""
+
+    groups: int | None = None
+    """channel groups; 4 unless given, 1 for sc"""
+
+    schedule: Literal["auto", "overlapped", "fused", "dense"] = "auto"
+    """how gc2l is computed"""
+
+    def __post_init__(self):
+        if self.groups is None:
+            self.groups = 1 if self.conv == "sc" else 4
+        if self.schedule != "auto" and self.conv != "gc2l":
+            raise UserError(
+                f"schedule={self.schedule} is one of conv=gc2l, not of conv={self.conv}; leave it out"
+            )
+
+    def create_options(self) -> dict[str, Any]:
+        """Arguments of `twolevel.models.create`, but for the number of classes."""
+        options = {"name": self.model, "conv": self.conv, "groups": self.groups}
+        return options | ({"schedule": self.schedule} if self.conv == "gc2l" else {})
+
+
+@dataclass
+class OptimiserConfig:
+    """SGD, its schedule, and what is done to loss and gradients."""
+
+    epochs: int | None = None
+    """passes over the training set; 200 on CIFAR, 90 on ImageNet"""
+
+    learning_rate: float = 0.1
+    """learning rate after the warm-up"""
+
+    lr_schedule: Literal["multistep", "cosine"] = "multistep"
+    """multistep: times lr_gamma at each milestone, by epoch; cosine: to 0 at the end, by step"""
+
+    lr_milestones: tuple[int, ...] | None = None
+    """epochs after which the rate drops; 60 120 160 on CIFAR, 30 60 on ImageNet"""
+
+    lr_gamma: float = 0.1
+    """factor of each drop"""
+
+    warmup_epochs: float = 0.0
+    """epochs over which the rate rises linearly from 0"""
+
+    momentum: float = 0.9
+    """momentum of SGD"""
+
+    nesterov: bool = False
+    """Nesterov's form of the momentum"""
+
+    weight_decay: float | None = None
+    """L2 penalty; 5e-4 on CIFAR, 1e-4 on ImageNet"""
+
+    decay_norm: bool = True
+    """apply the weight decay to batch norm and biases too"""
+
+    label_smoothing: float = 0.0
+    """share of the target that is spread over all classes"""
+
+    accumulate: int = 1
+    """parts in which a batch is computed, one after the other; batch norm sees one part"""
+
+    clip_norm: float | None = None
+    """scale gradients down to this norm, taken over all ranks"""
+
+    ema_decay: float | None = None
+    """also keep and test an exponential moving average of the weights, with this decay a step"""
+
+    def __post_init__(self):
+        _check(self, "learning_rate", self.learning_rate > 0, "a positive number")
+        _check(self, "epochs", self.epochs is None or self.epochs >= 1, "1 or more")
+        _check(self, "accumulate", self.accumulate >= 1, "1 or more")
+        _check(self, "warmup_epochs", self.warmup_epochs >= 0, "0 or more")
+        _check(self, "momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
+        _check(self, "nesterov", not self.nesterov or self.momentum > 0, "momentum above 0")
+        _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1")
+        _check(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number")
+        _check(
+            self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number between 0 and 1"
+        )
+        if self.lr_milestones is not None:
+            self.lr_milestones = tuple(self.lr_milestones)
+            if self.lr_schedule == "cosine":
+                raise UserError("lr_milestones belong to lr_schedule=multistep; leave them out with cosine")
+            _check(
+                self, "lr_milestones", [*self.lr_milestones] == sorted(self.lr_milestones), "a rising list"
+            )
+
+
+@dataclass
+class MeshConfig:
+    """The ranks: data_parallel x group_parallel of them."""
+
+    data_parallel: int = 1
+    """replicas, each with its share of the batch"""
+
+    group_parallel: int | None = None
+    """ranks over which each replica's channel groups are split; all that data_parallel leaves"""
+
+    sync_batch_norm: bool = False
+    """take batch statistics over all replicas instead of each rank's own"""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute"""
+
+    timeout: float = 600.0
+    """seconds after which a rank gives up waiting for the others"""
+
+
+@dataclass
+class RunConfig:
+    """Where results go, and how the run is carried out."""
+
+    output: Path | None = None
+    """folder of the run: config.json, metrics, checkpoints, curve; runs/MODEL-CONV-GROUPS-DATA unless given"""
+
+    resume: bool = False
+    """go on from the newest checkpoint in the output folder"""
+
+    seed: int = 0
+    """of initial weights, order, crops and flips; the same for any number of ranks"""
+
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """bf16 is autocast: weights and gradients stay float32"""
+
+    compile: bool = False
+    """run the network through torch.compile"""
+
+    max_steps: int | None = None
+    """stop after this many steps in all, in the middle of an epoch if need be"""
+
+    checkpoint_steps: int | None = None
+    """write a checkpoint every so many steps, besides the one after each epoch"""
+
+    keep_checkpoints: int = 2
+    """newest checkpoints to keep"""
+
+    log_steps: int = 20
+    """steps between two records of loss and accuracy; reading them waits for the device"""
+
+    def __post_init__(self):
+        self.output = self.output and Path(self.output).expanduser()
+        for name in ("max_steps", "checkpoint_steps"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        _check(self, "keep_checkpoints", self.keep_checkpoints >= 1, "1 or more")
+        _check(self, "log_steps", self.log_steps >= 1, "1 or more")
+
+
+# Epochs, milestones, weight decay: Lee, Park, Lee, "Two-level Group Convolution", section 4; the digits of
+# the decay are not in the paper and are the conventional ones.
+CIFAR_RECIPE = {"epochs": 200, "lr_milestones": (60, 120, 160), "weight_decay": 5e-4}
+IMAGENET_RECIPE = {"epochs": 90, "lr_milestones": (30, 60), "weight_decay": 1e-4}
+
+
+@dataclass
+class TrainConfig:
+    """Train a network, sharded over the ranks that torchrun, mpirun or srun has started, or on one."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        recipe = IMAGENET_RECIPE if self.data.data == "imagenet" else CIFAR_RECIPE
+        for name, value in recipe.items():
+            belongs = name != "lr_milestones" or self.optimiser.lr_schedule == "multistep"
+            if getattr(self.optimiser, name) is None and belongs:
+                setattr(self.optimiser, name, value)
+        if self.run.output is None:
+            self.run.output = Path(
+                "runs", f"{self.model.model}-{self.model.conv}-{self.model.groups}-{self.data.data}"
+            )
+        _check(self.optimiser, "weight_decay", self.optimiser.weight_decay >= 0, "0 or more")
+        if self.optimiser.warmup_epochs > self.optimiser.epochs:
+            raise UserError(
+                f"warmup_epochs={self.optimiser.warmup_epochs} is more than epochs={self.optimiser.epochs}"
+            )
+        parts = self.mesh.data_parallel * self.optimiser.accumulate
+        if self.data.batch_size % parts:
+            raise UserError(
+                f"batch_size={self.data.batch_size} does not divide by data_parallel={self.mesh.data_parallel} x "
+                f"accumulate={self.optimiser.accumulate}; use a multiple of {parts}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as `config.json` holds them."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its own name; names are unique across the sections."""
+        return {name: value for section in self.to_dict().values() for name, value in section.items()}
+
+    @classmethod
+    def from_dict(cls, sections: dict[str, Any], origin: str = "config") -> Self:
+        """The inverse of `to_dict`. Raises UserError for a section or setting that does not exist."""
+        return _from_dict(cls, sections, origin)
+
+
+def _from_dict(cls, values: Any, origin: str):
+    if not isinstance(values, dict):
+        raise UserError(f"{origin} holds {values!r} where {cls.__name__} has named settings")
+    known = {f.name: f for f in fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UserError(
+                f"{origin} has the setting {name!r}, which {cls.__name__} does not know; use {[*known]}"
+            )
+    return cls(
+        **{
+            name: _from_dict(known[name].type, value, origin) if is_dataclass(known[name].type) else value
+            for name, value in values.items()
+        }
+    )
+
+
+def _check(config, name: str, holds: bool, what: str) -> None:
+    if not holds:
+        raise UserError(f"{name}={getattr(config, name)} does not do; use {what}")

@@ -1,0 +1,72 @@
+"""What a person sees of a run: a live bar on a terminal, lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_SECONDS = 15.0  # between two lines where there is no terminal
+
+
+class Display:
+    """Shows a run of `total` steps from step `start` on rank 0; on other ranks nothing."""
+
+    def __init__(self, total: int, start: int, *, shown: bool):
+        self.console = Console(file=sys.stdout, quiet=not shown, highlight=False, soft_wrap=True)
+        self.live = shown and self.console.is_terminal
+        self.total, self.start = total, start
+        self.began = self.last_line = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("training", total=total, completed=start, text="")
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def step(self, record: dict[str, Any]) -> None:
+        text = (
+            f"loss {record['loss']:.3f}  accuracy {100 - record['error']:.1f} %  "
+            f"{record['images_per_second']:,.0f} images/s"
+        )
+        epoch = f"epoch {record['epoch']}"
+        self.progress.update(self.task, completed=record["step"], text=text, description=epoch)
+        now = time.monotonic()
+        if not self.live and now - self.last_line > LINE_SECONDS:
+            self.last_line = now
+            left = (now - self.began) / (record["step"] - self.start) * (self.total - record["step"])
+            self.say(f"{epoch}  step {record['step']}/{self.total}  {text}  {left / 60:.1f} min left")
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        ema = f" (EMA {100 - record['ema_test_error']:.2f} %)" if "ema_test_error" in record else ""
+        self.say(
+            f"epoch {record['epoch']}/{epochs}  train loss {record['train_loss']:.3f}  "
+            f"accuracy {100 - record['train_error']:.2f} %  test loss {record['test_loss']:.3f}  "
+            f"accuracy {100 - record['test_error']:.2f} %{ema}  lr {record['learning_rate']:.4g}  "
+            f"{record['images_per_second']:,.0f} images/s"
+        )
+        self.last_line = time.monotonic()

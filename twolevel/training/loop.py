@@ -1,0 +1,217 @@
+"""The training loop."""
+
+import json
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from twolevel.data import Data
+from twolevel.distributed import clip_gradients_, replicate, sync_buffers
+from twolevel.distributed.agreement import require_equal, together
+from twolevel.errors import UserError
+from twolevel.training import checkpoint, metrics
+from twolevel.training.config import TrainConfig
+from twolevel.training.display import Display
+from twolevel.training.evaluate import autocast, batch_sums, evaluate, sum_over_data
+from twolevel.training.metrics import MetricsLog
+from twolevel.training.optimiser import learning_rate, make_sgd
+from twolevel.training.setup import Ranks, check_resumable, claim_output, join
+from twolevel.training.state import TrainState, seed_ranks
+
+
+def train(config: TrainConfig) -> dict | None:
+    """Carry out a run; every rank calls it with the same configuration.
+
+    Leaves in the output folder `config.json`, `metrics.jsonl`, `epochs.csv`, `tensorboard/`,
+    `checkpoints/` and `curve.png`. Returns the record of the last epoch, None where the run stopped
+    before the end of one.
+    """
+    ranks = join(config.mesh, config.flat())
+    try:
+        return Trainer(config, ranks).run()
+    finally:
+        ranks.close()
+
+
+class Trainer:
+    """One run on this rank."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        mesh, run, rule = ranks.mesh, config.run, config.optimiser
+        start = checkpoint.newest(run.output / "checkpoints") if run.resume else None
+        require_equal("checkpoints to go on from", {"checkpoint": str(start)}, ranks.device)
+        with together(ranks.device):
+            if ranks.first:
+                claim_output(config, start)
+            if start is not None:
+                check_resumable(config, checkpoint.read_state(start)["config"])
+
+        dtype = torch.float64 if run.precision == "float64" else torch.float32
+        self.data: Data = ranks.load_data(config.data, run.seed, dtype)
+        options = config.model.create_options() | {"num_classes": self.data.num_classes}
+        model = ranks.build(options, run.seed, run.precision, sync_batch_norm=config.mesh.sync_batch_norm)
+        ema = None
+        if rule.ema_decay is not None:
+            average = get_ema_multi_avg_fn(rule.ema_decay)
+            ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        steps = self.data.train.steps_per_epoch
+        self.state = TrainState(config, model, make_sgd(model, rule), mesh, steps, self.data.num_classes, ema)
+        seed_ranks(run.seed, 0)
+        if start is not None:
+            self.state.load(start)
+        if run.compile:
+            model.compile()
+        self.network = replicate(model, mesh)
+        self.last_step = min(rule.epochs * steps, run.max_steps or math.inf)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+
+    def run(self) -> dict | None:
+        state, run = self.state, self.config.run
+        self.display = Display(self.last_step, state.step, shown=self.ranks.first)
+        self.metrics = None
+        if self.ranks.first:
+            (run.output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+            self.metrics = MetricsLog(run.output, state.step)
+        last = None
+        with self.display as display:
+            display.say(self._headline())
+            while state.step < self.last_step:
+                last = self._epoch() or last
+        if self.ranks.first:
+            self.metrics.close()
+            self._closing_words(last)
+        return last
+
+    def _epoch(self) -> dict | None:
+        """Train to the end of the epoch, test, and write a checkpoint; or stop at the last step before."""
+        state, run = self.state, self.config.run
+        epoch, began = state.epoch, time.perf_counter()
+        self.interval_began = began
+        images_before = state.epoch_sums[2]
+        self.network.train()
+        for images, labels in self.data.train.batches(epoch, state.position):
+            rate = self._step(images, labels)
+            state.step += 1
+            saving = run.checkpoint_steps is not None and state.step % run.checkpoint_steps == 0
+            stopping = state.step == self.last_step
+            ending = state.position == 0
+            if saving or stopping or ending or state.step % run.log_steps == 0:
+                self._log(epoch, rate)
+            if ending:
+                break
+            if saving or stopping:
+                state.save()
+            if stopping:
+                return None
+        loss, right, number = state.epoch_sums
+        seconds = time.perf_counter() - began
+        record = {
+            "kind": "epoch",
+            "epoch": epoch + 1,
+            "step": state.step,
+            "train_loss": loss / number,
+            "train_error": 100 * (1 - right / number),
+            "learning_rate": rate,
+            "images_per_second": (number - images_before) / seconds,
+            "seconds": seconds,
+        }
+        state.epoch_sums = [0.0, 0.0, 0.0]
+        for prefix, model in (("", state.model), ("ema_", state.ema)):
+            if model is not None:
+                sync_buffers(model, state.mesh)
+                tested = evaluate(model, self.data.test, state.mesh, run.precision, self.ranks.device)
+                record[f"{prefix}test_loss"], record[f"{prefix}test_error"] = tested
+        if self.ranks.first:
+            self.metrics.write(record)
+            self.display.epoch(record, self.config.optimiser.epochs)
+        state.save()
+        return record
+
+    def _step(self, images: Tensor, labels: Tensor) -> float:
+        """One optimiser step on this rank's share of a batch; returns the learning rate. No host wait."""
+        state, rule, run = self.state, self.config.optimiser, self.config.run
+        rate = learning_rate(rule, state.step, state.steps_per_epoch)
+        for group in state.optimiser.param_groups:
+            group["lr"] = rate
+        state.optimiser.zero_grad(set_to_none=True)
+        parts = zip(images.chunk(rule.accumulate), labels.chunk(rule.accumulate), strict=True)
+        for index, (x, y) in enumerate(parts, start=1):
+            with self._synchronised(index == rule.accumulate), autocast(self.ranks.device, run.precision):
+                logits = self.network(x)
+                loss = F.cross_entropy(logits, y, label_smoothing=rule.label_smoothing)
+                (loss / rule.accumulate).backward()
+            self.sums += batch_sums(logits, y, loss)
+        if rule.clip_norm is not None:
+            clip_gradients_(state.model, state.mesh, rule.clip_norm)
+        state.optimiser.step()
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+        return rate
+
+    def _synchronised(self, last_part: bool):
+        """Replicas add their gradients up once a step, with its last part."""
+        if isinstance(self.network, DistributedDataParallel) and not last_part:
+            return self.network.no_sync()
+        return nullcontext()
+
+    def _log(self, epoch: int, rate: float) -> None:
+        """Read the sums since the last record; waits for the device."""
+        state = self.state
+        sums = sum_over_data(self.sums, state.mesh)
+        self.sums.zero_()
+        loss, right, number = sums
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {state.step} with learning_rate={rate:g}; "
+                "try a lower --learning-rate, a --warmup-epochs, or a --clip-norm"
+            )
+        state.epoch_sums = [a + b for a, b in zip(state.epoch_sums, sums, strict=True)]
+        now = time.perf_counter()
+        record = {
+            "kind": "step",
+            "epoch": epoch + 1,
+            "step": state.step,
+            "loss": loss / number,
+            "error": 100 * (1 - right / number),
+            "learning_rate": rate,
+            "images_per_second": number / (now - self.interval_began),
+        }
+        self.interval_began = now
+        if self.ranks.first:
+            self.metrics.write(record)
+            self.display.step(record)
+
+    def _headline(self) -> str:
+        config, mesh, state = self.config, self.state.mesh, self.state
+        held = sum(p.numel() for p in state.model.parameters())
+        going_on = f", from step {state.step}" if state.step else ""
+        return (
+            f"{config.model.model} {config.model.conv} groups={config.model.groups} on {config.data.data}: "
+            f"{mesh['data'].size()} data x {mesh['group'].size()} group ranks on {self.ranks.device.type} "
+            f"({self.ranks.world.backend}), {held:,} parameters on this one, "
+            f"{config.optimiser.epochs} epochs of {state.steps_per_epoch} steps{going_on}"
+        )
+
+    def _closing_words(self, last: dict | None) -> None:
+        output: Path = self.config.run.output
+        if last is None:
+            self.display.say(f"stopped at step {self.state.step}; go on with the same command and --resume")
+            return
+        from twolevel.analysis.figures import training_curve  # matplotlib takes a second to import
+
+        steps, epochs = list(metrics.read(output, "step")), list(metrics.read(output, "epoch"))
+        curve = training_curve(steps, epochs, output.name, output / "curve.png")
+        self.display.say(
+            f"test accuracy {100 - last['test_error']:.2f} % after epoch {last['epoch']}\n"
+            f"curve       {curve}\n"
+            f"evaluate    twolevel evaluate {output}\n"
+            f"export      twolevel export {output} {output}/model.safetensors"
+        )

@@ -1,0 +1,35 @@
+"""SGD and its learning rate as a function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from twolevel.training.config import OptimiserConfig
+
+
+def make_sgd(model: nn.Module, config: OptimiserConfig) -> torch.optim.SGD:
+    """SGD over all parameters; without `decay_norm`, those of one dimension (norms, biases) are spared."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": config.weight_decay if config.decay_norm else 0.0},
+    ]
+    rule = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
+    return torch.optim.SGD(groups, **rule, fused=True)
+
+
+def learning_rate(config: OptimiserConfig, step: int, steps_per_epoch: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up, then the schedule over the whole run.
+
+    multistep: lr * gamma^(milestones passed); cosine: lr * (1 + cos(pi t)) / 2 for progress t after the warm-up.
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.lr_schedule == "multistep":
+        passed = sum(step >= m * steps_per_epoch for m in config.lr_milestones)
+        return config.learning_rate * config.lr_gamma**passed
+    progress = (step - warmup) / (config.epochs * steps_per_epoch - warmup)
+    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,123 @@
+"""From a configuration to a network on its ranks."""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed import DeviceMesh
+
+from twolevel import data, models
+from twolevel.data.config import DataConfig
+from twolevel.distributed import init_mesh, parallelize
+from twolevel.distributed.agreement import require_equal, together
+from twolevel.distributed.environment import World, start, stop
+from twolevel.errors import UserError
+from twolevel.nn import initialize
+from twolevel.training.config import MeshConfig, TrainConfig
+
+# Settings without which a checkpoint's state means something else.
+FIXED_ON_RESUME = ("model", "conv", "groups", "data", "batch_size", "seed")
+# Settings that a resumed run may change without a word.
+FREE_ON_RESUME = (
+    "output",
+    "resume",
+    "max_steps",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "log_steps",
+    "device",
+)
+FREE_ON_RESUME += (
+    "timeout",
+    "data_root",
+    "download",
+    "workers",
+    "data_parallel",
+    "group_parallel",
+    "schedule",
+)
+
+
+@dataclass
+class Ranks:
+    """The ranks of a command, which agree on what they were asked to do."""
+
+    world: World
+    mesh: DeviceMesh
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def first(self) -> bool:
+        return self.world.rank == 0
+
+    def load_data(self, config: DataConfig, seed: int, dtype: torch.dtype = torch.float32) -> data.Data:
+        """The data set as this rank sees it; fetched and verified by one rank of a node first."""
+        with together(self.device):
+            if self.world.local_rank == 0:
+                data.prepare(config)
+        with together(self.device):
+            place = {"data_rank": self.mesh.get_local_rank("data"), "data_size": self.mesh["data"].size()}
+            return data.load(config, seed=seed, device=self.device, dtype=dtype, **place)
+
+    def build(self, options: dict, seed: int, precision: str, *, sync_batch_norm: bool = False) -> nn.Module:
+        """This rank's part of `models.create(**options)`, drawn from `seed`; no rank builds the whole."""
+        with together(self.device):
+            with torch.device("meta"):
+                network = models.create(**options)
+            parallelize(network, self.mesh, sync_batch_norm=sync_batch_norm)
+            initialize(network, seed, self.device)
+        if precision == "float64":
+            network.double()
+        return network.to(memory_format=torch.channels_last)
+
+    def close(self) -> None:
+        stop(self.world)
+
+
+def join(mesh: MeshConfig, settings: dict) -> Ranks:
+    """Meet the other ranks, make sure that all have the same settings, and lay out the mesh."""
+    world = start(mesh.device, mesh.timeout)
+    try:
+        require_equal("configurations", settings, world.device)
+        return Ranks(world, init_mesh(mesh.data_parallel, mesh.group_parallel, device=mesh.device))
+    except BaseException:
+        stop(world)
+        raise
+
+
+def claim_output(config: TrainConfig, checkpoint: Path | None) -> None:
+    """Raise UserError rather than write over an earlier run."""
+    output = config.run.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={output} is a file; name a folder")
+    if (output / "config.json").exists() and not config.run.resume:
+        raise UserError(f"output={output} holds a run already; go on with --resume, or name another --output")
+    if config.run.resume and checkpoint is None:
+        warnings.warn(f"nothing to resume in {output}: starting from the beginning", stacklevel=2)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be made: {error.strerror}") from error
+    if shutil.disk_usage(output).free < 2**20:
+        raise UserError(f"output={output} is on a full disk")
+
+
+def check_resumable(config: TrainConfig, written: dict) -> None:
+    """Raise UserError where a checkpoint's run differs in what cannot change; warn of what did change."""
+    before = {k: v for section in written.values() for k, v in section.items()}
+    changed = {k: v for k, v in config.flat().items() if k in before and before[k] != v}
+    for name in FIXED_ON_RESUME:
+        if name in changed:
+            raise UserError(
+                f"{name}={changed[name]!r} but the checkpoint in {config.run.output} is of a run with "
+                f"{name}={before[name]!r}; go on with that, or name another --output"
+            )
+    for name, value in changed.items():
+        if name not in FREE_ON_RESUME:
+            warnings.warn(f"resumed with {name}={value!r}; it was {before[name]!r} before", stacklevel=2)

@@ -1,0 +1,118 @@
+"""Trained weights, wherever they lie: a run, one of its checkpoints, or an exported file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed import DeviceMesh
+
+from twolevel.data.config import DataConfig
+from twolevel.distributed.agreement import together
+from twolevel.errors import UserError
+from twolevel.models import create, files
+from twolevel.nn import layout_of
+from twolevel.training import checkpoint
+from twolevel.training.config import MeshConfig, ModelConfig
+from twolevel.training.evaluate import evaluate
+from twolevel.training.setup import join
+from twolevel.training.state import named_parts
+
+Which = Literal["model", "ema"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`path` is a checkpoint's folder or an exported file; `options` are those of `models.create`."""
+
+    path: Path
+    options: dict[str, Any]
+    data: dict[str, Any]
+    which: Which
+
+    @classmethod
+    def find(cls, path: Path, which: Which = "model") -> "Weights":
+        """The weights at `path`: a run's folder (its newest checkpoint), a checkpoint's, or a file.
+
+        Raises UserError where there are none, they are damaged, or no moving average was kept.
+        """
+        if path.is_file():
+            if which != "model":
+                raise UserError(
+                    f"{path} is an exported file and holds one set of weights; leave weights={which} out"
+                )
+            options, _ = files.read(path)
+            return cls(path, options, {}, which)
+        newest = checkpoint.newest(path / "checkpoints")
+        if newest is None and not (path / checkpoint.STATE).exists():
+            raise UserError(
+                f"{path} holds no checkpoint; give a run's folder, one of its checkpoints, or a file"
+            )
+        path = newest or path
+        state = checkpoint.read_state(path)
+        if which == "ema" and state["config"]["optimiser"]["ema_decay"] is None:
+            raise UserError(f"{path} has no moving average of the weights: the run had no --ema-decay")
+        options = ModelConfig(**state["config"]["model"]).create_options()
+        return cls(path, options | {"num_classes": state["num_classes"]}, state["config"]["data"], which)
+
+    def load_into(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Fill this rank's part of the network."""
+        if self.path.is_dir():
+            checkpoint.load(self.path, named_parts(self.which, model, mesh))
+            return
+        layout = layout_of(model)
+        _, tensors = files.read(self.path)
+        missing = model.state_dict().keys() ^ tensors.keys()
+        if missing:
+            raise UserError(f"{self.path} does not hold what its network needs: {sorted(missing)[0]} differs")
+        model.load_state_dict({name: layout.cut(name, tensor) for name, tensor in tensors.items()})
+
+    def export(self, output: Path) -> None:
+        """Write the whole network into one safetensors file. Raises UserError where `output` exists."""
+        if output.exists():
+            raise UserError(f"{output} exists already; remove it or name another file")
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is an exported file already")
+        with torch.device("meta"):
+            model = create(**self.options)
+        tensors = model.to_empty(device="cpu").state_dict()
+        checkpoint.load(self.path, {f"{self.which}.{name}": tensor for name, tensor in tensors.items()})
+        files.save(output, tensors, **self.options)
+
+
+def evaluate_weights(
+    path: Path,
+    which: Which,
+    *,
+    data: str | None = None,
+    data_root: Path | None = None,
+    precision: str = "float32",
+    mesh: MeshConfig,
+) -> tuple[float, float, int] | None:
+    """(loss, error in percent, images) of the weights at `path` on rank 0, None on the others; all ranks call it.
+
+    The data set is the one they were trained on, unless `data` and `data_root` say otherwise.
+    """
+    ranks = join(mesh, {"path": str(path), "weights": which, "data": data, "precision": precision})
+    try:
+        with together(ranks.device):
+            weights = Weights.find(path, which)
+            if data is None and not weights.data:
+                raise UserError(f"{path} does not say what it was trained on; name the data set with --data")
+            root = data_root or weights.data.get("data_root", "data")
+            settings = {"image_size": weights.data["image_size"]} if "image_size" in weights.data else {}
+            config = DataConfig(data=data or weights.data["data"], data_root=root, **settings)
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        images = ranks.load_data(config, 0, dtype)
+        if images.num_classes != weights.options["num_classes"]:
+            raise UserError(
+                f"{config.data} has {images.num_classes} classes, the network of {path} "
+                f"{weights.options['num_classes']}"
+            )
+        network = ranks.build(weights.options, 0, precision)
+        weights.load_into(network, ranks.mesh)
+        loss, error = evaluate(network, images.test, ranks.mesh, precision, ranks.device)
+        return (loss, error, len(images.test)) if ranks.first else None
+    finally:
+        ranks.close()
