@@ -1,0 +1,104 @@
+"""CIFAR-10 and CIFAR-100 as torchvision lays them out: reading, verifying, fetching.
+
+Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009).
+"""
+
+import os
+import tarfile
+import tempfile
+from http.client import HTTPException
+from pathlib import Path
+
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import calculate_md5
+
+from twolevel.data.memory import LabelledImages
+from twolevel.errors import UserError
+
+SOURCES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+MEAN_STD = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+"""Mean and standard deviation of each channel, over every pixel of the 50,000 training images / 255."""
+
+
+def read(name: str, root: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
+    """The training images, the test images and the names of the classes of data set `name`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    try:
+        train, test = (SOURCES[name](root, train=train) for train in (True, False))
+    except (RuntimeError, OSError):  # torchvision's check says that something is wrong, ours says what
+        verify(name, root)
+        raise
+    return _labelled(train), _labelled(test), list(train.classes)
+
+
+def verify(name: str, root: Path) -> None:
+    """Check that every file of data set `name` is there and has its published md5.
+
+    Raises:
+        UserError: one is missing or damaged; the message says which and what would do.
+    """
+    folder = root / SOURCES[name].base_folder
+    hint = "add --download, set --data-root to the folder that holds it, or use --data sample"
+    if not folder.is_dir():
+        raise UserError(f"{name} is not there: no folder {folder}; {hint}")
+    for file, md5 in _files(name).items():
+        path = folder / file
+        try:
+            found = calculate_md5(path)
+        except FileNotFoundError:
+            raise UserError(f"{name} is incomplete: no file {path}; {hint}") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); {hint}") from None
+        if found != md5:
+            raise UserError(f"{path} is damaged: its md5 is {found}, not {md5}; {hint}")
+
+
+def download(name: str, root: Path) -> None:
+    """Fetch data set `name` into `root`, unless it is there and whole.
+
+    Archive and files are written to a temporary folder, and each file is moved to its place only
+    when all have been verified: an interrupted download leaves nothing that looks complete.
+
+    Raises:
+        UserError: it cannot be fetched, what came is not the published archive, or `root` cannot
+            be written.
+    """
+    try:
+        return verify(name, root)
+    except UserError:
+        pass
+    source = SOURCES[name]
+    folder = root / source.base_folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as partial:
+            source(partial, train=False, download=True)
+            folder.mkdir(exist_ok=True)
+            for file in _files(name):
+                os.replace(Path(partial, source.base_folder, file), folder / file)
+    # torchvision reports a wrong md5 as a RuntimeError; a URLError is an OSError
+    except (OSError, HTTPException, RuntimeError, tarfile.TarError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{name} could not be downloaded from {source.url} to {root} ({reason}); "
+            f"copy {source.base_folder}/ there by hand, or use --data sample"
+        ) from None
+
+
+def _files(name: str) -> dict[str, str]:
+    """The md5 of every file that torchvision reads."""
+    source = SOURCES[name]
+    return {**dict(source.train_list + source.test_list), source.meta["filename"]: source.meta["md5"]}
+
+
+def _labelled(source: CIFAR10) -> LabelledImages:
+    images = torch.from_numpy(source.data).permute(0, 3, 1, 2)  # torchvision keeps [N, H, W, 3]
+    return LabelledImages(images.contiguous(), torch.tensor(source.targets))

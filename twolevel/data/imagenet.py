@@ -1,0 +1,185 @@
+"""ImageNet as folders, train/<class>/<image> and val/<class>/<image>, decoded by workers."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2 import functional as TF
+
+from twolevel.data.augment import Normalise, draw_resized_crop
+from twolevel.data.config import class_folders
+from twolevel.data.order import Order, share, stream
+from twolevel.errors import UserError
+
+MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of each channel, as torchvision's models use them."""
+
+RESIZE = 256 / 224
+"""How much larger than the crop the shorter side is made for testing (Krizhevsky et al., 2012)."""
+
+Job = tuple[list[int], tuple[int, int, int] | None]
+"""The images of one batch; to augment them, also (seed, epoch, place in the epoch of the first)."""
+
+
+def verify(root: Path) -> list[str]:
+    """The classes of both splits.
+
+    Raises:
+        UserError: a split is missing or empty, or they have different classes.
+    """
+    train, val = (class_folders(root / split) for split in ("train", "val"))
+    if train != val:
+        odd = sorted(set(train) ^ set(val))
+        some = ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else "")
+        raise UserError(
+            f"{root}/train and {root}/val differ in {len(odd)} classes ({some}); "
+            "each needs a folder of the same name for every class"
+        )
+    return train
+
+
+class ImageFiles(Dataset):
+    """The images of one split; what one reads from it is a whole batch, by its `Job`."""
+
+    def __init__(self, folder: Path, image_size: int) -> None:
+        source = ImageFolder(folder, allow_empty=True)
+        if empty := sorted(set(range(len(source.classes))).difference(source.targets)):
+            raise UserError(
+                f"{folder / source.classes[empty[0]]} holds no images; "
+                "every class of imagenet needs at least one"
+            )
+        # An array: a list's million strings would be copied into every worker as it counts references.
+        self.paths = np.array([os.fsencode(path) for path, _ in source.samples])
+        self.labels = torch.tensor(source.targets)
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, job: Job) -> tuple[Tensor, Tensor] | UserError:
+        """Images [B, 3, S, S] (uint8) and labels [B], or what stands against them.
+
+        An error is returned, not raised: the loader would wrap it into the traceback of its worker.
+        """
+        index, key = job
+        images = []
+        for row, i in enumerate(index):
+            try:
+                image = _decode(Path(os.fsdecode(self.paths[i])))
+            except UserError as error:
+                return error
+            if key is None:
+                images.append(centre_crop(image, self.image_size))
+            else:
+                seed, epoch, first = key
+                generator = stream("image", seed, epoch, first + row)
+                images.append(random_crop(image, self.image_size, generator))
+        return torch.stack(images), self.labels[index]
+
+
+def random_crop(image: Image.Image, size: int, generator: torch.Generator) -> Tensor:
+    """A random part of the image, resized to [3, size, size] (uint8) and mirrored half of the time."""
+    box = draw_resized_crop(image.height, image.width, generator)
+    image = TF.resized_crop(image, *box, size=[size, size])
+    if torch.randint(0, 2, (), generator=generator):
+        image = TF.horizontal_flip(image)
+    return TF.pil_to_tensor(image)
+
+
+def centre_crop(image: Image.Image, size: int) -> Tensor:
+    """The centre [3, size, size] (uint8) of the image, whose shorter side is first made 256/224 of that."""
+    image = TF.resize(image, [round(size * RESIZE)])
+    return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
+
+
+def _decode(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise what they like on damaged data
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from None
+
+
+class _Folder:
+    """What both splits share: files, the processes that decode them, and the way to the device."""
+
+    def __init__(self, files: ImageFiles, normalise: Normalise, device: torch.device, workers: int):
+        self.files = files
+        self.normalise = normalise
+        self.device = device
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _read(self, jobs: Iterable[Job]) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            self.files,
+            batch_size=None,  # a job is a whole batch
+            sampler=jobs,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else the loader draws from the process's global stream
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield self.normalise(images), labels
+
+
+class TrainFolder(_Folder):
+    """A `TrainSplit` of a folder of images."""
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        normalise: Normalise,
+        device: torch.device,
+        workers: int,
+        order: Order,
+        augment: bool,
+    ) -> None:
+        super().__init__(files, normalise, device, workers)
+        self.order = order
+        self.augment = augment
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._read(self._jobs(epoch, start))
+
+    def _jobs(self, epoch: int, start: int) -> Iterator[Job]:
+        order = self.order
+        for position, index in order.batches(epoch, start):
+            first = position * order.batch_size + order.rows.start
+            yield index.tolist(), (order.seed, epoch, first) if self.augment else None
+
+
+class EvalFolder(_Folder):
+    """An `EvalSplit` of a folder of images."""
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        normalise: Normalise,
+        device: torch.device,
+        workers: int,
+        data_rank: int,
+        data_size: int,
+    ) -> None:
+        super().__init__(files, normalise, device, workers)
+        self.share = share(len(files), data_rank, data_size)
+
+    def eval_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        whole = range(0, len(self.share), batch_size)
+        return self._read((list(self.share[i : i + batch_size]), None) for i in whole)
