@@ -1,6 +1,7 @@
 # Set-up needs python3 (3.11 or newer) and this file; everything else is installed into .venv.
 PYTHON ?= python3
 RANKS ?= 4
+EPOCHS ?= 12
 
 help:
 	@echo "make demo    install into .venv, then train GC-2L over $(RANKS) ranks on the bundled sample"
@@ -12,6 +13,15 @@ help:
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --editable '.[dev,mpi]'
 	@touch $@
+
+demo: .venv/installed
+	rm -rf runs/demo
+	.venv/bin/torchrun --nproc-per-node $(RANKS) -m twolevel train --model wrn-16-2 --conv gc2l --groups 4 \
+		--data sample --batch-size 100 --epochs $(EPOCHS) --lr-schedule cosine --output runs/demo
+	@echo
+	@echo "Next, the real data (downloads CIFAR-10 into data/, 170 MB):"
+	@echo "  .venv/bin/torchrun --nproc-per-node $(RANKS) -m twolevel train --model wrn-16-2 --conv gc2l --groups 4 \\"
+	@echo "      --data cifar10 --download"
 
 test: .venv/installed
 	.venv/bin/ruff check

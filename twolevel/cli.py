@@ -6,6 +6,7 @@ Commands import what they need when they run, so that help comes at once.
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -91,13 +92,28 @@ def parse(cls: type[T], name: str, argv: list[str], default: T | None = None) ->
 
 
 def _one_line(box: str) -> str:
-    """The message of tyro's error box: its first paragraphs, without the frame and the pointer to the help."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    text = " ".join(lines).split(" ─")[0]
-    more = [line for line in lines if line.startswith("--")]
-    if text.startswith("Unrecognized options") and more:
-        text += f"; did you mean {more[0].split()[0]}?"
-    return text.removeprefix("Error ").partition(": ")[2] if text.startswith("Error parsing ") else text
+    """The message of tyro's error box and the nearest option.
+
+    The box is drawn with lines, in ASCII, or without a frame, as the output's encoding allows; its title is in
+    the frame or a paragraph of its own, and paragraphs are parted by rules.
+    """
+    paragraphs, framed = [[]], False
+    for line in box.splitlines():
+        framed = framed or line.startswith(("│", "|"))
+        line = line.strip("│| ")
+        if line.startswith(("╭", "╰", "+")):
+            continue
+        if line.strip("─-"):
+            paragraphs[-1].append(line)
+        else:
+            paragraphs.append([])
+    paragraphs = [" ".join(lines) for lines in paragraphs if lines][0 if framed else 1 :]
+    text = paragraphs[0] if paragraphs else "the options cannot be read"
+    near = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(paragraphs[1:]))
+    if near:
+        text += f"; did you mean {near[1]}?"
+    # "Error parsing data: ..." names the section of the configuration, which a user need not know.
+    return re.sub(r"^Error parsing \w+: ", "", text)
 
 
 def _rank() -> int:

@@ -54,6 +54,9 @@ class EvaluateConfig:
     data_root: Path | None = None
     """folder of the data set; that of the run unless given"""
 
+    workers: int | None = None
+    """processes that decode ImageNet images; those of the run unless given"""
+
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """bf16 is autocast"""
 
@@ -69,6 +72,7 @@ def evaluate(argv: list[str]) -> None:
         config.weights,
         data=config.data,
         data_root=config.data_root,
+        workers=config.workers,
         precision=config.precision,
         mesh=config.mesh,
     )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torchvision
 
 from twolevel import __version__
-from twolevel.distributed.environment import discover
+from twolevel.distributed.launchers import discover
 
 
 def examine() -> Iterator[tuple[str, str]]:

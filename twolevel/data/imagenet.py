@@ -14,8 +14,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from twolevel.data.augment import Normalise, draw_resized_crop
 from twolevel.data.config import class_folders
-from twolevel.data.order import Order, share, stream
+from twolevel.data.order import Order, share
 from twolevel.errors import UserError
+from twolevel.streams import stream
 
 MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of each channel, as torchvision's models use them."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from twolevel.data.augment import Normalise, crop_and_flip, draw_crops
-from twolevel.data.order import Order, share, stream
+from twolevel.data.order import Order, share
+from twolevel.streams import stream
 
 
 @dataclass(frozen=True)

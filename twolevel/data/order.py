@@ -1,6 +1,5 @@
 """Which images make a batch: a function of (seed, epoch, position), for any number of ranks."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,16 +7,7 @@ import torch
 from torch import Tensor
 
 from twolevel.errors import UserError
-
-
-def stream(*key: int | str) -> torch.Generator:
-    """A CPU generator of random numbers, seeded by `key` alone.
-
-    The seed is a SHA-256 of the key's text: neighbouring keys have unrelated streams, and every
-    process the same ones (Python's own `hash` of a string differs between processes).
-    """
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+from twolevel.streams import stream
 
 
 def share(num_images: int, data_rank: int, data_size: int) -> range:

@@ -12,27 +12,30 @@ from torch import Tensor, nn
 from twolevel.errors import UserError
 from twolevel.models.registry import create
 
-_KEY = "twolevel"  # of the file's metadata: how to create the network, as JSON
+_KEY = (
+    "twolevel"  # of the file's metadata: {"create": how to make the network, "data": what it was trained on}
+)
 
 
-def save(path: Path | str, tensors: dict[str, Tensor], **create_options: Any) -> None:
-    """Write a single-process `state_dict()` and the arguments of `create` that make its network."""
+def save(path: Path | str, tensors: dict[str, Tensor], create: dict[str, Any], data: dict[str, Any]) -> None:
+    """Write a single-process `state_dict()`, the arguments of `create` for its network, and its data set's settings."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path, metadata={_KEY: json.dumps(create_options)})
+        save_file(contiguous, path, metadata={_KEY: json.dumps({"create": create, "data": data})})
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(arguments of `create`, state_dict) of a file that `save` wrote.
+def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """(arguments of `create`, the data set's settings, state_dict) of a file that `save` wrote.
 
     Raises UserError where the file is missing, damaged, or of another program.
     """
     try:
         with safe_open(path, "pt") as file:
-            options = json.loads((file.metadata() or {})[_KEY])
-            return options, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            about = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return about["create"], about["data"], tensors
     except KeyError:
         raise UserError(
             f"{path} was not written by twolevel export: it does not say which network it is"
@@ -43,7 +46,7 @@ def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def load(path: Path | str) -> nn.Module:
     """The single-process network of a file that `twolevel export` wrote, with its weights."""
-    options, tensors = read(path)
+    options, _, tensors = read(path)
     with torch.device("meta"):
         model = create(**options)
     try:

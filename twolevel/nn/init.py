@@ -1,12 +1,12 @@
 """Initial parameters that do not depend on the number of processors."""
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor, nn
 
 from twolevel.nn.layout import layout_of
+from twolevel.streams import stream
 
 
 @torch.no_grad()
@@ -37,14 +37,12 @@ def _draw_he_normal(weight: Tensor, name: str, layout, seed: int) -> None:
     std = math.sqrt(2 / math.prod(layout.whole_shape(name, weight)[1:]))
     dim = layout.dims[name]
     if dim is None:
-        weight.copy_(_stream(seed, name, 0, weight.shape) * std)
+        weight.copy_(_normal(weight.shape, seed, name, 0) * std)
         return
     held = layout.held_groups()
     for group, part in zip(held, weight.chunk(len(held), dim), strict=True):
-        part.copy_(_stream(seed, name, group, part.shape) * std)
+        part.copy_(_normal(part.shape, seed, name, group) * std)
 
 
-def _stream(seed: int, name: str, group: int, shape) -> Tensor:
-    digest = hashlib.sha256(f"{seed}/{name}/{group}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+def _normal(shape, *key: int | str) -> Tensor:
+    return torch.randn(shape, generator=stream(*key), dtype=torch.float32, device="cpu")

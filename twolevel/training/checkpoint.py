@@ -27,6 +27,8 @@ from twolevel.errors import UserError
 from twolevel.nn import Layout
 
 STATE = "state.json"
+REQUIRED = {"config", "num_classes", "step", "epoch_sums", "ranks"}
+SECTIONS = {"model", "data", "optimiser", "run"}
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException)
 
 
@@ -79,8 +81,10 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint: it has no {STATE}; give a folder like runs/last") from None
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path} is damaged: {STATE}: {error}") from error
-    if not isinstance(state, dict) or not {"config", "step"} <= state.keys():
-        raise UserError(f"checkpoint {path} is damaged: {STATE} has no config or no step")
+    missing = REQUIRED - state.keys() if isinstance(state, dict) else REQUIRED
+    missing = missing or SECTIONS - state["config"].keys()
+    if missing:
+        raise UserError(f"checkpoint {path} is damaged: {STATE} lacks {', '.join(sorted(missing))}")
     return state
 
 

@@ -22,7 +22,7 @@ from twolevel.training.display import Display
 from twolevel.training.evaluate import autocast, batch_sums, evaluate, sum_over_data
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
-from twolevel.training.setup import Ranks, check_resumable, claim_output, join
+from twolevel.training.setup import Context, check_resumable, claim_output, join
 from twolevel.training.state import TrainState, seed_ranks
 
 
@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> dict | None:
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks):
+    def __init__(self, config: TrainConfig, ranks: Context):
         self.config, self.ranks = config, ranks
         mesh, run, rule = ranks.mesh, config.run, config.optimiser
         start = checkpoint.newest(run.output / "checkpoints") if run.resume else None

@@ -42,7 +42,7 @@ FREE_ON_RESUME += (
 
 
 @dataclass
-class Ranks:
+class Context:
     """The ranks of a command, which agree on what they were asked to do."""
 
     world: World
@@ -80,12 +80,12 @@ class Ranks:
         stop(self.world)
 
 
-def join(mesh: MeshConfig, settings: dict) -> Ranks:
+def join(mesh: MeshConfig, settings: dict) -> Context:
     """Meet the other ranks, make sure that all have the same settings, and lay out the mesh."""
     world = start(mesh.device, mesh.timeout)
     try:
         require_equal("configurations", settings, world.device)
-        return Ranks(world, init_mesh(mesh.data_parallel, mesh.group_parallel, device=mesh.device))
+        return Context(world, init_mesh(mesh.data_parallel, mesh.group_parallel, device=mesh.device))
     except BaseException:
         stop(world)
         raise

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from twolevel.distributed import sync_buffers
 from twolevel.nn import layout_of
+from twolevel.streams import stream
 from twolevel.training import checkpoint
 from twolevel.training.config import TrainConfig
 
@@ -115,4 +116,4 @@ def named_parts(prefix: str, model: nn.Module, mesh: DeviceMesh) -> dict[str, Te
 
 def seed_ranks(seed: int, step: int) -> None:
     """Give every rank its own stream for what must differ between ranks, such as dropout."""
-    torch.manual_seed(hash((seed, step, dist.get_rank())) & (2**63 - 1))
+    torch.manual_seed(stream("rank", seed, step, dist.get_rank()).initial_seed())

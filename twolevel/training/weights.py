@@ -30,6 +30,7 @@ class Weights:
     options: dict[str, Any]
     data: dict[str, Any]
     which: Which
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def find(cls, path: Path, which: Which = "model") -> "Weights":
@@ -42,8 +43,8 @@ class Weights:
                 raise UserError(
                     f"{path} is an exported file and holds one set of weights; leave weights={which} out"
                 )
-            options, _ = files.read(path)
-            return cls(path, options, {}, which)
+            options, data, _ = files.read(path)
+            return cls(path, options, data, which)
         newest = checkpoint.newest(path / "checkpoints")
         if newest is None and not (path / checkpoint.STATE).exists():
             raise UserError(
@@ -54,7 +55,9 @@ class Weights:
         if which == "ema" and state["config"]["optimiser"]["ema_decay"] is None:
             raise UserError(f"{path} has no moving average of the weights: the run had no --ema-decay")
         options = ModelConfig(**state["config"]["model"]).create_options()
-        return cls(path, options | {"num_classes": state["num_classes"]}, state["config"]["data"], which)
+        options["num_classes"] = state["num_classes"]
+        wide = state["config"]["run"]["precision"] == "float64"
+        return cls(path, options, state["config"]["data"], which, torch.float64 if wide else torch.float32)
 
     def load_into(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Fill this rank's part of the network."""
@@ -62,7 +65,7 @@ class Weights:
             checkpoint.load(self.path, named_parts(self.which, model, mesh))
             return
         layout = layout_of(model)
-        _, tensors = files.read(self.path)
+        *_, tensors = files.read(self.path)
         missing = model.state_dict().keys() ^ tensors.keys()
         if missing:
             raise UserError(f"{self.path} does not hold what its network needs: {sorted(missing)[0]} differs")
@@ -76,9 +79,9 @@ class Weights:
             raise UserError(f"{self.path} is an exported file already")
         with torch.device("meta"):
             model = create(**self.options)
-        tensors = model.to_empty(device="cpu").state_dict()
+        tensors = model.to(self.dtype).to_empty(device="cpu").state_dict()
         checkpoint.load(self.path, {f"{self.which}.{name}": tensor for name, tensor in tensors.items()})
-        files.save(output, tensors, **self.options)
+        files.save(output, tensors, self.options, {name: self.data[name] for name in ("data", "image_size")})
 
 
 def evaluate_weights(
@@ -87,22 +90,22 @@ def evaluate_weights(
     *,
     data: str | None = None,
     data_root: Path | None = None,
+    workers: int | None = None,
     precision: str = "float32",
     mesh: MeshConfig,
 ) -> tuple[float, float, int] | None:
     """(loss, error in percent, images) of the weights at `path` on rank 0, None on the others; all ranks call it.
 
-    The data set is the one they were trained on, unless `data` and `data_root` say otherwise.
+    The data set is the one they were trained on, unless what is given says otherwise.
     """
     ranks = join(mesh, {"path": str(path), "weights": which, "data": data, "precision": precision})
     try:
         with together(ranks.device):
             weights = Weights.find(path, which)
-            if data is None and not weights.data:
-                raise UserError(f"{path} does not say what it was trained on; name the data set with --data")
-            root = data_root or weights.data.get("data_root", "data")
-            settings = {"image_size": weights.data["image_size"]} if "image_size" in weights.data else {}
-            config = DataConfig(data=data or weights.data["data"], data_root=root, **settings)
+            given = {"data": data, "data_root": data_root, "workers": workers}
+            given = {name: value for name, value in given.items() if value is not None}
+            # Training batches are not looked at: any size does that divides over the replicas.
+            config = DataConfig(**weights.data | given | {"batch_size": mesh.data_parallel})
         dtype = torch.float64 if precision == "float64" else torch.float32
         images = ranks.load_data(config, 0, dtype)
         if images.num_classes != weights.options["num_classes"]:

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Train on several machines: run the same line on each.
+#   launch/torchrun-multinode.sh NODES RANKS_PER_NODE HOST[:PORT] ARGUMENTS...
+#   launch/torchrun-multinode.sh 2 8 node01 --model wrn-28-10 --conv gc2l --groups 16 --data cifar10
+# HOST is one of the machines, by a name or address that all of them reach; PORT is 29400 unless given.
+set -euo pipefail
+usage="usage: launch/torchrun-multinode.sh NODES RANKS_PER_NODE HOST[:PORT] ARGUMENTS of twolevel train..."
+nodes=${1:?$usage}
+ranks=${2:?$usage}
+host=${3:?$usage}
+shift 3
+
+# torchrun would give every rank one thread. On GPUs the number hardly matters.
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+
+# c10d: the machines number themselves, so the line is the same on all. Set JOB, again on all, when two
+# trainings share a HOST and PORT.
+exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" \
+    --rdzv-backend c10d --rdzv-endpoint "$host" --rdzv-id "${JOB:-twolevel}" \
+    -m twolevel train "$@"

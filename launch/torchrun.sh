@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train on one machine.   launch/torchrun.sh RANKS ARGUMENTS...
+#   launch/torchrun.sh 4 --model wrn-28-10 --conv gc2l --groups 4 --data cifar10
+set -euo pipefail
+ranks=${1:?usage: launch/torchrun.sh RANKS ARGUMENTS of twolevel train...}
+shift
+
+# torchrun would give every rank one thread. On GPUs the number hardly matters.
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+
+# --standalone: rank 0 takes a free port, so two trainings on one machine do not meet.
+exec torchrun --standalone --nproc-per-node "$ranks" -m twolevel train "$@"
