@@ -1,0 +1,60 @@
+"""The command line, run inside a rank of the pool."""
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from twolevel.cli import main
+
+
+@dataclass
+class Outcome:
+    """What one rank's command left: exit status and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(*argv: object) -> Outcome:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(word) for word in argv])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def command_by_rank(argv_by_rank: list[list]) -> Outcome:
+    """As `command`, with other words on each rank."""
+    import os
+
+    return command(*argv_by_rank[int(os.environ["RANK"])])
+
+
+def run(pool, *argv: object, ranks: int = 1, timeout: float = 90) -> list[Outcome]:
+    """A command on that many ranks, which has to succeed."""
+    outcomes = pool.run(command, *argv, ranks=ranks, timeout=timeout, init=False)
+    assert [o.code for o in outcomes] == [0] * ranks, "\n".join(o.err for o in outcomes)
+    return outcomes
+
+
+def records(output: Path, kind: str) -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def write_image_folder(root: Path, size: int = 16) -> Path:
+    """An ImageNet-style folder of 24 training and 7 test images of noise, three classes."""
+    import numpy as np
+
+    noise = np.random.default_rng(0)
+    for split, number in (("train", 24), ("val", 7)):
+        for index in range(number):
+            folder = root / split / f"class{index % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = noise.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:02}.png")
+    return root

@@ -1,0 +1,63 @@
+"""Configuration: the published recipe, round trips, and one line for what cannot be honoured."""
+
+import pytest
+
+from twolevel.data.config import DataConfig
+from twolevel.errors import UserError
+from twolevel.training.config import MeshConfig, ModelConfig, OptimiserConfig, RunConfig, TrainConfig
+
+
+def test_cifar_gets_the_papers_recipe():
+    rule = TrainConfig(data=DataConfig(data="cifar10")).optimiser
+    assert (rule.epochs, rule.lr_milestones, rule.weight_decay) == (200, (60, 120, 160), 5e-4)
+    assert (rule.learning_rate, rule.momentum, rule.lr_gamma) == (0.1, 0.9, 0.1)
+
+
+def test_imagenet_gets_its_own():
+    rule = TrainConfig(data=DataConfig(data="imagenet")).optimiser
+    assert (rule.epochs, rule.lr_milestones, rule.weight_decay) == (90, (30, 60), 1e-4)
+
+
+def test_what_is_given_is_kept():
+    given = OptimiserConfig(epochs=7, lr_milestones=(2,), weight_decay=0.0)
+    rule = TrainConfig(optimiser=given).optimiser
+    assert (rule.epochs, rule.lr_milestones, rule.weight_decay) == (7, (2,), 0.0)
+
+
+def test_a_configuration_survives_its_file():
+    config = TrainConfig(
+        model=ModelConfig(model="wrn-16-2", conv="gc", groups=8),
+        optimiser=OptimiserConfig(lr_schedule="cosine", ema_decay=0.999, clip_norm=1.0),
+        mesh=MeshConfig(data_parallel=2),
+        run=RunConfig(seed=3, precision="bf16"),
+    )
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_setting_names_are_unique_across_sections():
+    sections = TrainConfig().to_dict()
+    assert len(TrainConfig().flat()) == sum(len(section) for section in sections.values())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: OptimiserConfig(learning_rate=0), "learning_rate=0 does not do; use a positive number"),
+        (lambda: OptimiserConfig(momentum=1.0), "momentum=1.0"),
+        (lambda: OptimiserConfig(momentum=0, nesterov=True), "nesterov=True"),
+        (lambda: OptimiserConfig(ema_decay=1.5), "ema_decay=1.5"),
+        (lambda: OptimiserConfig(accumulate=0), "accumulate=0"),
+        (lambda: OptimiserConfig(lr_milestones=(5, 3)), "lr_milestones"),
+        (lambda: OptimiserConfig(lr_schedule="cosine", lr_milestones=(3,)), "leave them out with cosine"),
+        (lambda: RunConfig(log_steps=0), "log_steps=0"),
+        (lambda: ModelConfig(conv="gc", schedule="fused"), "schedule=fused"),
+        (lambda: TrainConfig(optimiser=OptimiserConfig(epochs=2, warmup_epochs=3)), "warmup_epochs=3"),
+        (lambda: TrainConfig(optimiser=OptimiserConfig(accumulate=3)), "batch_size=128 does not divide"),
+        (lambda: TrainConfig.from_dict({"model": {"modle": "x"}}), "'modle'"),
+        (lambda: TrainConfig.from_dict({"model": 3}), "3"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(build, message):
+    with pytest.raises(UserError, match=r"^[^\n]*$") as raised:
+        build()
+    assert message in str(raised.value)
