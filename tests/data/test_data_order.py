@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from twolevel.data.order import Order, share, stream
+from twolevel.data.order import Order, share
 from twolevel.errors import UserError
+from twolevel.streams import stream
 
 
 def epoch_of(order: Order, epoch: int = 0, start: int = 0) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
-from twolevel.nn.checks import check_groups
+from twolevel.nn.arguments import check_groups
 from twolevel.nn.layout import convolutions, last_linear
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]

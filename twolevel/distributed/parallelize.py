@@ -9,7 +9,7 @@ from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.layers import SplitClassifier, SplitStem
 from twolevel.errors import UserError
 from twolevel.nn import Layout, TwoLevelConv2d, layout_of
-from twolevel.nn.checks import check_groups
+from twolevel.nn.arguments import check_groups
 from twolevel.nn.layout import convolutions, last_linear
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.checks import check_groups
+from twolevel.nn.arguments import check_groups
 from twolevel.nn.two_level import TwoLevelConv2d
 
 

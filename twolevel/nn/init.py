@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from twolevel.nn.layout import layout_of
+from twolevel.nn.whole import WholeConv2d
 from twolevel.streams import stream
 
 
@@ -22,6 +23,9 @@ def initialize(model: nn.Module, seed: int = 0, device: torch.device | str | Non
         model.to_empty(device=device)
     layout = layout_of(model)
     for prefix, module in model.named_modules():
+        if isinstance(module, WholeConv2d):
+            module.reset_parameters(stream(seed, prefix))
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             key = f"{prefix}.{name}" if prefix else name
             if isinstance(module, nn.Conv2d | nn.Linear) and name == "weight":

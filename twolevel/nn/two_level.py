@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from twolevel.errors import UserError, unknown
-from twolevel.nn.checks import check_groups
-from twolevel.ops import LOCAL, SCHEDULES, Exchange, Geometry, Schedule, two_level_conv2d
+from twolevel.errors import unknown
+from twolevel.nn.arguments import check_groups, geometry
+from twolevel.ops import LOCAL, SCHEDULES, Exchange, Schedule, two_level_conv2d
 
 
 class TwoLevelConv2d(nn.Module):
@@ -48,12 +48,11 @@ class TwoLevelConv2d(nn.Module):
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
         if schedule not in SCHEDULES:
             raise unknown("schedule", schedule, SCHEDULES)
-        kernel_size, dilation = _pair(kernel_size), _pair(dilation)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = kernel_size
+        self.kernel_size = _pair(kernel_size)
         self.groups = groups
-        self.geometry = Geometry(_pair(stride), _padding(padding, kernel_size, dilation), dilation)
+        self.geometry = geometry(kernel_size, stride, padding, dilation)
         self.schedule = schedule
         self.exchange: Exchange = LOCAL
         options = {"bias": False, "device": device, "dtype": dtype}
@@ -81,17 +80,3 @@ class TwoLevelConv2d(nn.Module):
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
         text += f"groups={self.groups}, schedule={self.schedule!r}"
         return text + (f", ranks={self.exchange.ranks}" if self.exchange.ranks > 1 else "")
-
-
-def _padding(padding, kernel_size, dilation) -> tuple[int, int]:
-    """nn.Conv2d's padding as two numbers."""
-    if padding == "valid":
-        return (0, 0)
-    if padding != "same":
-        return _pair(padding)
-    reach = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-    if any(r % 2 for r in reach):
-        raise UserError(
-            f"padding='same' with kernel_size={kernel_size} pads unevenly; use an odd kernel or numbers"
-        )
-    return (reach[0] // 2, reach[1] // 2)

@@ -1,0 +1,35 @@
+"""The arguments that all convolutions share, checked and brought to one form."""
+
+from torch.nn.modules.utils import _pair
+
+from twolevel.errors import UserError
+from twolevel.ops import Geometry
+
+
+def check_groups(groups: int, /, **channels: int) -> None:
+    """Raise UserError unless `groups` is a positive divisor of each of the named channel numbers."""
+    if groups < 1:
+        raise UserError(f"groups={groups} is not positive; use 1 or more")
+    for name, number in channels.items():
+        if number % groups:
+            fits = [g for g in range(1, number + 1) if all(c % g == 0 for c in channels.values())]
+            some = ", ".join(map(str, fits[:8])) + (", ..." if len(fits) > 8 else "")
+            raise UserError(f"groups={groups} does not divide {name}={number}; use one of {some}")
+
+
+def geometry(kernel_size, stride, padding, dilation) -> Geometry:
+    """nn.Conv2d's arguments, numbers or pairs, with the paddings "same" and "valid" worked out.
+
+    Raises UserError where "same" would have to pad one side more than the other.
+    """
+    kernel_size, dilation = _pair(kernel_size), _pair(dilation)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        reach = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+        if any(r % 2 for r in reach):
+            raise UserError(
+                f"padding='same' with kernel_size={kernel_size} pads unevenly; use an odd kernel or numbers"
+            )
+        padding = (reach[0] // 2, reach[1] // 2)
+    return Geometry(_pair(stride), _pair(padding), dilation)

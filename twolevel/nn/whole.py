@@ -1,0 +1,57 @@
+"""What the convolutions share that run whole on every rank: Shuffle, FLGC, DGConv, DGC."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from twolevel.nn.arguments import geometry
+
+
+class WholeConv2d(nn.Module):
+    """A convolution without bias that every rank holds whole: `[B, n, H, W] -> [B, m, H', W']`.
+
+    A subclass calls `reset_parameters` at the end of its `__init__`.
+    """
+
+    undecayed: tuple[str, ...] = ()
+    """Own parameters that weight decay must spare, by name."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, *, dilation=1):
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.geometry = geometry(kernel_size, stride, padding, dilation)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial values of this module's own parameters, on the CPU; children draw their own."""
+        raise NotImplementedError
+
+    def macs(self, pixels: int, *, nominal: bool = False) -> int:
+        """Multiply-accumulates of one image with `pixels` = H' W' outputs.
+
+        As the layer is now, in its inference form; `nominal` as papers count it.
+        """
+        raise NotImplementedError
+
+    def used_parameters(self, *, nominal: bool = False) -> int:
+        """Parameters that the inference form needs; `nominal` as papers count them."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def to_inference(self) -> nn.Module:
+        """A frozen module with the same outputs in evaluation mode, to rounding, and less work."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+
+
+@torch.no_grad()
+def he_normal_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill with normal values of variance 2 / fan-in (He et al., arXiv 1502.01852), drawn on the CPU in float32."""
+    if weight.is_meta:
+        return weight
+    draws = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return weight.copy_(draws * math.sqrt(2 / math.prod(weight.shape[1:])))
