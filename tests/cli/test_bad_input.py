@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pool, fresh):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--ranks 3", "groups=3"),
+        ("--ranks 3", "ranks=3 does not divide groups=4; use one of 1, 2, 4"),
         ("--model wrn-28", "unknown model"),
         ("--groups 5", "groups=5 does not divide"),
     ],

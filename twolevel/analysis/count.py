@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
-from twolevel.nn.arguments import check_groups
-from twolevel.nn.layout import convolutions, last_linear
+from twolevel.nn.arguments import check_divides
+from twolevel.nn.layout import ends
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 
@@ -117,19 +117,19 @@ def count(
             f"this network is part {layout.index} of {layout.parts}; count the whole with ranks=P"
         )
     ranks = layout.groups if ranks is None else ranks
-    check_groups(ranks, groups=layout.groups)
+    check_divides("ranks", ranks, groups=layout.groups)
 
-    ends = {*convolutions(model)[:1], last_linear(model)}
+    whole_ends = ends(model)
     outputs = _output_shapes(model, input_shape)
     layers, held_whole_ends = [], 0
     for name, module in model.named_modules():
         if name not in outputs:
             continue
         tensors = dict(module.named_parameters())
-        split = {k: layout.dims[f"{name}.{k}"] is not None for k in tensors}
+        split = {k: layout.dims[f"{name}.{k}" if name else k] is not None for k in tensors}
         held = sum(t.numel() // (ranks if split[k] else 1) for k, t in tensors.items())
         parameters = sum(t.numel() for t in tensors.values())
-        held_whole_ends += parameters if module in ends else held
+        held_whole_ends += parameters if module in whole_ends else held
         macs = _macs(module, outputs[name])
         layers.append(
             LayerCount(
@@ -140,7 +140,7 @@ def count(
                 held,
                 macs,
                 macs // ranks if any(split.values()) else macs,
-                _collectives(module, outputs[name], ranks, batch_size, dtype, module in ends),
+                _collectives(module, outputs[name], ranks, batch_size, dtype, module in whole_ends),
             )
         )
     return Count(layout.groups, ranks, batch_size, tuple(layers), held_whole_ends)

@@ -23,7 +23,9 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.axis.group)
         if self.track_running_stats:
             self.num_batches_tracked += 1
-            rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            rate = self.momentum
+            if rate is None:  # the mean over all batches so far, without waiting for the device
+                rate = 1 / self.num_batches_tracked.to(self.running_mean)
             unbiased = var * (count / (count - 1))
             self.running_mean.lerp_(mean.to(self.running_mean), rate)
             self.running_var.lerp_(unbiased.to(self.running_var), rate)
@@ -62,5 +64,8 @@ class _Normalise(torch.autograd.Function):
         sums = torch.stack([g_bias, g_weight]) / count
         dist.all_reduce(sums, dist.ReduceOp.SUM, ctx.group)
         mean_g, mean_gx = sums
-        gx = (wide - mean_g[across] - centred * mean_gx[across]) * (weight * inv_std)[across]
+        gx = (wide - mean_g[across] - centred * mean_gx[across]) * inv_std[across]
+        if weight is None:
+            return gx.to(x.dtype), None, None, None, None
+        gx = gx * weight[across]
         return gx.to(x.dtype), g_weight.to(weight.dtype), g_bias.to(weight.dtype), None, None

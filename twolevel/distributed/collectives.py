@@ -39,6 +39,7 @@ class MeshAxis:
 
     def scatter_sum(self, parts: Tensor) -> _InFlight:
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
+        _refuse_second_derivative(parts)
         result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         work = dist.reduce_scatter_tensor(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
         return _InFlight(work, result)
@@ -75,6 +76,13 @@ class _SumBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _refuse_second_derivative(grad)
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, dist.ReduceOp.SUM, ctx.group)
         return total, None
+
+
+def _refuse_second_derivative(gradient: Tensor) -> None:
+    """Collectives of torch.distributed pass no gradient: a derivative of one taken here would be wrong."""
+    if torch.is_grad_enabled() and gradient.requires_grad:
+        raise NotImplementedError("second derivatives do not cross ranks; take them on one process")

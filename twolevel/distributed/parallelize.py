@@ -7,10 +7,11 @@ from torch.nn.parallel import DistributedDataParallel
 from twolevel.distributed.batch_norm import SyncedBatchNorm2d
 from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.layers import SplitClassifier, SplitStem
+from twolevel.distributed.within_groups import check_within_groups
 from twolevel.errors import UserError
 from twolevel.nn import Layout, TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_groups
-from twolevel.nn.layout import convolutions, last_linear
+from twolevel.nn.layout import ends
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, *, sync_batch_norm: bool = False) -> nn.Module:
@@ -54,33 +55,23 @@ def replicate(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _check(model: nn.Module, layout: Layout, ranks: int) -> None:
+    check_within_groups(model, ranks)
     groups = layout.groups
-    stem, classifier = _ends(model)
-    for name, module in model.named_modules():
-        if module in (stem, classifier) or isinstance(_parent(model, name), TwoLevelConv2d):
-            continue
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
-            raise UserError(
-                f"{name} is a dense convolution and cannot be split over group={ranks} ranks; "
-                f"use conv='gc' or 'gc2l', or replicate it with data={ranks}, group=1"
-            )
-        known = isinstance(module, TwoLevelConv2d | nn.Conv2d | nn.BatchNorm2d)
-        if not known and any(True for _ in module.parameters(recurse=False)):
-            raise UserError(
-                f"{name} ({type(module).__name__}) is not known to act within channel groups and cannot be "
-                f"split over group={ranks} ranks; replicate the network with data={ranks}, group=1"
-            )
     if groups % ranks:
         fits = ", ".join(str(p) for p in range(1, groups + 1) if groups % p == 0)
         raise UserError(f"group={ranks} ranks do not divide groups={groups}; use one of {fits} ranks")
+    stem, classifier = ends(model)
     if stem is not None:
         check_groups(groups, stem_channels=stem.out_channels)
     if classifier is not None:
         check_groups(groups, classifier_features=classifier.in_features)
+    for name, module in model.named_modules():
+        if isinstance(module, TwoLevelConv2d) and module.schedule == "dense":
+            raise UserError(f"schedule='dense' needs every channel on one rank: {name} has {ranks}; use auto")
 
 
 def _cut(model: nn.Module, layout: Layout, axis: MeshAxis) -> None:
-    stem, classifier = _ends(model)
+    stem, classifier = ends(model)
     for prefix, module in model.named_modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             key = f"{prefix}.{name}" if prefix else name
@@ -97,10 +88,6 @@ def _cut(model: nn.Module, layout: Layout, axis: MeshAxis) -> None:
             module.__class__, module.axis = SplitClassifier, axis
             module.in_features //= axis.ranks
         elif isinstance(module, TwoLevelConv2d):
-            if module.schedule == "dense":
-                raise UserError(
-                    f"schedule='dense' needs every channel on one rank: {prefix} has {axis.ranks}"
-                )
             module.exchange = axis
         elif isinstance(module, nn.Conv2d):
             module.out_channels //= axis.ranks
@@ -109,14 +96,3 @@ def _cut(model: nn.Module, layout: Layout, axis: MeshAxis) -> None:
                 module.groups //= axis.ranks
         elif isinstance(module, nn.BatchNorm2d):
             module.num_features //= axis.ranks
-
-
-def _ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:
-    """The stem (the first convolution, where dense) and the classifier."""
-    first = next(iter(convolutions(model)), None)
-    stem = first if isinstance(first, nn.Conv2d) and first.groups == 1 else None
-    return stem, last_linear(model)
-
-
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])

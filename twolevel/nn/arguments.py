@@ -2,19 +2,24 @@
 
 from torch.nn.modules.utils import _pair
 
-from twolevel.errors import UserError
+from twolevel.errors import UserError, unknown
 from twolevel.ops import Geometry
+
+
+def check_divides(what: str, divisor: int, /, **numbers: int) -> None:
+    """Raise UserError unless `divisor`, called `what`, is a positive divisor of each of the named numbers."""
+    if divisor < 1:
+        raise UserError(f"{what}={divisor} is not positive; use 1 or more")
+    for name, number in numbers.items():
+        if number % divisor:
+            fits = [d for d in range(1, number + 1) if all(n % d == 0 for n in numbers.values())]
+            some = ", ".join(map(str, fits[:8])) + (", ..." if len(fits) > 8 else "")
+            raise UserError(f"{what}={divisor} does not divide {name}={number}; use one of {some}")
 
 
 def check_groups(groups: int, /, **channels: int) -> None:
     """Raise UserError unless `groups` is a positive divisor of each of the named channel numbers."""
-    if groups < 1:
-        raise UserError(f"groups={groups} is not positive; use 1 or more")
-    for name, number in channels.items():
-        if number % groups:
-            fits = [g for g in range(1, number + 1) if all(c % g == 0 for c in channels.values())]
-            some = ", ".join(map(str, fits[:8])) + (", ..." if len(fits) > 8 else "")
-            raise UserError(f"groups={groups} does not divide {name}={number}; use one of {some}")
+    check_divides("groups", groups, **channels)
 
 
 def geometry(kernel_size, stride, padding, dilation) -> Geometry:
@@ -26,10 +31,14 @@ def geometry(kernel_size, stride, padding, dilation) -> Geometry:
     if padding == "valid":
         padding = 0
     elif padding == "same":
+        if _pair(stride) != (1, 1):
+            raise UserError(f"padding='same' takes stride=1, not stride={stride}; use numbers")
         reach = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
         if any(r % 2 for r in reach):
             raise UserError(
                 f"padding='same' with kernel_size={kernel_size} pads unevenly; use an odd kernel or numbers"
             )
         padding = (reach[0] // 2, reach[1] // 2)
+    elif isinstance(padding, str):
+        raise unknown("padding", padding, ("same", "valid"))
     return Geometry(_pair(stride), _pair(padding), dilation)

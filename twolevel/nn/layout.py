@@ -55,23 +55,23 @@ def layout_of(model: nn.Module) -> Layout:
     """The layout of a network: as `parallelize` left it, else that of the whole.
 
     Convolutions, normalisations and the first, dense convolution (the stem) divide by output channel at
-    dim 0; the last linear layer (the classifier) divides by input feature at dim 1, its bias not at all.
+    dim 0; the first linear layer (the classifier) divides by input feature at dim 1, its bias not at all;
+    what is defined after it does not divide.
     """
     kept = getattr(model, "layout", None)
     if kept is not None:
         return kept
     groups = channel_groups(model)
     dims: dict[str, int | None] = dict.fromkeys(model.state_dict())
-    if groups > 1:
-        classifier = last_linear(model)
-        for prefix, module in model.named_modules():
-            own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-            for name, tensor in own.items():
-                key = f"{prefix}.{name}" if prefix else name
-                if module is classifier:
-                    dims[key] = 1 if tensor.dim() == 2 else None
-                elif tensor.dim() > 0:
-                    dims[key] = 0
+    classifier = ends(model)[1]
+    for prefix, module in model.named_modules() if groups > 1 else ():
+        start = f"{prefix}." if prefix else ""
+        if module is classifier:
+            dims[start + "weight"] = 1
+            break
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.dim() > 0:
+                dims[start + name] = 0
     return Layout(groups, dims)
 
 
@@ -89,10 +89,11 @@ def convolutions(model: nn.Module) -> list[nn.Module]:
     return [m for m in _layers(model) if isinstance(m, TwoLevelConv2d | nn.Conv2d)]
 
 
-def last_linear(model: nn.Module) -> nn.Linear | None:
-    """The classifier: the linear layer that is defined last."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return linears[-1] if linears else None
+def ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:
+    """The stem (the first convolution, where it is dense) and the classifier (the first linear layer)."""
+    first = next(iter(convolutions(model)), None)
+    stem = first if isinstance(first, nn.Conv2d) and first.groups == 1 else None
+    return stem, next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from twolevel.errors import unknown
+from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import check_groups, geometry
 from twolevel.ops import LOCAL, SCHEDULES, Exchange, Schedule, two_level_conv2d
 
@@ -63,7 +63,7 @@ class TwoLevelConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != self.local.in_channels:
-            raise ValueError(
+            raise UserError(
                 f"TwoLevelConv2d takes [B, {self.local.in_channels}, H, W] here, got {[*x.shape]}"
             )
         return two_level_conv2d(

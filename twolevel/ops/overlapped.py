@@ -80,10 +80,11 @@ def add_coarse_(y: Tensor, z: Tensor, coarse: Tensor) -> Tensor:
     """y + C z, accumulated into y [B, m, H, W] from z [G, B, H, W] and C [m, G, 1, 1]."""
     weight = coarse.flatten(1)
     if y.is_contiguous(memory_format=torch.channels_last):
-        y.permute(0, 2, 3, 1).view(-1, len(weight)).addmm_(z.flatten(1).t(), weight.t())
+        pixels = y.permute(0, 2, 3, 1).view(y.numel() // len(weight), len(weight))
+        pixels.addmm_(z.flatten(1).t(), weight.t())
     else:
         batch = weight.expand(len(y), -1, -1)
-        y.view(len(y), len(weight), -1).baddbmm_(batch, z.flatten(2).transpose(0, 1))
+        y.view(len(y), len(weight), y.shape[2] * y.shape[3]).baddbmm_(batch, z.flatten(2).transpose(0, 1))
     return y
 
 
@@ -91,7 +92,7 @@ def coarse_input_grad(gy: Tensor, coarse: Tensor) -> Tensor:
     """C^T gy: gy [B, m, H, W] -> [G, B, H, W] contiguous."""
     batch, _, height, width = gy.shape
     grad = coarse.flatten(1).t() @ gy.transpose(0, 1).flatten(1)
-    return grad.view(-1, batch, height, width)
+    return grad.view(len(grad), batch, height, width)
 
 
 def coarse_weight_grad(gy: Tensor, z: Tensor) -> Tensor:
@@ -149,7 +150,8 @@ def overlapped(
     coarse [m/P, G, 1, 1] -> y [B, m/P, H', W'].
     """
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
         # Cast outside the autograd function, so that gradients come back in the parameters' type.
         dtype = torch.get_autocast_dtype(device)
         x, local, restriction, coarse = (t.to(dtype) for t in (x, local, restriction, coarse))

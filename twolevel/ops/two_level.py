@@ -71,6 +71,10 @@ def _fused(x, local, restriction, coarse, geometry, exchange):
     groups = len(restriction)
     # [G, m/G + 1, n/G, k, k]: the restriction is one more output of its group.
     weight = torch.cat([local.unflatten(0, (groups, -1)), restriction[:, None]], 1)
-    out = F.conv2d(x, weight.flatten(0, 1), None, *geometry, groups).unflatten(1, (groups, -1))
+    out = F.conv2d(x, weight.flatten(0, 1), None, *geometry, groups)
+    last = out.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    out = out.unflatten(1, (groups, -1))
     z = _Gather.apply(channel_major(out[:, :, -1]), exchange).transpose(0, 1)
-    return out[:, :, :-1].flatten(1, 2) + F.conv2d(z, coarse)
+    y = out[:, :, :-1].flatten(1, 2) + F.conv2d(z, coarse)
+    return y.contiguous(memory_format=memory_format)

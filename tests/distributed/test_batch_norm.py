@@ -1,0 +1,152 @@
+"""SyncedBatchNorm2d on ranks is nn.BatchNorm2d on all their images."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from twolevel.distributed import parallelize
+from twolevel.distributed.batch_norm import SyncedBatchNorm2d
+
+# Float32: the mean and the variance of about 100 numbers, and gradients that cancel to a tenth of their parts.
+TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
+CHANNELS, STEPS = 6, 3
+RANKS = [2, 4]
+
+
+def images(rank: int, step: int, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rank holds, and the gradient it gets; every rank has another number of images and another mean."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    shape = (rank + 1, CHANNELS, 3, 4)
+    x, gy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return (x * (step + 1) + rank).to(dtype), gy.to(dtype)
+
+
+def module(dtype, **options) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(CHANNELS, dtype=torch.float64, **options)  # a generator draws differently by type
+    if norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 2, generator=torch.Generator().manual_seed(7))
+        nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(8))
+    return norm.to(dtype)
+
+
+def train(norm, batches) -> list[dict]:
+    """Output, gradients and statistics of every step, without an optimiser between."""
+    results = []
+    for x, gy in batches:
+        norm.zero_grad()
+        y = norm(x.requires_grad_())
+        y.backward(gy)
+        grads = {name: parameter.grad.clone() for name, parameter in norm.named_parameters()}
+        buffers = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        results.append({"y": y.detach(), "x": x.grad, **grads, **buffers})
+    return results
+
+
+def synced(dtype, options) -> nn.BatchNorm2d:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("data", "group"))
+    norm = parallelize(module(dtype, **options), mesh, sync_batch_norm=True)
+    assert type(norm) is SyncedBatchNorm2d
+    return norm
+
+
+def train_on_ranks(dtype, memory_format, options):
+    norm = synced(dtype, options)
+    batches = [images(dist.get_rank(), step, dtype) for step in range(STEPS)]
+    return train(norm, [(x.to(memory_format=memory_format), gy) for x, gy in batches])
+
+
+def join(parts: list[dict]) -> dict:
+    """Images side by side; weight gradients, of which each rank has its images' share, added."""
+    joined = {}
+    for key, first in parts[0].items():
+        tensors = [part[key] for part in parts]
+        if key in ("y", "x"):
+            joined[key] = torch.cat(tensors)
+        elif key in ("weight", "bias"):
+            joined[key] = torch.stack(tensors).sum(0)
+        else:
+            assert all(torch.equal(tensor, first) for tensor in tensors), key
+            joined[key] = first
+    return joined
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": None},
+        {"momentum": 0.3, "eps": 0.1},
+        {"affine": False},
+        {"track_running_stats": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_training_is_that_of_all_images(pool, ranks, options, memory_format, dtype):
+    together = [
+        tuple(
+            torch.cat(tensors) for tensors in zip(*(images(r, s, dtype) for r in range(ranks)), strict=True)
+        )
+        for s in range(STEPS)
+    ]
+    wanted = train(module(dtype, **options), together)
+    results = pool.run(train_on_ranks, dtype, memory_format, options, ranks=ranks)
+    got = [join(list(parts)) for parts in zip(*results, strict=True)]
+    torch.testing.assert_close(got, wanted, **TOLERANCE[dtype])
+
+
+def evaluate_on_ranks(dtype):
+    norm = synced(dtype, {})
+    for step in range(STEPS):
+        norm(images(dist.get_rank(), step, dtype)[0])
+    before = {key: tensor.clone() for key, tensor in norm.state_dict().items()}
+    # Alone: other ranks may have no image left to evaluate.
+    y = norm.eval()(images(0, STEPS, dtype)[0]) if dist.get_rank() == 0 else None
+    return y, before, dict(norm.state_dict())
+
+
+def test_evaluation_uses_the_running_statistics_and_asks_no_other_rank(pool):
+    norm = module(torch.float64)
+    for step in range(STEPS):
+        norm(torch.cat([images(rank, step, torch.float64)[0] for rank in range(2)]))
+    (y, before, after), _ = pool.run(evaluate_on_ranks, torch.float64, ranks=2)
+    torch.testing.assert_close(y, norm.eval()(images(0, STEPS, torch.float64)[0]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert before["num_batches_tracked"] == STEPS
+
+
+def large_mean_on_ranks():
+    norm = synced(torch.float32, {})
+    x = 1e4 + torch.randn(64, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    return x, norm(x)
+
+
+def test_variance_survives_a_large_mean(pool):
+    """Sums of squares would lose it: 1e8 has no digit left in float32 for a variance of 1."""
+    x, y = (torch.cat(tensors) for tensors in zip(*pool.run(large_mean_on_ranks, ranks=2), strict=True))
+    wanted = module(torch.float64)(x.double())
+    # x itself is rounded to 1e-3; the mean of a rank, rounded to that, shifts y by as much.
+    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=5e-3)
+
+
+def bfloat16_on_ranks():
+    norm = synced(torch.float32, {})
+    x, gy = images(dist.get_rank(), 0, torch.bfloat16)
+    return join([train(norm, [(x, gy)])[0]])
+
+
+def test_bfloat16_images_with_float32_weights(pool):
+    """As under autocast: images and their gradients stay bfloat16, everything kept is float32."""
+    parts = pool.run(bfloat16_on_ranks, ranks=2)
+    x, gy = (
+        torch.cat(tensors) for tensors in zip(*(images(r, 0, torch.bfloat16) for r in range(2)), strict=True)
+    )
+    (wanted,) = train(module(torch.float32), [(x, gy)])
+    got = join(parts)
+    assert {key: t.dtype for key, t in got.items()} == {key: t.dtype for key, t in wanted.items()}
+    # One rounding to 8 bits of numbers up to 4, on each side.
+    torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-7)

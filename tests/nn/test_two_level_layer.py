@@ -1,0 +1,183 @@
+"""TwoLevelConv2d as a drop-in for nn.Conv2d: arguments, types, memory formats, compilation, errors."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from twolevel.errors import UserError
+from twolevel.nn import TwoLevelConv2d
+from twolevel.ops import SCHEDULES, dense_weight
+
+# The same sums of at most some hundred float64 products, in another order.
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+# Every form in which nn.Conv2d takes kernel, stride, padding and dilation.
+ARGUMENTS = [
+    {"kernel_size": 1},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (2, 3), "stride": (1, 3), "padding": (0, 2)},
+    {"kernel_size": 5, "stride": 3, "padding": (2, 1)},
+    {"kernel_size": 3, "padding": "valid", "dilation": 2},
+    {"kernel_size": (3, 5), "padding": "same"},
+    {"kernel_size": (5, 1), "padding": "same", "dilation": (1, 3)},
+    {"kernel_size": (2, 3), "padding": "same", "dilation": (2, 1)},
+]
+N, M, G = 8, 12, 4
+
+
+def layer(schedule="auto", dtype=torch.float64, **arguments) -> TwoLevelConv2d:
+    torch.manual_seed(0)
+    return TwoLevelConv2d(N, M, **arguments, groups=G, schedule=schedule, dtype=dtype)
+
+
+def image(size=(9, 8), dtype=torch.float64) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, N, *size, dtype=dtype, requires_grad=True)
+
+
+def run(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, and the gradients of x and of every parameter for a gradient that is the same each time."""
+    y = module(x)
+    gy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    weights = dict(module.named_parameters())
+    grads = torch.autograd.grad(y, [x, *weights.values()], gy)
+    return {"y": y.detach(), **dict(zip(["x", *weights], grads, strict=True))}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_no_coarse_part_is_group_convolution(arguments, schedule):
+    conv, grouped = layer(schedule, **arguments), nn.Conv2d(N, M, **arguments, groups=G, bias=False).double()
+    nn.init.zeros_(conv.coarse.weight)
+    grouped.weight.data.copy_(conv.local.weight)
+    got, wanted = run(conv, image()), run(grouped, image())
+    for name, of_grouped in {"y": "y", "x": "x", "local.weight": "weight"}.items():
+        torch.testing.assert_close(got[name], wanted[of_grouped], **CLOSE)
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_layer_is_one_dense_convolution(arguments):
+    conv, dense = layer(**arguments), nn.Conv2d(N, M, **arguments, bias=False).double()
+    weights = [conv.local.weight, conv.restriction.weight, conv.coarse.weight]
+    dense.weight.data.copy_(dense_weight(*weights))
+    got, wanted = run(conv, image()), run(dense, image())
+    torch.testing.assert_close([got["y"], got["x"]], [wanted["y"], wanted["x"]], **CLOSE)
+
+
+def test_state_dict_is_the_documented_one():
+    conv = layer(kernel_size=(2, 3))
+    shapes = {name: tuple(tensor.shape) for name, tensor in conv.state_dict().items()}
+    assert shapes == {
+        "local.weight": (M, N // G, 2, 3),
+        "restriction.weight": (G, N // G, 2, 3),
+        "coarse.weight": (M, G, 1, 1),
+    }
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_meta_device_gives_the_shape(schedule):
+    arguments = {"kernel_size": 3, "stride": 2, "padding": 1, "schedule": schedule}
+    conv = TwoLevelConv2d(N, M, **arguments, groups=G, device="meta")
+    y = conv(torch.empty(2, N, 9, 8, device="meta"))
+    assert y.is_meta
+    assert y.shape == (2, M, 5, 4)
+
+
+def test_channels_last_weights_and_images_give_channels_last_results():
+    conv = layer(kernel_size=3, padding=1)
+    wanted = run(conv, image())
+    x = image().detach().to(memory_format=torch.channels_last).requires_grad_()
+    got = run(conv.to(memory_format=torch.channels_last), x)
+    torch.testing.assert_close(got, wanted, **CLOSE)
+    assert got["y"].is_contiguous(memory_format=torch.channels_last)
+    assert got["x"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_autocast_is_that_of_conv2d(schedule):
+    """bfloat16 out, float32 gradients in."""
+    conv, dense = layer(schedule, torch.float32, kernel_size=3, padding=1), nn.Conv2d(N, M, 3, padding=1)
+    wanted, x = run(conv, image(dtype=torch.float32)), image(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(conv, x)
+        assert got["y"].dtype == dense(x).dtype == torch.bfloat16
+    for name, value in got.items():
+        assert name == "y" or value.dtype == torch.float32
+        # Inputs, representatives and results are each rounded to 8 bits, to within 2**-9 of their value,
+        # and no more than 8 such roundings meet in one gradient.
+        error = (value - wanted[name]).norm() / wanted[name].norm()
+        assert 0 < error < 8 * 2**-9, name
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_autocast_leaves_float64_alone_as_conv2d_does(schedule):
+    conv = layer(schedule, kernel_size=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.Conv2d(N, M, 3).double()(image()).dtype == torch.float64
+        assert conv(image()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("schedule", ["overlapped", "fused", "dense"])
+def test_traces_whole(schedule):
+    """No graph break, and the trace computes the same forward and backward."""
+    conv = layer(schedule, kernel_size=3, stride=2, padding=1)
+    wanted = run(conv, image())
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    got = {name.removeprefix("_orig_mod."): value for name, value in run(compiled, image()).items()}
+    torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")),
+    reason="the compiler of torch.compile needs a C++ compiler",
+)
+def test_compiles_whole():
+    conv = layer(kernel_size=3, stride=2, padding=1)
+    wanted = run(conv, image())
+    compiled = torch.compile(conv, fullgraph=True)
+    got = {name.removeprefix("_orig_mod."): value for name, value in run(compiled, image()).items()}
+    torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((16, 160, 3, {"groups": 6}), "groups=6 does not divide in_channels=16; use one of 1, 2, 4, 8, 16"),
+        (
+            (192, 160, 3, {"groups": 6}),
+            "groups=6 does not divide out_channels=160; use one of 1, 2, 4, 8, 16, 32",
+        ),
+        (
+            (160, 160, 3, {"groups": 6}),
+            "groups=6 does not divide in_channels=160; use one of 1, 2, 4, 5, 8, 10, 16, 20, ...",
+        ),
+        ((8, 8, 3, {"groups": 0}), "groups=0 is not positive; use 1 or more"),
+        ((8, 8, 3, {"groups": -2}), "groups=-2 is not positive; use 1 or more"),
+        (
+            (8, 8, 3, {"groups": 2, "schedule": "fussed"}),
+            "unknown schedule 'fussed'; did you mean fused?",
+        ),
+        (
+            (8, 8, (3, 2), {"groups": 2, "padding": "same"}),
+            "padding='same' with kernel_size=(3, 2) pads unevenly; use an odd kernel or numbers",
+        ),
+        ((8, 8, 3, {"groups": 2, "padding": "sane"}), "unknown padding 'sane'; did you mean same?"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_error_says_what_was_wrong_and_what_would_do(arguments, message):
+    *channels, options = arguments
+    with pytest.raises(UserError) as caught:
+        TwoLevelConv2d(*channels, **options)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("shape", [(2, M, 9, 8), (2, N // G, 9, 8)])
+def test_image_of_other_channels_is_refused(shape):
+    with pytest.raises(ValueError, match=rf"\[B, {N}, H, W\] here, got \[2, {shape[1]}, 9, 8\]"):
+        layer(kernel_size=3)(torch.zeros(shape, dtype=torch.float64))

@@ -1,0 +1,110 @@
+"""The exchange is in flight under the local convolution, forward and backward: an order of events, no clock."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from twolevel.distributed import parallelize
+from twolevel.nn import TwoLevelConv2d
+from twolevel.ops import LOCAL
+
+GROUPS, N, M = 4, 3, 5  # channels a group, so that each weight has a shape of its own
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"}
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+FORWARD = ["restriction", "gather started", "local", "gather waited", "coarse"]
+BACKWARD = ["coarse", "scatter started", "coarse", "local gradients"]
+BACKWARD += ["scatter waited", "restriction gradients"]
+
+
+class Events(TorchDispatchMode):
+    """Lists the convolutions, the matrix products and the collectives that run, each by what it is for."""
+
+    def __init__(self, conv: TwoLevelConv2d):
+        super().__init__()
+        self.events: list[str] = []
+        self.weights = {tuple(conv.get_parameter(f"{n}.weight").shape): n for n in ("local", "restriction")}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name().removeprefix("aten::")
+        if name == "convolution":
+            self.events.append(self.weights.get(tuple(args[1].shape), "another"))
+        elif name == "convolution_backward":
+            self.events.append(self.weights.get(tuple(args[2].shape), "another") + " gradients")
+        elif name in PRODUCTS:
+            self.events.append("coarse")
+        elif name.startswith("c10d::"):
+            self.events.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+class Logged:
+    """An exchange that says when a collective starts, and when its result is waited for."""
+
+    def __init__(self, exchange, events: list[str]):
+        self.exchange, self.events, self.ranks = exchange, events, exchange.ranks
+
+    def _start(self, name, start, tensor):
+        self.events.append(f"{name} started")
+        pending, events = start(tensor), self.events
+
+        class Pending:
+            def wait(self):
+                events.append(f"{name} waited")
+                return pending.wait()
+
+        return Pending()
+
+    def gather(self, own):
+        return self._start("gather", self.exchange.gather, own)
+
+    def scatter_sum(self, parts):
+        return self._start("scatter", self.exchange.scatter_sum, parts)
+
+
+def events_of(conv, x):
+    """What happens in forward, and what in backward."""
+    log = Events(conv)
+    conv.exchange = Logged(conv.exchange, log.events)
+    with log:
+        y = conv(x.requires_grad_())
+        forward = log.events[:]
+        log.events.clear()
+        y.sum().backward()
+    return forward, log.events
+
+
+def make(schedule, memory_format):
+    conv = TwoLevelConv2d(GROUPS * N, GROUPS * M, 3, padding=1, groups=GROUPS, schedule=schedule)
+    return conv, torch.randn(2, GROUPS * N, 6, 6).to(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("schedule", ["auto", "overlapped"])
+def test_exchange_runs_under_the_local_convolution(schedule, memory_format):
+    assert events_of(*make(schedule, memory_format)) == (FORWARD, BACKWARD)
+
+
+def test_fused_exposes_the_exchange():
+    """The events do tell schedules apart: nothing runs between start and wait here."""
+    forward, backward = events_of(*make("fused", torch.contiguous_format))
+    assert forward == ["another", "gather started", "gather waited", "another"]
+    assert backward == ["another gradients", "scatter started", "scatter waited", "another gradients"]
+
+
+def order_on_ranks(memory_format):
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "group"))
+    conv, x = make("auto", memory_format)
+    parallelize(conv, mesh)
+    assert conv.exchange is not LOCAL
+    return events_of(conv, x.chunk(ranks, 1)[dist.get_rank()].clone(memory_format=memory_format))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_collectives_of_ranks_run_under_the_local_convolution(pool, memory_format):
+    for forward, backward in pool.run(order_on_ranks, memory_format, ranks=2):
+        assert forward == [*FORWARD[:2], "c10d::_allgather_base_", *FORWARD[2:]]
+        assert backward == [*BACKWARD[:2], "c10d::_reduce_scatter_base_", *BACKWARD[2:]]

@@ -1,0 +1,135 @@
+"""Does a network act within channel groups, from stem to classifier? Its graph is read, nothing is run.
+
+image --stem--> split by channel --grouped convolutions, norms, activations, pools--> classifier --> whole
+"""
+
+import operator
+from typing import Literal
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from twolevel.errors import UserError
+from twolevel.nn import TwoLevelConv2d
+from twolevel.nn.bias import ChannelBias
+from twolevel.nn.layout import ends
+from twolevel.nn.whole import WholeConv2d
+
+# What treats every channel alone. A module of another type may do so too, but is not known to.
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Mish, nn.Softplus)
+ACTIVATIONS += (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+OTHERS = (nn.BatchNorm2d, ChannelBias, nn.Dropout, nn.Dropout2d, nn.Identity)
+PER_CHANNEL = (*ACTIVATIONS, *POOLS, *OTHERS)
+
+PER_CHANNEL_FUNCTIONS = {
+    F.relu,
+    F.relu6,
+    F.silu,
+    F.gelu,
+    F.hardtanh,
+    F.dropout,
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+}
+PER_CHANNEL_FUNCTIONS |= {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+PER_CHANNEL_FUNCTIONS |= {
+    operator.add,
+    operator.iadd,
+    operator.sub,
+    operator.mul,
+    operator.imul,
+    torch.add,
+    torch.mul,
+}
+PER_CHANNEL_METHODS = {
+    "relu",
+    "relu_",
+    "sigmoid",
+    "tanh",
+    "add",
+    "add_",
+    "mul",
+    "mul_",
+    "clone",
+    "contiguous",
+}
+SPATIAL = ({2, 3}, {-1, -2})
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, TwoLevelConv2d | WholeConv2d) or super().is_leaf_module(module, name)
+
+
+def check_within_groups(model: nn.Module, ranks: int) -> None:
+    """Raise UserError, naming the module or operation, unless the network can be cut by channel group.
+
+    Allowed between stem and classifier: two-level, group and depthwise convolutions, and what treats every
+    channel alone. After the classifier (the first linear layer) everything is whole on every rank, and free.
+    A piece of a network without a stem is taken to read this rank's channels.
+    """
+    if isinstance(model, (TwoLevelConv2d, *PER_CHANNEL)):
+        return
+    stem, classifier = ends(model)
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be split over group={ranks} ranks: torch.fx cannot read its graph "
+            f"({type(error).__name__}: {error}); replicate it with data={ranks}, group=1".replace("\n", " ")
+        ) from error
+    states: dict[fx.Node, Literal["maps", "features", "whole"]] = {}
+    for node in graph.nodes:
+        inputs = {states[n] for n in node.all_input_nodes}
+        if node.op == "output":
+            continue
+        split = inputs - {"whole"}
+        states[node] = "maps" if node.op == "placeholder" and stem is None else "whole"
+        if node.op == "call_module":
+            module = model.get_submodule(node.target)
+            if module is stem:
+                states[node] = "maps"
+            elif split and not (module is classifier and split == {"features"}):
+                _check_module(node.target, module, ranks)
+                states[node] = "features" if isinstance(module, nn.Flatten) else split.pop()
+            elif not split and isinstance(module, TwoLevelConv2d | nn.Conv2d):
+                raise _refuse(f"{node.target}, which reads what is whole on every rank,", ranks)
+        elif split:
+            flattens = node.target in (torch.mean, "mean", torch.flatten, "flatten")
+            if len(inputs) > 1 or not _is_per_channel(node):
+                what = getattr(node.target, "__name__", node.target)
+                raise _refuse(f"the operation {what!r} ({node.name})", ranks)
+            states[node] = "features" if flattens else split.pop()
+
+
+def _check_module(name: str, module: nn.Module, ranks: int) -> None:
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        raise UserError(
+            f"{name} is a dense convolution and cannot be split over group={ranks} ranks; "
+            f"use conv='gc' or 'gc2l', or replicate it with data={ranks}, group=1"
+        )
+    flattens = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    if not flattens and not isinstance(module, (nn.Conv2d, TwoLevelConv2d, *PER_CHANNEL)):
+        raise _refuse(f"{name} ({type(module).__name__})", ranks)
+
+
+def _is_per_channel(node: fx.Node) -> bool:
+    arguments = (*node.args[1:], *node.kwargs.values())
+    if node.target in (torch.mean, "mean"):
+        dims = next((a for a in arguments if isinstance(a, tuple | list)), ())
+        return set(dims) in SPATIAL
+    if node.target in (torch.flatten, "flatten"):
+        return arguments == (1,)
+    if node.op == "call_method":
+        return node.target in PER_CHANNEL_METHODS
+    return node.target in PER_CHANNEL_FUNCTIONS
+
+
+def _refuse(what: str, ranks: int) -> UserError:
+    return UserError(
+        f"{what} is not known to act within channel groups and cannot be split over group={ranks} ranks; "
+        f"replicate the network with data={ranks}, group=1"
+    )
