@@ -10,13 +10,27 @@ from twolevel.distributed import parallelize
 from twolevel.nn import TwoLevelConv2d
 from twolevel.ops import LOCAL
 
-GROUPS, N, M = 4, 3, 5  # channels a group, so that each weight has a shape of its own
+GROUPS = 4
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
-FORWARD = ["restriction", "gather started", "local", "gather waited", "coarse"]
-BACKWARD = ["coarse", "scatter started", "coarse", "local gradients"]
-BACKWARD += ["scatter waited", "restriction gradients"]
+# Channels a group, n/G and m/G, so that each weight has a shape of its own; and the events before the exchange
+# starts and after it was waited for. The restriction is a group convolution in contiguous memory; in channels_last
+# memory a depthwise one and a product where it has few channels, products alone where it has many.
+GROUPED = (3, 5, torch.contiguous_format, ["restriction"], ["restriction gradients"])
+DEPTHWISE = (3, 5, torch.channels_last, ["restriction", "product"], ["product", "restriction gradients"])
+PRODUCT = (9, 5, torch.channels_last, ["product"], ["product", "product"])
+CASES = [GROUPED, DEPTHWISE, PRODUCT]
+IDS = ["grouped", "depthwise", "products"]
+
+
+def forward_order(restriction, crossing=()):
+    return [*restriction, "gather started", *crossing, "local", "gather waited", "product"]
+
+
+def backward_order(restriction, crossing=()):
+    before = ["product", "scatter started", *crossing, "product", "local gradients", "scatter waited"]
+    return [*before, *restriction]
 
 
 class Events(TorchDispatchMode):
@@ -26,6 +40,7 @@ class Events(TorchDispatchMode):
         super().__init__()
         self.events: list[str] = []
         self.weights = {tuple(conv.get_parameter(f"{n}.weight").shape): n for n in ("local", "restriction")}
+        self.weights[conv.local.in_channels, 1, 3, 3] = "restriction"  # by way of a depthwise convolution
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.name().removeprefix("aten::")
@@ -34,7 +49,7 @@ class Events(TorchDispatchMode):
         elif name == "convolution_backward":
             self.events.append(self.weights.get(tuple(args[2].shape), "another") + " gradients")
         elif name in PRODUCTS:
-            self.events.append("coarse")
+            self.events.append("product")
         elif name.startswith("c10d::"):
             self.events.append(name)
         return op(*args, **(kwargs or {}))
@@ -76,35 +91,38 @@ def events_of(conv, x):
     return forward, log.events
 
 
-def make(schedule, memory_format):
-    conv = TwoLevelConv2d(GROUPS * N, GROUPS * M, 3, padding=1, groups=GROUPS, schedule=schedule)
-    return conv, torch.randn(2, GROUPS * N, 6, 6).to(memory_format=memory_format)
+def make(schedule, case):
+    n, m, memory_format, *_ = case
+    conv = TwoLevelConv2d(GROUPS * n, GROUPS * m, 3, padding=1, groups=GROUPS, schedule=schedule)
+    return conv, torch.randn(2, GROUPS * n, 6, 6).to(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.parametrize("schedule", ["auto", "overlapped"])
-def test_exchange_runs_under_the_local_convolution(schedule, memory_format):
-    assert events_of(*make(schedule, memory_format)) == (FORWARD, BACKWARD)
+def test_exchange_runs_under_the_local_convolution(schedule, case):
+    forward, backward = events_of(*make(schedule, case))
+    assert forward == forward_order(case[3])
+    assert backward == backward_order(case[4])
 
 
 def test_fused_exposes_the_exchange():
     """The events do tell schedules apart: nothing runs between start and wait here."""
-    forward, backward = events_of(*make("fused", torch.contiguous_format))
+    forward, backward = events_of(*make("fused", GROUPED))
     assert forward == ["another", "gather started", "gather waited", "another"]
     assert backward == ["another gradients", "scatter started", "scatter waited", "another gradients"]
 
 
-def order_on_ranks(memory_format):
+def order_on_ranks(case):
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "group"))
-    conv, x = make("auto", memory_format)
+    conv, x = make("auto", case)
     parallelize(conv, mesh)
     assert conv.exchange is not LOCAL
-    return events_of(conv, x.chunk(ranks, 1)[dist.get_rank()].clone(memory_format=memory_format))
+    return events_of(conv, x.chunk(ranks, 1)[dist.get_rank()].clone(memory_format=case[2]))
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_collectives_of_ranks_run_under_the_local_convolution(pool, memory_format):
-    for forward, backward in pool.run(order_on_ranks, memory_format, ranks=2):
-        assert forward == [*FORWARD[:2], "c10d::_allgather_base_", *FORWARD[2:]]
-        assert backward == [*BACKWARD[:2], "c10d::_reduce_scatter_base_", *BACKWARD[2:]]
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_collectives_of_ranks_run_under_the_local_convolution(pool, case):
+    for forward, backward in pool.run(order_on_ranks, case, ranks=2):
+        assert forward == forward_order(case[3], ["c10d::_allgather_base_"])
+        assert backward == backward_order(case[4], ["c10d::_reduce_scatter_base_"])

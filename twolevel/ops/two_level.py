@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twolevel.errors import unknown
-from twolevel.ops.overlapped import LOCAL, Exchange, Geometry, channel_major, overlapped
+from twolevel.ops.geometry import Geometry
+from twolevel.ops.overlapped import LOCAL, Exchange, channel_major, overlapped
 
 Schedule = Literal["auto", "overlapped", "fused", "dense"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)

@@ -1,0 +1,65 @@
+"""The restriction is one group convolution, however it is computed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from twolevel.ops import Geometry
+from twolevel.ops.restriction import restrict, restrict_backward, way
+
+# float64; the ways differ in the order of sums of at most a few hundred products.
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(max_examples=80, deadline=None, database=None)
+@given(
+    groups=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    width=st.sampled_from([1, 2, 5, 9, 20]),
+    kernel=PAIRS,
+    stride=PAIRS,
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    size=st.tuples(st.integers(5, 8), st.integers(5, 8)),
+    last=st.booleans(),
+)
+def test_every_way_is_the_group_convolution(groups, width, kernel, stride, padding, dilation, size, last):
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, groups * width, *size, generator=generator, dtype=torch.float64)
+    x = x.to(memory_format=memory_format).requires_grad_()
+    weight = torch.randn(groups, width, *kernel, generator=generator, dtype=torch.float64).requires_grad_()
+    geometry = Geometry(stride, padding, dilation)
+    wanted = F.conv2d(x, weight, None, *geometry, groups)
+    gz = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    wanted_gx, wanted_gw = torch.autograd.grad(wanted, (x, weight), gz)
+
+    with torch.no_grad():
+        z = restrict(x, weight, geometry)
+        assert z.is_contiguous()
+        torch.testing.assert_close(z.transpose(0, 1), wanted, **CLOSE)
+        before = torch.ones_like(x)
+        gx = before.clone()
+        gz = gz.transpose(0, 1).contiguous()
+        gw = restrict_backward(gz, x, weight, geometry, gx, True)
+        torch.testing.assert_close(gx - before, wanted_gx, **CLOSE)
+        torch.testing.assert_close(gw, wanted_gw, **CLOSE)
+        assert restrict_backward(gz, x, weight, geometry, gx, False) is None
+        torch.testing.assert_close(restrict_backward(gz, x, weight, geometry, None, True), wanted_gw, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "kernel", "memory_format", "expected"),
+    [
+        (4, 16, 3, torch.channels_last, "products"),
+        (16, 4, 3, torch.channels_last, "depthwise"),
+        (16, 4, 1, torch.channels_last, "products"),
+        (4, 16, 3, torch.contiguous_format, "grouped"),
+    ],
+)
+def test_the_way_with_the_smaller_maps_is_taken(groups, width, kernel, memory_format, expected):
+    x = torch.randn(2, groups * width, 6, 6).to(memory_format=memory_format)
+    assert way(x, torch.randn(groups, width, kernel, kernel)) == expected
+    assert way(x.bfloat16(), torch.randn(groups, width, kernel, kernel)) == "grouped"

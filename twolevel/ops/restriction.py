@@ -1,0 +1,85 @@
+"""The restriction, of whose group convolution CPU libraries leave all but one lane of a vector empty.
+
+They fill vectors with output channels, and the restriction has one a group. Two other ways to compute it:
+
+    products    a matrix product over pixels with a row for each tap (`tap_products`); its maps are G kh kw channels
+    depthwise   d_i = r[i] * x_i for every channel, then the sum of d_i over each group; its maps are n channels
+
+The one with the smaller maps is taken on CPUs, in channels_last memory; elsewhere the group convolution itself.
+Measured on one thread, batch 32, forward and backward, against the group convolution: 64 channels of 32 x 32 in
+4 groups take 0.3 of its time (products), in 16 groups 0.5 (depthwise).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twolevel.ops import tap_products
+from twolevel.ops.geometry import Geometry
+
+
+def way(x: Tensor, weight: Tensor) -> Literal["grouped", "products", "depthwise"]:
+    """How the restriction of x `[B, n, H, W]` by `[G, n/G, kh, kw]` is computed."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    if not (wide and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)):
+        return "grouped"
+    groups, _, height, width = weight.shape
+    return "products" if groups * height * width <= x.shape[1] else "depthwise"
+
+
+def restrict(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """x `[B, n, H, W]`, weight `[G, n/G, kh, kw]` -> representatives z `[G, B, H', W']`, contiguous."""
+    by = way(x, weight)
+    if by == "grouped":
+        return F.conv2d(x, weight, None, *geometry, len(weight)).transpose(0, 1).contiguous()
+    if by == "products":
+        return tap_products.forward(x, weight, geometry)
+    channels = F.conv2d(x, _by_channel(weight), None, *geometry, x.shape[1])
+    batch, number, height, width = channels.shape
+    rows = channels.permute(0, 2, 3, 1).reshape(batch * height * width, number)
+    return (_membership(weight) @ rows.t()).view(len(weight), batch, height, width)
+
+
+def restrict_backward(
+    gz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, gx: Tensor | None, want_weight: bool
+) -> Tensor | None:
+    """Add the gradient of x into `gx` unless that is None; return the weight's if wanted. gz `[G, B, H', W']`."""
+    by = way(x, weight)
+    if by == "products" and (gx is None or gx.is_contiguous(memory_format=torch.channels_last)):
+        return tap_products.backward(gz, x, weight, geometry, gx, want_weight)
+    wanted = (gx is not None, want_weight)
+    if by == "depthwise":
+        _, batch, height, width = gz.shape
+        rows = gz.flatten(1).t() @ _membership(weight)
+        channels = rows.view(batch, height, width, x.shape[1]).permute(0, 3, 1, 2)
+        more, gw = conv_backward(channels, x, _by_channel(weight), geometry, x.shape[1], wanted)
+        gw = None if gw is None else gw.view(weight.shape)
+    else:
+        more, gw = conv_backward(gz.transpose(0, 1), x, weight, geometry, len(weight), wanted)
+    if gx is not None:
+        gx.add_(more)
+    return gw
+
+
+def conv_backward(
+    gy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(input gradient, weight gradient) of a convolution without bias, None where not wanted."""
+    stride, padding, dilation = geometry
+    mask = [*wanted, False]
+    return torch.ops.aten.convolution_backward(
+        gy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )[:2]
+
+
+def _by_channel(weight: Tensor) -> Tensor:
+    """`[G, n/G, kh, kw]` as the weight of a depthwise convolution `[n, 1, kh, kw]`."""
+    return weight.flatten(0, 1)[:, None].contiguous()
+
+
+def _membership(weight: Tensor) -> Tensor:
+    """`[G, n]`, 1 where a channel belongs to a group."""
+    groups, width = weight.shape[:2]
+    return torch.eye(groups, dtype=weight.dtype, device=weight.device).repeat_interleave(width, 1)
