@@ -36,6 +36,10 @@ class WholeConv2d(nn.Module):
         """
         raise NotImplementedError
 
+    def selection_operations(self) -> int:
+        """Operations of one image that choose connections, one an element, beside matrices and activations."""
+        return 0
+
     def used_parameters(self, *, nominal: bool = False) -> int:
         """Parameters that the inference form needs; `nominal` as papers count them."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,261 @@
+"""Fully learnable group convolution (FLGC): each channel learns the group that it belongs to."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twolevel.errors import UserError
+from twolevel.nn.fold import PermuteChannels
+from twolevel.nn.shuffle import check_images, frozen_conv2d, take_channels
+from twolevel.nn.whole import WholeConv2d, he_normal_
+from twolevel.ops import Geometry
+
+LANES = 16
+"""float32 channels in one AVX-512 vector; CPU convolutions round narrower groups up to it."""
+
+PADDED_WORK = 1.6
+"""Work up to which one padded convolution beat separate ones: by up to 2x at batch 1, hardly at batch 8 (CPU)."""
+
+
+def one_hot_rows(logits: Tensor) -> Tensor:
+    """The one-hot argmax of each row of softmax(logits), ties to one column: `[c, G] -> [c, G]`.
+
+    Backward is straight-through at the binarisation, then the Jacobian of the softmax: with p = softmax(s)
+    and dL/dB the gradient that reaches the result, dL/ds = p (dL/dB - sum_g p_g dL/dB_g).
+    """
+    soft = logits.softmax(1)
+    hard = torch.zeros_like(soft).scatter(1, soft.argmax(1, keepdim=True), 1)
+    # In this order it is exactly 0 or 1: the difference is 0, whereas (hard + soft) - soft is rounded.
+    return hard + (soft - soft.detach())
+
+
+class FLGConv2d(WholeConv2d):
+    """Group convolution whose groups are learned, one choice for each input and each output channel.
+
+        W' = W * (T S^T),  y = W' conv x      S [n, G] and T [m, G] with one-hot rows
+
+    "Fully Learnable Group Convolution for Acceleration of Deep Neural Networks", Wang et al. (arXiv
+    1904.00346). A row of S or T is the argmax of the softmax of its logits; `one_hot_rows` says how
+    gradients pass it. Input `[B, n, H, W]`, output `[B, m, H', W']`. Parameters, without a bias:
+    `weight [m, n, k, k]`, `input_logits [n, G]` (of S), `output_logits [m, G]` (of T).
+
+    Any G >= 1 does. Groups are unequal and may be empty: outputs of a group without inputs are zero, inputs
+    of a group without outputs are unused. Training computes a dense convolution with masked weights;
+    `to_inference` computes the groups alone.
+
+    Left open by the paper, and chosen here: logits start normal with `logit_std`, so that groups are random
+    and about balanced; weights start with the variance of a balanced group convolution, 2 / (k^2 n/G);
+    logits are spared weight decay (`undecayed`) unless `decay_logits`.
+
+    Raises UserError where groups is not positive or logit_std is negative.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        *,
+        groups: int,
+        dilation: int | tuple[int, int] = 1,
+        logit_std: float = 0.1,
+        decay_logits: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
+        if groups < 1:
+            raise UserError(f"groups={groups} is not positive; use 1 or more")
+        if not logit_std >= 0:
+            raise UserError(f"logit_std={logit_std} is negative; use 0 or more, such as 0.1")
+        self.groups = groups
+        self.logit_std = logit_std
+        self.undecayed = () if decay_logits else ("input_logits", "output_logits")
+        options = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size, **options))
+        self.input_logits = nn.Parameter(torch.empty(in_channels, groups, **options))
+        self.output_logits = nn.Parameter(torch.empty(out_channels, groups, **options))
+        self.reset_parameters()
+
+    @classmethod
+    @torch.no_grad()
+    def from_grouped(
+        cls, conv: nn.Conv2d, *, logit: float = 1.0, generator: torch.Generator | None = None, **options
+    ) -> Self:
+        """The same function as an nn.Conv2d with groups, exactly.
+
+        Each channel has the logit `logit` for its own group and 0 for the others. The weights between groups,
+        which the mask hides, are drawn from `generator`: zeros would tell the logits nothing about other groups.
+        `options` go to the class.
+
+        Raises UserError for a bias, a padding other than zeros, or a logit that is not positive.
+        """
+        if conv.bias is not None or conv.padding_mode != "zeros":
+            what = "a bias" if conv.bias is not None else f"padding_mode={conv.padding_mode!r}"
+            raise UserError(
+                f"the convolution has {what}, which FLGConv2d has not; use bias=False, zero padding"
+            )
+        if not logit > 0:
+            raise UserError(f"logit={logit} does not choose a group; use one above 0, such as 1")
+        made = cls(
+            *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding),
+            groups=conv.groups,
+            dilation=conv.dilation,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        made.reset_parameters(generator)
+        own = torch.eye(conv.groups, device=conv.weight.device, dtype=conv.weight.dtype)
+        for logits in (made.input_logits, made.output_logits):
+            logits.copy_(logit * own.repeat_interleave(len(logits) // conv.groups, 0))
+        blocks = zip(made.weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
+        for group, (rows, block) in enumerate(blocks):
+            rows[:, group * block.shape[1] :][:, : block.shape[1]] = block
+        return made.train(conv.training)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        he_normal_(self.weight, generator).mul_(self.groups**0.5)
+        for logits in (self.input_logits, self.output_logits):
+            if not logits.is_meta:
+                draws = torch.randn(logits.shape, generator=generator, dtype=torch.float32, device="cpu")
+                logits.copy_(draws * self.logit_std)
+
+    def mask(self) -> Tensor:
+        """T S^T `[m, n]`: 1 where output and input are in the same group, else 0."""
+        return one_hot_rows(self.output_logits) @ one_hot_rows(self.input_logits).t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_channels)
+        return F.conv2d(x, self.weight * self.mask()[:, :, None, None], None, *self.geometry)
+
+    @torch.no_grad()
+    def groups_of(self) -> tuple[Tensor, Tensor]:
+        """The group of each input channel `[n]` and of each output channel `[m]`.
+
+        Raises UserError on the meta device, where logits have no values.
+        """
+        if self.weight.is_meta:
+            raise UserError("the groups of an FLGConv2d on the meta device are unknown; count nominal=True")
+        return self.input_logits.softmax(1).argmax(1), self.output_logits.softmax(1).argmax(1)
+
+    def macs(self, pixels: int, *, nominal: bool = False) -> int:
+        """Multiply-accumulates of one image: sum_g k^2 n_g m_g a pixel; nominal, k^2 n m / G, rounded down.
+
+        Zeros with which `to_inference` may fill up groups are not counted.
+        """
+        if nominal:
+            return pixels * self.weight.numel() // self.groups
+        inputs, outputs = (group.bincount(minlength=self.groups) for group in self.groups_of())
+        kernel = self.kernel_size[0] * self.kernel_size[1]
+        return pixels * kernel * int(inputs @ outputs)
+
+    def used_parameters(self, *, nominal: bool = False) -> int:
+        """Weights within groups: sum_g k^2 n_g m_g; nominal, k^2 n m / G. S and T are not counted."""
+        return self.macs(1, nominal=nominal)
+
+    @torch.no_grad()
+    def to_inference(self) -> nn.Module:
+        """Inputs gathered by group, the groups alone convolved, outputs put back in order: RegroupedConv2d.
+
+        `twolevel.nn.fold.fold_permutations` removes its permutations into neighbouring layers.
+        """
+        inputs, outputs = self.groups_of()
+        members = [((inputs == g).nonzero()[:, 0], (outputs == g).nonzero()[:, 0]) for g in outputs.unique()]
+        return RegroupedConv2d(self.weight, self.geometry, members).eval()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, groups={self.groups}"
+
+
+class RegroupedConv2d(nn.Module):
+    """A frozen group convolution of any channels: `[B, n, H, W] -> [B, m, H', W']`.
+
+    `weight` `[m, n, k, k]` gives the filters, of which the entries within groups are used; `members` names
+    the input and the output channels of each group. Every output is in one group; inputs may be in several.
+
+    Either one convolution per group or one grouped convolution for all: where the groups are equal, or so
+    nearly that zero filters up to the same multiple of LANES channels bring the work to PADDED_WORK times
+    that of the groups at most. One call costs less, but computes every group as wide as the widest.
+    """
+
+    def __init__(self, weight: Tensor, geometry: Geometry, members: list[tuple[Tensor, Tensor]]):
+        super().__init__()
+        channels = weight.shape[1]
+        blocks = [_block(weight, inputs, outputs) for inputs, outputs in members]
+        rows = max(len(filters) for filters, _ in blocks)
+        width = max(len(inputs) for _, inputs in blocks)
+        if any(filters.shape[:2] != (rows, width) for filters, _ in blocks):
+            rows, width = (-(-number // LANES) * LANES for number in (rows, width))
+        work = sum(len(filters) * len(inputs) for filters, inputs in blocks)
+        together = len(blocks) * rows * width <= PADDED_WORK * work
+        if together:
+            blocks = [_padded(*block, rows, width) for block in blocks]
+
+        order = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
+        start = 0
+        for (filters, _), (_, outputs) in zip(blocks, members, strict=True):
+            order[outputs] = torch.arange(start, start + len(outputs), device=weight.device)
+            start += len(filters)
+        if together:
+            filters, inputs = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+            parts = [(filters, inputs, len(blocks))]
+        else:
+            parts = [(filters, inputs, 1) for filters, inputs in blocks]
+        self.parts = nn.ModuleList(
+            nn.Sequential(_taking(inputs, channels), frozen_conv2d(filters, geometry, groups))
+            for filters, inputs, groups in parts
+        )
+        self.order = _taking(order, start)
+        if not weight.is_contiguous():
+            self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [part(x) for part in self.parts]
+        return self.order(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def _block(weight: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The filters `[m_g, n_g, k, k]` of a group and the inputs `[n_g]` that they read."""
+    if len(inputs) == 0:
+        # Outputs that read nothing: a zero filter on channel 0 is cheap, and makes them no special case.
+        return weight.new_zeros(len(outputs), 1, *weight.shape[2:]), outputs.new_zeros(1)
+    return weight[outputs][:, inputs], inputs
+
+
+def _padded(filters: Tensor, inputs: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """The same group with `rows` outputs and `width` inputs: added filter entries are zero."""
+    added = width - len(inputs)
+    filters = F.pad(filters, (0, 0, 0, 0, 0, added, 0, rows - len(filters)))
+    return filters, torch.cat([inputs, inputs[:1].expand(added)])
+
+
+class TakeChannels(nn.Module):
+    """`[B, n, H, W] -> [B, len(index), H, W]`: output channel c is input channel index[c]."""
+
+    def __init__(self, index: Tensor, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("index", index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.channels)
+        return take_channels(x, self.index)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.index)} of {self.channels}"
+
+
+def _taking(index: Tensor, channels: int) -> nn.Module:
+    """The module that takes channels by `index` out of `channels`: as little as that needs."""
+    every = torch.arange(channels, device=index.device)
+    if torch.equal(index, every):
+        return nn.Identity()
+    if torch.equal(index.sort().values, every):
+        return PermuteChannels(index)
+    return TakeChannels(index, channels)

@@ -1,0 +1,117 @@
+"""Group convolution whose output channels are then shuffled, and what layers that reorder channels share."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twolevel.errors import UserError
+from twolevel.nn.arguments import check_groups
+from twolevel.nn.fold import PermuteChannels
+from twolevel.nn.whole import WholeConv2d, he_normal_
+from twolevel.ops import Geometry
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Raise UserError unless x is `[B, channels, H, W]`."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise UserError(f"the convolution takes [B, {channels}, H, W], got {[*x.shape]}")
+
+
+def take_channels(x: Tensor, index: Tensor) -> Tensor:
+    """x[:, index] for x `[B, n, H, W]`, in the memory format of x; channels may repeat or be left out."""
+    if x.is_contiguous():
+        return x.index_select(1, index)
+    # Pixels as the rows of a matrix: half the time of the same along dim 1 of channels_last images.
+    batch, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels).index_select(1, index)
+    return rows.view(batch, height, width, len(index)).permute(0, 3, 1, 2)
+
+
+def frozen_conv2d(weight: Tensor, geometry: Geometry, groups: int = 1) -> nn.Conv2d:
+    """A convolution in evaluation mode with a copy of `weight` `[m, n/G, k, k]` that takes no gradient."""
+    out_channels, width, *kernel_size = weight.shape
+    options = {**geometry._asdict(), "groups": groups, "bias": False}
+    # On the meta device there is no initial weight to draw, so the global random stream stays as it was.
+    conv = nn.Conv2d(width * groups, out_channels, kernel_size, **options, device="meta")
+    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return conv.eval()
+
+
+class ShuffleConv2d(WholeConv2d):
+    """Group convolution, then a fixed shuffle of its output channels, so that the next one mixes groups.
+
+        y_g = A_g * x_g                     group convolution, k x k, n/G -> m/G
+        output j G + g = channel j of y_g   torch.channel_shuffle
+
+    ShuffleNet, Zhang et al. (arXiv 1707.01083), Section 3.1. Input `[B, n, H, W]`, output `[B, m, H', W']`
+    with G = groups. Parameter, without a bias: `weight [m, n/G, k, k]`, rows in the order of the groups.
+
+    Which shuffle the GC-2L paper (arXiv 2110.05060) compares with is open: it "randomly permutes". With
+    `permutation_seed`, output c is channel `permutation[c]` of y instead, the permutation drawn once from
+    that seed alone and kept as a buffer.
+
+    Raises UserError where groups does not divide both channel numbers.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        *,
+        groups: int,
+        dilation: int | tuple[int, int] = 1,
+        permutation_seed: int | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
+        check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        self.groups = groups
+        self.permutation_seed = permutation_seed
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        permuted = permutation_seed is not None
+        permutation = torch.empty(out_channels, device=device, dtype=torch.int64) if permuted else None
+        self.register_buffer("permutation", permutation)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weight from `generator`, and the permutation, which `to_empty` loses too, from its own seed."""
+        he_normal_(self.weight, generator)
+        if self.permutation is not None:
+            own = torch.Generator().manual_seed(self.permutation_seed)
+            self.permutation.copy_(torch.randperm(self.out_channels, generator=own, device="cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_channels)
+        y = F.conv2d(x, self.weight, None, *self.geometry, self.groups)
+        if self.permutation is None:
+            return torch.channel_shuffle(y, self.groups)
+        return take_channels(y, self.permutation)
+
+    def macs(self, pixels: int, *, nominal: bool = False) -> int:
+        return pixels * self.weight.numel()
+
+    def to_inference(self) -> nn.Module:
+        """nn.Sequential(nn.Conv2d, PermuteChannels), or nn.Conv2d alone where the shuffle leaves all in place.
+
+        The shuffle cannot be folded into the filters: filters in another order would read the inputs of
+        other groups. It remains one copy of the output, some percent of the convolution's time on a CPU, until
+        `twolevel.nn.fold.fold_permutations` moves it into a dense layer that follows.
+        """
+        conv = frozen_conv2d(self.weight, self.geometry, self.groups)
+        order = self.permutation
+        if order is None:
+            order = torch.arange(self.out_channels, device=self.weight.device)
+            order = order.view(self.groups, -1).t().flatten()
+        if torch.equal(order, order.sort().values):
+            return conv
+        return nn.Sequential(conv, PermuteChannels(order.clone())).eval()
+
+    def extra_repr(self) -> str:
+        seed = "" if self.permutation is None else f", permutation_seed={self.permutation_seed}"
+        return f"{super().extra_repr()}, groups={self.groups}{seed}"
