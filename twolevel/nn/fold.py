@@ -1,0 +1,260 @@
+"""Channel permutations around convolutions in inference form, and how they vanish into the layers beside them."""
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from twolevel.errors import UserError
+from twolevel.nn.whole import WholeConv2d
+
+
+class PermuteChannels(nn.Module):
+    """`y[:, c] = x[:, index[c]]`, `[B, C, H, W] -> [B, C, H, W]`, in the memory format of x; index `[C]`.
+
+    Raises UserError for an input of other channels, which indexing alone would accept.
+    """
+
+    def __init__(self, index: Tensor):
+        super().__init__()
+        self.register_buffer("index", index)
+        self.register_load_state_dict_post_hook(_find_shuffle)
+        _find_shuffle(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = self.index
+        if x.shape[1] != index.shape[0]:
+            raise UserError(f"PermuteChannels takes [B, {len(index)}, H, W] here, got {[*x.shape]}")
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return x.index_select(1, index)
+        # In channels_last, index_select and indexing by a tensor would give a contiguous result, more
+        # slowly. The shuffle has a kernel of its own on the CPU alone; the compiler does not know its strides.
+        if self.shuffle and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.channel_shuffle(x, self.shuffle)
+        rows = x.permute(0, 2, 3, 1)
+        return rows.gather(3, index.expand(rows.shape)).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.index)}"
+
+
+def _find_shuffle(module: PermuteChannels, _=None) -> None:
+    """Note in `module.shuffle` the groups of the channel shuffle that the index is, 0 where it is none."""
+    channels, second = len(module.index), int(module.index[1:2].sum())
+    module.shuffle = 0
+    if 1 < second < channels and channels % second == 0:
+        shuffled = torch.arange(channels, device=module.index.device).view(-1, second).t().flatten()
+        module.shuffle = channels // second if torch.equal(module.index, shuffled) else 0
+
+
+class Folding(NamedTuple):
+    """What `fold_permutations` did."""
+
+    model: nn.Module
+    """The network with the same outputs and fewer permutations."""
+    folded: dict[str, tuple[str, ...]]
+    """Name of each permutation that vanished, and of the layers whose tensors took it in."""
+    kept: dict[str, str]
+    """Name of each permutation that stayed, and why; also of layers not in inference form."""
+
+
+def fold_permutations(model: nn.Module) -> Folding:
+    """A copy of `model` without those channel permutations that its layers can take in, exact to rounding.
+
+    A permutation is pushed against the flow through elementwise activations, BatchNorm2d and depthwise
+    convolutions, whose tensors it permutes, into the filters of a dense Conv2d; where that fails, with the
+    flow, into the input channels of a dense Conv2d or into the next permutation. Only chains
+    are followed: a tensor with two users, a module called twice, a tensor shared by two modules, and a
+    layer of any other kind each stop it. The intermediate channels change their order, so a forward
+    hook inside such a chain sees them permuted.
+
+    A network that torch.fx cannot trace is left as it is, with a warning. Raises UserError for a network
+    in training mode.
+    """
+    if any(module.training for module in model.modules()):
+        raise UserError("fold_permutations needs a network in evaluation mode; call model.eval() first")
+    model = copy.deepcopy(model)
+    folded, kept, present = {}, {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, WholeConv2d):
+            kept[name] = f"{type(module).__name__} in its training form; replace it by its to_inference()"
+        elif isinstance(module, PermuteChannels):
+            present.append(name)
+    if not present:
+        return Folding(model, folded, kept)
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever the network's own code raises on torch.fx's stand-ins for tensors
+        reason = f"torch.fx cannot trace the network: {str(error).splitlines()[0] if str(error) else error!r}"
+        warnings.warn(f"no permutation is folded, as {reason}", stacklevel=2)
+        return Folding(model, folded, kept | dict.fromkeys(present, reason))
+    kept |= dict.fromkeys(present, "not reached by the trace")
+    chains = _Chains(model, graph)
+    for node in graph.nodes:
+        if isinstance(chains.module(node), PermuteChannels):
+            try:
+                folded |= chains.fold(node)
+            except _Stopped as stopped:
+                kept[node.target] = str(stopped)
+    return Folding(model, folded, {name: reason for name, reason in kept.items() if name not in folded})
+
+
+ELEMENTWISE = (
+    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU),
+    *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
+)
+ELEMENTWISE_FUNCTIONS = {
+    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid),
+    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
+}
+ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh"}
+
+
+class _Stopped(Exception):
+    """Why a permutation cannot go on."""
+
+
+class _Tracer(fx.Tracer):
+    """Steps into the network's own blocks, but not into layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        opaque = isinstance(m, PermuteChannels | WholeConv2d) or not any(True for _ in m.children())
+        return opaque or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Chains:
+    """A network and its graph, and the ways on which a permutation can leave it."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph):
+        self.model = model
+        self.uses = Counter(node.target for node in graph.nodes if node.op in ("call_module", "get_attr"))
+        modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+        self.holders = Counter(id(tensor) for module in modules for tensor in _own_tensors(module).values())
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that this node calls, as it is now."""
+        return self.model.get_submodule(node.target) if node.op == "call_module" else None
+
+    def fold(self, node: fx.Node) -> dict[str, tuple[str, ...]]:
+        """Take this permutation into its neighbours: names of what vanished, and of what took it in.
+
+        Raises _Stopped where no neighbour does.
+        """
+        self._check_owned(node)
+        index = self.module(node).index
+        try:
+            *passed, last = self._walk(node, _before, "before it")
+            order, dim = index, 0
+        except _Stopped as before:
+            try:
+                *passed, last = self._walk(node, _after, "after it")
+                order, dim = index.argsort(), 1
+            except _Stopped as after:
+                raise _Stopped(f"{before}; {after}") from None
+        gone = [node.target]
+        for layer in passed:
+            _reorder(self.module(layer), order, 0)
+        if isinstance(self.module(last), PermuteChannels):
+            together = index[self.module(last).index]
+            if torch.equal(together, torch.arange(len(together), device=together.device)):
+                gone.append(last.target)
+            else:
+                self.model.set_submodule(last.target, PermuteChannels(together).eval())
+        else:
+            _reorder(self.module(last), order, dim)
+        names = tuple(n.target for n in (*passed, last))
+        for name in gone:
+            self.model.set_submodule(name, nn.Identity().eval())
+        return {name: names for name in gone}
+
+    def _walk(self, node: fx.Node, step: Callable[[fx.Node], fx.Node], where: str) -> list[fx.Node]:
+        """The layers from here to the one that takes the permutation in, which is the last; or _Stopped."""
+        passed = []
+        while True:
+            node = step(node)
+            if self._is_elementwise(node):
+                continue
+            module = self.module(node)
+            dense = type(module) is nn.Conv2d and module.groups == 1
+            # Of two permutations the earlier is folded first, so they meet with the flow alone.
+            takes_in = dense or (step is _after and isinstance(module, PermuteChannels))
+            if not takes_in and not _is_channelwise(module):
+                raise _Stopped(f"{where} is {_what(node, module)}")
+            self._check_owned(node)
+            passed.append(node)
+            if takes_in:
+                return passed
+
+    def _is_elementwise(self, node: fx.Node) -> bool:
+        if len(node.all_input_nodes) != 1:
+            return False
+        return (
+            (node.op == "call_module" and type(self.module(node)) in ELEMENTWISE)
+            or (node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS)
+            or (node.op == "call_method" and node.target in ELEMENTWISE_METHODS)
+        )
+
+    def _check_owned(self, node: fx.Node) -> None:
+        """Raise _Stopped unless this one call is all that depends on the order of the module's tensors."""
+        name, tensors = node.target, _own_tensors(self.module(node))
+        elsewhere = any(use.startswith(f"{name}.") for use in self.uses)
+        if self.uses[name] > 1 or elsewhere or any(self.holders[id(t)] > 1 for t in tensors.values()):
+            raise _Stopped(f"{name} or a tensor of it is used more than once")
+        # Weight normalisation and its like compute the weight from other tensors, under other names.
+        if not tensors.keys() <= TENSORS[type(self.module(node))]:
+            raise _Stopped(f"{name} has tensors of its own: {', '.join(tensors)}")
+
+
+TENSORS = {
+    PermuteChannels: {"index"},
+    nn.Conv2d: {"weight", "bias"},
+    nn.BatchNorm2d: {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
+}
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
+def _is_channelwise(module: nn.Module | None) -> bool:
+    """Whether output channel c depends on input channel c and row c of the module's tensors alone."""
+    if type(module) is nn.Conv2d:
+        return module.groups == module.in_channels == module.out_channels
+    return type(module) is nn.BatchNorm2d
+
+
+def _before(node: fx.Node) -> fx.Node:
+    """The only producer of this node's input."""
+    source = node.all_input_nodes[0]
+    if len(source.users) > 1:
+        raise _Stopped(f"before it, {source} has {len(source.users)} users")
+    return source
+
+
+def _after(node: fx.Node) -> fx.Node:
+    """The only user of this node."""
+    if len(node.users) != 1:
+        raise _Stopped(f"after it, {node} has {len(node.users)} users")
+    return next(iter(node.users))
+
+
+def _what(node: fx.Node, module: nn.Module | None) -> str:
+    if node.op in ("placeholder", "output"):
+        return f"the {'input' if node.op == 'placeholder' else 'output'} of the network"
+    if module is None:
+        return f"{node.name}, a {node.op.removeprefix('call_')}"
+    groups = f" of {module.groups} groups" if isinstance(module, nn.Conv2d) else ""
+    return f"{node.target}, {type(module).__name__}{groups}"
+
+
+@torch.no_grad()
+def _reorder(module: nn.Module, order: Tensor, dim: int) -> None:
+    """Put the rows (dim 0) of the module's tensors, or the columns (dim 1) of its weight, in this order."""
+    for tensor in _own_tensors(module).values():
+        if tensor.dim() > dim:
+            tensor.copy_(tensor.index_select(dim, order))
