@@ -1,0 +1,194 @@
+"""Dynamic group convolution (DGC): every image and head picks the input channels that it uses."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twolevel.errors import UserError, unknown
+from twolevel.nn.arguments import check_groups
+from twolevel.nn.dynamic_inference import DynamicGroupInference, without_autocast
+from twolevel.nn.shuffle import check_images
+from twolevel.nn.whole import WholeConv2d, he_normal_
+
+Threshold = Literal["head", "global"]
+
+# Channels are dropped from progress 1/12 on, in full from 3/4 on.
+FIRST_DROP, LAST_DROP = 1 / 12, 3 / 4
+
+# Below this number of channels the saliency network shrinks them by 8 instead of 16.
+NARROW = 80
+
+
+class Saliency(nn.Module):
+    """How much each head wants each channel: g = ReLU(W2 ReLU(W1 p) + beta), one network per head.
+
+    Pooled channels p `[B, n]`, and of all H heads W1 `[H r, n]`, W2 `[H n, r]` and beta `[H, n]`, to
+    g `[B, H, n]`. The parameters belong to the layer; this is a module so that a forward hook can read
+    g, which the lasso and the global threshold need.
+    """
+
+    def forward(self, pooled: Tensor, squeeze: Tensor, excite: Tensor, offset: Tensor) -> Tensor:
+        heads, channels = offset.shape
+        hidden = F.linear(pooled, squeeze).relu().view(len(pooled), heads, -1)
+        return (torch.einsum("bhr,hnr->bhn", hidden, excite.view(heads, channels, -1)) + offset).relu()
+
+
+class DynamicGroupConv2d(WholeConv2d):
+    """BN, ReLU, and H heads, each a convolution of the channels that it finds most salient in this image.
+
+        t   = ReLU(BN(x))                          p = mean of t over its pixels
+        g_i = ReLU(W2_i ReLU(W1_i p) + beta_i)     saliency of every channel for head i
+        y_i = W_i * (keep_i g_i t)                 keep_i: all but the n_off channels of smallest g_i
+        y   = channel j of head i at j H + i       the heads side by side, shuffled
+
+    "Dynamic Group Convolution for Accelerating Convolutional Neural Networks", Su et al. (arXiv
+    2007.04242), section 3. The normalisation and the ReLU in front are part of the layer. The mask keep
+    takes no gradient; kept channels pass it through g. Of equal saliencies the channel of lower index is
+    dropped first, so that n_off channels drop exactly.
+
+    Input `[B, n, H, W]`, output `[B, m, H', W']`. Parameters: `weight [m, n, k, k]`, head by head (head
+    i has rows i m/H to (i+1) m/H, the j-th of which gives output channel j H + i); `squeeze` W1
+    `[H r, n]`, `excite` W2 `[H n, r]` and `offset` beta `[H, n]`, which starts at 1; those of `norm`.
+
+    `groups` is the number H of heads. `xi` is the share of channels that are dropped in the end.
+    `reduction` is d, the hidden width of a saliency network being r = n // d (at least 1); 16 unless
+    given, 8 for n < 80. The paper does not say how W1 and W2 start: as He et al., like the weight.
+
+    `progress` (a buffer, so it is in the checkpoint) is how far training is, from 0 to 1; the training
+    rule sets it. n_off is 0 to 1/12, rises linearly to round(xi n) at 3/4, and stays.
+
+    `threshold` "head" drops n_off channels in training and evaluation alike. With "global" (DGC-G) that
+    is so in training only: evaluation drops every channel with g <= the buffer `threshold`, the same
+    number in all layers of a network, for which the training rule takes a quantile of all saliencies. It
+    starts at 0, and dropping what has saliency 0 changes nothing.
+
+    A forward hook on `saliency` reads g `[B, H, n]`.
+
+    Raises UserError where groups does not divide both channel numbers, for a threshold of another name,
+    xi outside of [0, 1) or so near 1 that no channel stays, and reduction below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        *,
+        groups: int = 4,
+        dilation: int | tuple[int, int] = 1,
+        xi: float = 0.75,
+        reduction: int | None = None,
+        threshold: Threshold = "head",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
+        check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        if threshold not in get_args(Threshold):
+            raise unknown("threshold", threshold, get_args(Threshold))
+        if not 0 <= xi < 1 or round(xi * in_channels) >= in_channels:
+            raise UserError(f"xi={xi} keeps no channel of {in_channels}; use 0 <= xi < 1, such as 0.75")
+        if reduction is None:
+            reduction = 8 if in_channels < NARROW else 16
+        if reduction < 1:
+            raise UserError(f"reduction={reduction} is not positive; use 1 or more, such as 16")
+        self.groups = groups
+        self.xi = xi
+        self.most_dropped = round(xi * in_channels)
+        self.by_threshold = threshold == "global"
+        self.hidden = max(1, in_channels // reduction)
+
+        options = {"device": device, "dtype": dtype}
+        self.norm = nn.BatchNorm2d(in_channels, **options)
+        self.saliency = Saliency()
+        self.squeeze = nn.Parameter(torch.empty(groups * self.hidden, in_channels, **options))
+        self.excite = nn.Parameter(torch.empty(groups * in_channels, self.hidden, **options))
+        self.offset = nn.Parameter(torch.empty(groups, in_channels, **options))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size, **options))
+        self.register_buffer("progress", torch.zeros((), device=device))
+        if self.by_threshold:
+            self.register_buffer("threshold", torch.zeros((), **options))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        for weight in (self.weight, self.squeeze, self.excite):
+            he_normal_(weight, generator)
+        self.offset.fill_(1)
+        self.progress.zero_()
+        if self.by_threshold:
+            self.threshold.zero_()
+
+    def set_progress(self, progress: float) -> None:
+        """Say how far training is. Raises UserError outside of [0, 1]."""
+        if not 0 <= progress <= 1:
+            raise UserError(f"progress={progress} is not a share of the training; use 0 to 1")
+        self.progress.fill_(progress)
+
+    def num_dropped(self) -> Tensor:
+        """n_off at the present progress, a tensor of no dimension: nothing waits for its value."""
+        share = (self.progress.float() - FIRST_DROP) / (LAST_DROP - FIRST_DROP)
+        return (share.clamp(0, 1) * self.most_dropped).round()
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_channels)
+        t = self.norm(x).relu()
+        g = self._saliency_of(t)
+        scale = (g * self._mask(g)).to(t.dtype)[..., None, None]
+        heads = self.weight.chunk(self.groups)
+        # One convolution a head: in training they are faster than a group convolution of H n channels.
+        pairs = zip(scale.unbind(1), heads, strict=True)
+        y = torch.stack([F.conv2d(t * s, w, None, *self.geometry) for s, w in pairs], 2).flatten(1, 2)
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            y = y.contiguous(memory_format=torch.channels_last)
+        return y
+
+    @torch.no_grad()
+    def kept(self, x: Tensor) -> Tensor:
+        """Which channels each head keeps of each image in evaluation, bool `[B, H, n]`; changes no state."""
+        check_images(x, self.in_channels)
+        norm = self.norm
+        t = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0, norm.eps)
+        return self._mask(self._saliency_of(t.relu()), training=False)
+
+    def _saliency_of(self, t: Tensor) -> Tensor:
+        # Under autocast too in the parameters' type: bfloat16 would tie channels whose order matters.
+        with without_autocast(t.device.type):
+            pooled = t.mean((2, 3), dtype=self.squeeze.dtype)
+            return self.saliency(pooled, self.squeeze, self.excite, self.offset)
+
+    def _mask(self, g: Tensor, training: bool | None = None) -> Tensor:
+        g = g.detach()
+        if self.by_threshold and not (self.training if training is None else training):
+            return g > self.threshold
+        # Ranks instead of the n_off-th value: equal saliencies still drop exactly n_off channels.
+        rank = g.argsort(dim=-1, stable=True).argsort(dim=-1)
+        return rank >= self.num_dropped()
+
+    def macs(self, pixels: int, *, nominal: bool = False) -> int:
+        """(n - n_off) k² m pixels + 2 n r H: the heads, and the saliency networks.
+
+        `nominal` takes (1 - xi) n for n - n_off, unrounded. By a global threshold, n_off is the mean aimed at.
+        """
+        kept = (1 - self.xi) * self.in_channels if nominal else self._kept_now()
+        heads = round(kept * self.weight[:, 0].numel() * pixels)
+        return heads + self.squeeze.numel() + self.excite.numel()
+
+    def selection_operations(self) -> int:
+        """beta is added to, and the mask multiplied with, every head's saliency of every channel."""
+        return 2 * self.offset.numel()
+
+    def _kept_now(self) -> int:
+        # A layer on the meta device has no progress: it is untrained.
+        return self.in_channels - (0 if self.progress.is_meta else int(self.num_dropped()))
+
+    def to_inference(self) -> DynamicGroupInference:
+        return DynamicGroupInference(self, self._kept_now()).eval()
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, groups={self.groups}, xi={self.xi}"
+        return text + (", threshold='global'" if self.by_threshold else "")
