@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from twolevel.distributed import parallelize, replicate
 from twolevel.errors import UserError
 from twolevel.models import create
-from twolevel.nn import TwoLevelConv2d, layout_of
+from twolevel.nn import TwoLevelConv2d, convert, initialize, layout_of
 
 # Float64, and only the order of some sums differs between 1 and P ranks.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -100,10 +101,18 @@ def train(model, images, labels, steps, lr=0.05) -> tuple[dict, dict, list]:
 
 
 def network(name, conv, groups):
-    model = create(name, conv=conv, groups=groups, num_classes=10).double()
-    if name == "mobilenetv2":
-        model.dropout.p = 0.0  # ranks draw their own masks
-    return model
+    if name.startswith("vgg"):  # convolutions with a bias, a flattened map, and more than one linear layer
+        model = getattr(torchvision.models, name)(num_classes=10)
+        model.avgpool = nn.AdaptiveAvgPool2d(2)
+        model.classifier[0] = nn.Linear(512 * 4, 64)
+        model.classifier[3], model.classifier[6] = nn.Linear(64, 64), nn.Linear(64, 10)
+        model = initialize(convert(model, conv, groups), 0)
+    else:
+        model = create(name, conv=conv, groups=groups, num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # ranks draw their own masks
+    return model.double()
 
 
 def batch(size, number=4):
@@ -131,9 +140,10 @@ def test_training(pool, groups, ranks, conv):
     assert losses[-1] < losses[0] / 2
 
 
-def test_training_of_mobilenetv2(pool):
-    # At 32 x 32 its last maps have one pixel, and batch norm over 4 numbers amplifies rounding beyond use.
-    settings = ("mobilenetv2", "gc2l", 4)
+@pytest.mark.parametrize("name", ["mobilenetv2", "resnet18", "vgg11_bn"])
+def test_training_of_converted_and_depthwise_networks(pool, name):
+    # At 32 x 32 their last maps have one pixel, and batch norm over 4 numbers amplifies rounding beyond use.
+    settings = (name, "gc2l", 4)
     first, state, _ = train(network(*settings), *batch(64), 2)
     parts = pool.run(train_on_ranks, *settings, 64, 2, ranks=2)
     torch.testing.assert_close(join([part[0] for part in parts], first), first, rtol=1e-10, atol=1e-10)

@@ -1,8 +1,26 @@
 """Convolutions split by channel group, each a drop-in for torch.nn.Conv2d."""
 
+from twolevel.nn.convert import Conversion, convert
+from twolevel.nn.dgconv import DGConv2d
+from twolevel.nn.dynamic import DynamicGroupConv2d
 from twolevel.nn.factory import KINDS, make_conv
+from twolevel.nn.flgc import FLGConv2d
 from twolevel.nn.init import initialize
 from twolevel.nn.layout import Layout, layout_of
+from twolevel.nn.shuffle import ShuffleConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
 
-__all__ = ["KINDS", "Layout", "TwoLevelConv2d", "initialize", "layout_of", "make_conv"]
+__all__ = [
+    "KINDS",
+    "Conversion",
+    "DGConv2d",
+    "DynamicGroupConv2d",
+    "FLGConv2d",
+    "Layout",
+    "ShuffleConv2d",
+    "TwoLevelConv2d",
+    "convert",
+    "initialize",
+    "layout_of",
+    "make_conv",
+]

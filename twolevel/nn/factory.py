@@ -6,6 +6,10 @@ from torch import nn
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import check_groups
+from twolevel.nn.dgconv import DGConv2d
+from twolevel.nn.dynamic import DynamicGroupConv2d
+from twolevel.nn.flgc import FLGConv2d
+from twolevel.nn.shuffle import ShuffleConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
 
 
@@ -20,10 +24,19 @@ def _grouped(in_channels: int, out_channels: int, *args, groups: int, **options)
     return nn.Conv2d(in_channels, out_channels, *args, groups=groups, bias=False, **options)
 
 
+def _learned_groups(*args, groups: int, **options) -> nn.Module:
+    """1 leaves the groups to learning from the start; more are those to start with."""
+    return DGConv2d(*args, groups=None if groups == 1 else groups, **options)
+
+
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "sc": _dense,
     "gc": _grouped,
     "gc2l": TwoLevelConv2d,
+    "shuffle": ShuffleConv2d,
+    "flgc": FLGConv2d,
+    "dgconv": _learned_groups,
+    "dgc": DynamicGroupConv2d,
 }
 
 
@@ -40,8 +53,11 @@ def make_conv(
 ) -> nn.Module:
     """A convolution without bias, `[B, n, H, W] -> [B, m, H', W']`, of the given kind.
 
-    `sc` standard (dense), `gc` group convolution, `gc2l` two-level group convolution. `options` go to
-    the class of that kind.
+    `sc` standard (dense), `gc` group convolution, `gc2l` two-level group convolution, `shuffle` group
+    convolution and channel shuffle, `flgc` fully learnable group convolution, `dgconv` dynamic grouping
+    convolution (GroupNet; its groups are learned, `groups` is where they start), `dgc` dynamic group
+    convolution with `groups` heads, which brings a batch norm and a ReLU of its own. `options` go to the
+    class of that kind.
 
     Raises UserError for an unknown kind, groups other than 1 with `sc`, and groups that do not divide
     both channel numbers.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from twolevel.nn.two_level import TwoLevelConv2d
+from twolevel.nn.whole import WholeConv2d
 
 
 @dataclass(frozen=True)
@@ -76,28 +77,34 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def channel_groups(model: nn.Module) -> int:
-    """The number G of channel groups by which the whole network divides; 1 for a dense one.
+    """The number G of channel groups by which the whole network divides; 1 for one that does not.
 
     Convolutions with a multiple of G groups (depthwise ones among them) act within G groups too.
     """
-    first, *rest = convolutions(model) or [None]
-    return math.gcd(*(conv.groups for conv in rest)) if rest else getattr(first, "groups", 1)
+    first, *rest = [_groups(conv) for conv in convolutions(model)] or [1]
+    return math.gcd(*rest) if rest else first
+
+
+def _groups(conv: nn.Module) -> int:
+    return 1 if isinstance(conv, WholeConv2d) else conv.groups
 
 
 def convolutions(model: nn.Module) -> list[nn.Module]:
-    """The convolutions of a network in the order of their definition, a two-level one as one layer."""
-    return [m for m in _layers(model) if isinstance(m, TwoLevelConv2d | nn.Conv2d)]
+    """The convolutions of a network in the order of their definition, each of ours as one."""
+    kinds = TwoLevelConv2d | WholeConv2d | nn.Conv2d
+    return [module for _, module in named_layers(model) if isinstance(module, kinds)]
 
 
 def ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:
     """The stem (the first convolution, where it is dense) and the classifier (the first linear layer)."""
     first = next(iter(convolutions(model)), None)
     stem = first if isinstance(first, nn.Conv2d) and first.groups == 1 else None
-    return stem, next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+    return stem, next((m for _, m in named_layers(model) if isinstance(m, nn.Linear)), None)
 
 
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    if not isinstance(module, TwoLevelConv2d):
-        for child in module.children():
-            yield from _layers(child)
+def named_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without the parts of our convolutions."""
+    yield name, module
+    if not isinstance(module, TwoLevelConv2d | WholeConv2d):
+        for child, inner in module.named_children():
+            yield from named_layers(inner, f"{name}.{child}" if name else child)

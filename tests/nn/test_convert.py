@@ -1,0 +1,156 @@
+"""Converting networks: what is replaced, what is left and why, and which weights are kept."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import twolevel
+from twolevel.errors import UserError
+from twolevel.nn import (
+    KINDS,
+    DGConv2d,
+    DynamicGroupConv2d,
+    FLGConv2d,
+    ShuffleConv2d,
+    TwoLevelConv2d,
+    initialize,
+)
+
+CLASSES = {
+    "sc": nn.Conv2d,
+    "gc": nn.Conv2d,
+    "gc2l": TwoLevelConv2d,
+    "shuffle": ShuffleConv2d,
+    "flgc": FLGConv2d,
+    "dgconv": DGConv2d,
+    "dgc": DynamicGroupConv2d,
+}
+
+
+def small(groups: int = 1, **options) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, groups=groups, **{"bias": False, "padding": 1} | options),
+    )
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("conv", KINDS)
+def test_every_kind_takes_the_place_of_a_convolution(conv):
+    model = twolevel.convert(small(), conv=conv, groups=1 if conv in ("sc", "dgconv") else 4)
+    assert type(model[2]) is CLASSES[conv]
+    assert model(images(2, 3, 9, 9)).shape == (2, 16, 9, 9)
+
+
+@pytest.mark.parametrize("conv", KINDS)
+def test_stride_padding_and_dilation_are_copied(conv):
+    model = small(stride=2, padding=(0, 3), dilation=(1, 2))
+    shape = model(images(2, 3, 11, 12)).shape
+    twolevel.convert(model, conv=conv, groups=1 if conv in ("sc", "dgconv") else 4)
+    assert model(images(2, 3, 11, 12)).shape == shape
+
+
+KEPT = [  # from a convolution of so many groups, to a kind with so many
+    (1, "sc", 1),
+    (4, "gc", 4),
+    (1, "gc2l", 1),
+    (4, "gc2l", 4),
+    (1, "dgconv", 1),
+    (2, "dgconv", 2),
+    (1, "flgc", 1),
+    (4, "flgc", 4),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("before", "conv", "groups"), KEPT)
+def test_weights_are_kept_where_the_new_form_can_represent_them(before, conv, groups, bias):
+    model, x = small(before, bias=bias).eval(), images(2, 3, 9, 9)
+    wanted = model(x)
+    twolevel.convert(model, conv=conv, groups=groups)
+    assert "weights kept" in model.conversion.replaced["2"]
+    # The same products in another order of addition, in float32.
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "conv", "groups"),
+    [(1, "gc", 4), (1, "gc2l", 4), (4, "shuffle", 4), (2, "flgc", 4), (1, "dgc", 4)],
+)
+def test_other_weights_are_drawn_from_seed_and_name(before, conv, groups):
+    first, second, other = (
+        twolevel.convert(small(before), conv=conv, groups=groups, seed=seed) for seed in (3, 3, 4)
+    )
+    assert first.conversion.replaced == {"2": "weights drawn anew"}
+    weights = [dict(m[2].named_parameters()) for m in (first, second, other)]
+    name = "local.weight" if conv == "gc2l" else "weight"
+    assert torch.equal(weights[0][name], weights[1][name])
+    assert not torch.equal(weights[0][name], weights[2][name])
+
+
+def test_what_is_left_is_listed_with_its_reason():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 6, 1),
+        nn.Conv2d(6, 8, 1, padding_mode="reflect", padding=1),
+        nn.Conv2d(8, 8, 1),
+        nn.Conv2d(8, 8, 1),
+    )
+    twolevel.convert(model, conv="gc", groups=4, skip=["4"])
+    left = model.conversion.left
+    assert [*model.conversion.replaced] == ["5"]
+    assert left["0"] == "the stem"
+    assert left["1"] == "depthwise"
+    assert left["2"] == "groups=4 does not divide out_channels=6; use one of 1, 2"
+    assert left["3"] == "padding_mode='reflect'"
+    assert left["4"] == "skipped"
+    assert "5: gc" in str(model.conversion) and "2: left, groups=4" in str(model.conversion)
+
+
+def test_skip_may_be_a_function():
+    model = twolevel.convert(
+        torchvision.models.resnet18(), "gc", 4, skip=lambda name, module: module.kernel_size == (1, 1)
+    )
+    assert len(model.conversion.replaced) == 16
+    assert {*model.conversion.left.values()} == {"the stem", "skipped"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn", "densenet121", "regnet_y_400mf"])
+def test_networks_of_torchvision_are_converted_and_run(name):
+    model = getattr(torchvision.models, name)(num_classes=5)
+    twolevel.convert(model, conv="gc2l", groups=4)
+    assert any(isinstance(m, TwoLevelConv2d) for m in model.modules())
+    y = model.eval()(images(1, 3, 64, 64))
+    assert y.shape == (1, 5) and y.isfinite().all()
+
+
+def test_our_own_convolutions_are_not_converted_again():
+    model = twolevel.convert(small(), conv="gc2l", groups=4)
+    with pytest.raises(UserError, match="no convolution was replaced by conv='gc', groups=4: 0: the stem"):
+        twolevel.convert(model, conv="gc", groups=4)
+
+
+def test_training_mode_type_and_requires_grad_survive():
+    model = small().double().eval()
+    twolevel.convert(model, conv="gc2l", groups=4)
+    assert not model[2].training
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_a_network_on_the_meta_device_is_drawn_later():
+    with torch.device("meta"):
+        model = twolevel.convert(small(), conv="dgconv", groups=1)
+    assert all(p.is_meta for p in model.parameters())
+    initialize(model, 0, "cpu")
+    assert model(images(2, 3, 9, 9)).isfinite().all()
+
+
+def test_unknown_kinds_are_refused_with_the_near_names():
+    with pytest.raises(UserError, match="unknown conv 'shufle'; did you mean shuffle"):
+        twolevel.convert(small(), conv="shufle")
