@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from twolevel.analysis.elementwise import ElementCounter
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_divides
-from twolevel.nn.layout import ends
+from twolevel.nn.layout import ends, named_layers
+from twolevel.nn.whole import WholeConv2d
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 
@@ -32,7 +34,11 @@ class Collective:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """One layer: `parameters` of the whole and `held` by one rank, multiply-accumulates of one image."""
+    """One layer: `parameters` of the whole and `held` by one rank, multiply-accumulates of one image.
+
+    Convolutions that choose their connections are counted as papers do (FLGC: balanced groups; DGC: the final
+    share of channels dropped); `realised_macs` is what they do as they are now.
+    """
 
     name: str
     kind: str
@@ -41,6 +47,7 @@ class LayerCount:
     held: int
     macs: int
     held_macs: int
+    realised_macs: int
     collectives: tuple[Collective, ...]
 
     @property
@@ -50,10 +57,13 @@ class LayerCount:
 
 @dataclass(frozen=True)
 class Count:
-    """A whole network on `ranks` ranks; sums over `layers` and `held_whole_ends`.
+    """A whole network on `ranks` ranks; sums over `layers`, and two numbers by the conventions of papers.
 
-    `held_whole_ends` are the parameters of a rank under the paper's convention, which counts stem and
-    classifier whole on every rank although here they are split too.
+    `held_whole_ends` are the parameters of a rank with stem and classifier counted whole on every rank, although
+    here they are split too. `published_parameters` leave out what a convolution needs only to choose its
+    connections (FLGC's S and T, closed connections of DGConv). `elementwise` are an image's operations in
+    activations, pooling and the choice of channels, one an element, which the papers of CondenseNet and DGC
+    count among the MACs.
     """
 
     groups: int
@@ -61,6 +71,8 @@ class Count:
     batch_size: int
     layers: tuple[LayerCount, ...]
     held_whole_ends: int
+    published_parameters: int
+    elementwise: int
 
     @property
     def parameters(self) -> int:
@@ -79,6 +91,10 @@ class Count:
         return sum(layer.held_macs for layer in self.layers)
 
     @property
+    def realised_macs(self) -> int:
+        return sum(layer.realised_macs for layer in self.layers)
+
+    @property
     def collectives(self) -> list[Collective]:
         return [c for layer in self.layers for c in layer.collectives]
 
@@ -87,7 +103,8 @@ class Count:
         return sum(layer.bytes_sent for layer in self.layers)
 
     def sums(self) -> dict[str, float]:
-        names = ("parameters", "held", "held_whole_ends", "macs", "held_macs", "bytes_sent")
+        names = ("parameters", "published_parameters", "held", "held_whole_ends")
+        names += ("macs", "held_macs", "realised_macs", "elementwise", "bytes_sent")
         return {name: getattr(self, name) for name in names}
 
     def collectives_by_kind(self) -> Counter:
@@ -106,8 +123,8 @@ def count(
 
     `ranks` is the size P of the group axis (as many as there are groups, unless given), `batch_size` the
     images of one step on one data-parallel replica, `dtype` that of the activations. Works on a model of
-    any device, the meta device included: only shapes are computed. Multiply-accumulates are those of
-    convolutions and linear layers, for one image, forward.
+    any device, the meta device included (but for FLGC and DGConv, whose groups are values): only shapes are
+    computed. Multiply-accumulates are those of convolutions and linear layers, for one image, forward.
 
     Raises UserError where `ranks` does not divide the groups, or for a model that is a part already.
     """
@@ -120,9 +137,9 @@ def count(
     check_divides("ranks", ranks, groups=layout.groups)
 
     whole_ends = ends(model)
-    outputs = _output_shapes(model, input_shape)
-    layers, held_whole_ends = [], 0
-    for name, module in model.named_modules():
+    outputs, elementwise = _output_shapes(model, input_shape)
+    layers, held_whole_ends, published = [], 0, 0
+    for name, module in named_layers(model):
         if name not in outputs:
             continue
         tensors = dict(module.named_parameters())
@@ -130,7 +147,9 @@ def count(
         held = sum(t.numel() // (ranks if split[k] else 1) for k, t in tensors.items())
         parameters = sum(t.numel() for t in tensors.values())
         held_whole_ends += parameters if module in whole_ends else held
-        macs = _macs(module, outputs[name])
+        published += module.used_parameters(nominal=True) if isinstance(module, WholeConv2d) else parameters
+        macs, realised = _macs(module, outputs[name])
+        elementwise += module.selection_operations() if isinstance(module, WholeConv2d) else 0
         layers.append(
             LayerCount(
                 name,
@@ -140,28 +159,30 @@ def count(
                 held,
                 macs,
                 macs // ranks if any(split.values()) else macs,
+                realised,
                 _collectives(module, outputs[name], ranks, batch_size, dtype, module in whole_ends),
             )
         )
-    return Count(layout.groups, ranks, batch_size, tuple(layers), held_whole_ends)
+    return Count(layout.groups, ranks, batch_size, tuple(layers), held_whole_ends, published, elementwise)
 
 
-def _output_shapes(model: nn.Module, input_shape) -> dict[str, tuple[int, ...]]:
-    """The output shape, without the batch, of every layer that has parameters."""
+def _output_shapes(model: nn.Module, input_shape) -> tuple[dict[str, tuple[int, ...]], int]:
+    """The output shape, without the batch, of every layer that has parameters; elementwise operations in all."""
     shapes, hooks = {}, []
     names = {module: name for name, module in model.named_modules()}
 
     def keep(module, _, output):
         shapes[names[module]] = tuple(output.shape[1:])
 
-    for module in model.modules():
-        if isinstance(module, TwoLevelConv2d) or any(True for _ in module.parameters(recurse=False)):
+    for _, module in named_layers(model):
+        ours = isinstance(module, TwoLevelConv2d | WholeConv2d)
+        if ours or any(True for _ in module.parameters(recurse=False)):
             hooks.append(module.register_forward_hook(keep))
     training = {module: module.training for module in model.modules()}
     tensors = {k: torch.empty_like(t, device="meta") for k, t in model.state_dict().items()}
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ElementCounter() as counter:
             image = torch.empty(1, *input_shape, device="meta", dtype=dtype)
             functional_call(model.eval(), tensors, (image,))
     finally:
@@ -169,17 +190,20 @@ def _output_shapes(model: nn.Module, input_shape) -> dict[str, tuple[int, ...]]:
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return shapes
+    return shapes, counter.operations
 
 
-def _macs(module: nn.Module, output: tuple[int, ...]) -> int:
-    """Every weight of a convolution is used once for each output pixel."""
+def _macs(module: nn.Module, output: tuple[int, ...]) -> tuple[int, int]:
+    """(as papers count, as the module is now): every weight of a convolution is used once for each output pixel."""
     if isinstance(module, nn.Linear):
-        return module.weight.numel()
-    if isinstance(module, nn.Conv2d | TwoLevelConv2d):
+        return module.weight.numel(), module.weight.numel()
+    if isinstance(module, WholeConv2d):
         pixels = output[1] * output[2]
-        return pixels * sum(t.numel() for k, t in module.named_parameters() if k.endswith("weight"))
-    return 0
+        return module.macs(pixels, nominal=True), module.macs(pixels)
+    if isinstance(module, nn.Conv2d | TwoLevelConv2d):
+        weights = sum(t.numel() for k, t in module.named_parameters() if k.endswith("weight"))
+        return output[1] * output[2] * weights, output[1] * output[2] * weights
+    return 0, 0
 
 
 def _collectives(module, output, ranks, batch, dtype, is_end) -> tuple[Collective, ...]:

@@ -23,12 +23,19 @@ def count_table(count: Count, *, layers: bool = True) -> None:
         console.print(table)
         console.print()
     kinds = ", ".join(f"{number} {kind}" for kind, number in count.collectives_by_kind().items()) or "none"
+    learned = {}
+    if count.published_parameters != count.parameters:
+        learned["  without those that only choose connections"] = f"{count.published_parameters:,}"
+    now = {} if count.realised_macs == count.macs else {"  as the network is now": f"{count.realised_macs:,}"}
     rows = {
         "parameters": f"{count.parameters:,}",
+        **learned,
         f"  on one of {count.ranks} ranks": f"{count.held:,}",
         "  the same, stem and classifier counted whole": f"{count.held_whole_ends:,}",
         "multiply-accumulates an image, forward": f"{count.macs:,}",
         f"  on one of {count.ranks} ranks ": f"{count.held_macs:,}",
+        **now,
+        "  with activations and pooling, one an element": f"{count.macs + count.elementwise:,}",
         f"collectives a training step, batch {count.batch_size}": kinds,
         "  bytes sent by a rank (ring algorithm)": f"{round(count.bytes_sent):,}",
     }

@@ -18,13 +18,17 @@ STAGES = [
 ]
 
 
+# On images of 32 x 32 the stem and the stage of 24 channels keep the size.
+CIFAR_STRIDES = [1, 1, 2, 2, 1, 2, 1]
+
+
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise 3x3 (stride), project 1x1; added to the input where the shape is the same."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, conv):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, expand, conv):
         super().__init__()
         hidden = in_channels * expansion
-        expand = [conv(in_channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+        expand = [expand(in_channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
         depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
         self.layers = nn.Sequential(
             *(expand if expansion != 1 else []),
@@ -38,24 +42,39 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Images `[B, 3, 224, 224]` to logits `[B, num_classes]`."""
+    """Images `[B, 3, H, W]` to logits `[B, num_classes]`; 224 x 224 and 1000 classes, or with `cifar` 32 x 32 and 10.
 
-    def __init__(self, *, conv: str = "sc", groups: int = 1, num_classes: int = 1000, **options):
+    Of kind `conv` are the expanding and projecting 1x1 convolutions and the last 1x1, which as in the paper of
+    GC-2L has no coarse part; of kind `dgc` the projecting ones alone, as in the paper of DGC.
+    """
+
+    def __init__(
+        self,
+        *,
+        conv: str = "sc",
+        groups: int = 1,
+        num_classes: int | None = None,
+        cifar: bool = False,
+        **options,
+    ):
         super().__init__()
-        make = partial(make_conv, conv, groups=groups, **options)
-        stem = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
+        project = partial(make_conv, conv, groups=groups, **options)
+        expand = partial(make_conv, "sc") if conv == "dgc" else project
+        stem = nn.Conv2d(3, 32, 3, stride=1 if cifar else 2, padding=1, bias=False)
         layers = [stem, nn.BatchNorm2d(32), nn.ReLU6(inplace=True)]
         channels = 32
-        for expansion, width, blocks, first_stride in STAGES:
+        strides = CIFAR_STRIDES if cifar else [stride for *_, stride in STAGES]
+        for (expansion, width, blocks, _), first_stride in zip(STAGES, strides, strict=True):
             for index in range(blocks):
                 stride = first_stride if index == 0 else 1
-                layers.append(InvertedResidual(channels, width, stride, expansion, make))
+                layers.append(InvertedResidual(channels, width, stride, expansion, expand, project))
                 channels = width
-        # The paper of GC-2L groups the last 1x1 but gives it no coarse part.
-        last = make_conv("gc" if conv == "gc2l" else conv, channels, 1280, 1, groups=groups)
-        self.features = nn.Sequential(*layers, last, nn.BatchNorm2d(1280), nn.ReLU6(inplace=True))
+        last = partial(make_conv, "gc", groups=groups) if conv == "gc2l" else expand
+        self.features = nn.Sequential(
+            *layers, last(channels, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU6(inplace=True)
+        )
         self.dropout = nn.Dropout(0.2)
-        self.classifier = nn.Linear(1280, num_classes)
+        self.classifier = nn.Linear(1280, num_classes or (10 if cifar else 1000))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.features(x).mean((2, 3))))

@@ -7,13 +7,25 @@ from functools import partial
 from torch import nn
 
 from twolevel.errors import unknown
+from twolevel.models.condensenet import condensenet
 from twolevel.models.mobilenetv2 import MobileNetV2
+from twolevel.models.resnet import resnet, resnext
 from twolevel.models.wide_resnet import wide_resnet, wide_resnet34_2
 from twolevel.nn import KINDS, initialize
 
 # wrn-D-k stands for every depth and width; these are the ones that the papers report.
 NAMES = ["wrn-10-1", "wrn-16-2", "wrn-16-4", "wrn-28-10", "wrn-28-40", "wrn-28-60", "wrn-28-80"]
-NAMES += ["wrn-34-2", "mobilenetv2"]
+NAMES += ["wrn-34-2", "mobilenetv2", "mobilenetv2-cifar", "resnet18", "resnet50", "resnext50", "resnext101"]
+NAMES += ["condensenet-50", "condensenet-74", "condensenet-86"]
+IMAGENET_NAMES = {
+    "wrn-34-2",
+    "mobilenetv2",
+    "resnet18",
+    "resnet50",
+    "resnext50",
+    "resnext101",
+    "condensenet-74",
+}
 
 
 def create(
@@ -27,9 +39,10 @@ def create(
 ) -> nn.Module:
     """The network `name` with convolutions of kind `conv` and its initial parameters drawn from `seed`.
 
-    `wrn-D-k` are wide residual networks for images of 32 x 32 and 10 classes, but for `wrn-34-2`, which
-    like `mobilenetv2` is the one for 224 x 224 and 1000 classes. `options` go to every convolution of
-    that kind. Under `torch.device("meta")` nothing is drawn: call `twolevel.nn.initialize` afterwards.
+    For images of 32 x 32 and 10 classes: `wrn-D-k`, but for `wrn-34-2`; `mobilenetv2-cifar`,
+    `condensenet-50`, `condensenet-86`. For 224 x 224 and 1000 classes: `wrn-34-2`, `mobilenetv2`, `resnet18`,
+    `resnet50`, `resnext50`, `resnext101`, `condensenet-74`. `options` go to every convolution of that kind.
+    Under `torch.device("meta")` nothing is drawn: call `twolevel.nn.initialize` afterwards.
 
     Raises UserError for an unknown name or kind, and for channels that `groups` does not divide.
     """
@@ -44,14 +57,17 @@ def create(
 
 def image_size(name: str) -> int:
     """Height and width of the images that a network is made for."""
-    return 224 if name in ("wrn-34-2", "mobilenetv2") else 32
+    return 224 if name in IMAGENET_NAMES else 32
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:
-    if name == "mobilenetv2":
-        return MobileNetV2
     if name == "wrn-34-2":
         return wide_resnet34_2
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         return partial(wide_resnet, int(match[1]), int(match[2]))
-    raise unknown("model", name, NAMES)
+    if name not in NAMES:
+        raise unknown("model", name, NAMES)
+    if name.startswith("mobilenetv2"):
+        return partial(MobileNetV2, cifar=name.endswith("cifar"))
+    family = {"resnet": resnet, "resnext": resnext, "condensenet": condensenet}
+    return partial(family[re.match("[a-z]+", name)[0]], name)
