@@ -61,7 +61,9 @@ SPATIAL = ({2, 3}, {-1, -2})
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, TwoLevelConv2d | WholeConv2d) or super().is_leaf_module(module, name)
+        return isinstance(module, TwoLevelConv2d | WholeConv2d | ChannelBias) or super().is_leaf_module(
+            module, name
+        )
 
 
 def check_within_groups(model: nn.Module, ranks: int) -> None:

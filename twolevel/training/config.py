@@ -12,6 +12,9 @@ from typing import Any, Literal, Self
 from twolevel.data.config import DataConfig
 from twolevel.errors import UserError
 
+# Settings that one kind of convolution alone has.
+CONV_OPTIONS = {"gc2l": ["schedule"], "shuffle": ["permutation_seed"], "dgc": ["xi", "threshold"]}
+
 
 @dataclass
 class ModelConfig:
@@ -21,26 +24,40 @@ class ModelConfig:
     """network: wrn-D-k for 32 x 32 images, wrn-34-2 or mobilenetv2 for 224 x 224"""
 
     conv: str = "gc2l"
-    """convolution: sc (standard), gc (group) or gc2l (two-level group)"""
+    """convolution: sc (standard), gc (group), gc2l (two-level group), shuffle, flgc, dgconv or dgc"""
 
     groups: int | None = None
-    """channel groups; 4 unless given, 1 for sc"""
+    """channel groups, of dgc the heads; 4 unless given (32 for ResNeXt), 1 for sc; dgconv learns them"""
 
     schedule: Literal["auto", "overlapped", "fused", "dense"] = "auto"
-    """how gc2l is computed"""
+    """gc2l: how it is computed"""
+
+    permutation_seed: int | None = None
+    """shuffle: a fixed random permutation of the channels from this seed, instead of the shuffle"""
+
+    xi: float = 0.75
+    """dgc: share of the input channels that each head drops in the end"""
+
+    threshold: Literal["head", "global"] = "head"
+    """dgc: at test time each head drops its least salient channels, or all heads those below one threshold"""
 
     def __post_init__(self):
         if self.groups is None:
-            self.groups = 1 if self.conv == "sc" else 4
-        if self.schedule != "auto" and self.conv != "gc2l":
-            raise UserError(
-                f"schedule={self.schedule} is one of conv=gc2l, not of conv={self.conv}; leave it out"
-            )
+            default = 32 if self.model.startswith("resnext") else 4
+            self.groups = 1 if self.conv in ("sc", "dgconv") else default
+        _check(self, "xi", 0 <= self.xi < 1, "a number from 0 to below 1")
+        for conv, names in CONV_OPTIONS.items():
+            for name in names:
+                value = getattr(self, name)
+                if conv != self.conv and value != getattr(type(self), name):
+                    raise UserError(
+                        f"{name}={value} is of conv={conv}, not of conv={self.conv}; leave it out"
+                    )
 
     def create_options(self) -> dict[str, Any]:
         """Arguments of `twolevel.models.create`, but for the number of classes."""
         options = {"name": self.model, "conv": self.conv, "groups": self.groups}
-        return options | ({"schedule": self.schedule} if self.conv == "gc2l" else {})
+        return options | {name: getattr(self, name) for name in CONV_OPTIONS.get(self.conv, ())}
 
 
 @dataclass
@@ -108,6 +125,33 @@ class OptimiserConfig:
             _check(
                 self, "lr_milestones", [*self.lr_milestones] == sorted(self.lr_milestones), "a rising list"
             )
+
+
+@dataclass
+class RuleConfig:
+    """What DGC and DGConv add to the loss; other convolutions have no such settings."""
+
+    lasso: float = 1e-5
+    """dgc: weight of the saliencies' L1 norm"""
+
+    lasso_form: Literal["paper", "public"] = "paper"
+    """dgc: the norm summed over channels (paper) or their mean (the authors' code)"""
+
+    threshold_steps: int = 50
+    """dgc with threshold global: last steps of an epoch over which the threshold is taken"""
+
+    complexity_divisor: float | None = None
+    """dgconv: wanted complexity as a fraction of dense, 32 in public use; no budget unless given"""
+
+    complexity_exponent: float = 0.02
+    """dgconv: exponent of the excess over the wanted complexity"""
+
+    def __post_init__(self):
+        _check(self, "lasso", self.lasso >= 0, "0 or more")
+        _check(self, "threshold_steps", self.threshold_steps >= 1, "1 or more")
+        divisor = self.complexity_divisor
+        _check(self, "complexity_divisor", divisor is None or divisor >= 1, "1 or more")
+        _check(self, "complexity_exponent", self.complexity_exponent > 0, "a positive number")
 
 
 @dataclass
@@ -182,6 +226,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    rules: RuleConfig = field(default_factory=RuleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -22,6 +22,7 @@ from twolevel.training.display import Display
 from twolevel.training.evaluate import autocast, batch_sums, evaluate, sum_over_data
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
+from twolevel.training.rules import rules_for
 from twolevel.training.setup import Context, check_resumable, claim_output, join
 from twolevel.training.state import TrainState, seed_ranks
 
@@ -67,10 +68,12 @@ class Trainer:
         seed_ranks(run.seed, 0)
         if start is not None:
             self.state.load(start)
+        self.rules = rules_for(model, config.rules)
         if run.compile:
             model.compile()
         self.network = replicate(model, mesh)
-        self.last_step = min(rule.epochs * steps, run.max_steps or math.inf)
+        self.all_steps = rule.epochs * steps
+        self.last_step = min(self.all_steps, run.max_steps or math.inf)
         self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
 
     def run(self) -> dict | None:
@@ -124,6 +127,8 @@ class Trainer:
             "seconds": seconds,
         }
         state.epoch_sums = [0.0, 0.0, 0.0]
+        for r in self.rules:
+            record |= r.end_epoch()
         for prefix, model in (("", state.model), ("ema_", state.ema)):
             if model is not None:
                 sync_buffers(model, state.mesh)
@@ -141,13 +146,18 @@ class Trainer:
         rate = learning_rate(rule, state.step, state.steps_per_epoch)
         for group in state.optimiser.param_groups:
             group["lr"] = rate
+        for r in self.rules:
+            r.begin_step(state.step / self.all_steps)
         state.optimiser.zero_grad(set_to_none=True)
         parts = zip(images.chunk(rule.accumulate), labels.chunk(rule.accumulate), strict=True)
         for index, (x, y) in enumerate(parts, start=1):
             with self._synchronised(index == rule.accumulate), autocast(self.ranks.device, run.precision):
                 logits = self.network(x)
                 loss = F.cross_entropy(logits, y, label_smoothing=rule.label_smoothing)
-                (loss / rule.accumulate).backward()
+                total = loss
+                for r in self.rules:
+                    total = r.loss(total)
+                (total / rule.accumulate).backward()
             self.sums += batch_sums(logits, y, loss)
         if rule.clip_norm is not None:
             clip_gradients_(state.model, state.mesh, rule.clip_norm)

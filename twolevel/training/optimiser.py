@@ -6,16 +6,21 @@ import torch
 from torch import nn
 
 from twolevel.training.config import OptimiserConfig
+from twolevel.training.rules import undecayed
 
 
 def make_sgd(model: nn.Module, config: OptimiserConfig) -> torch.optim.SGD:
-    """SGD over all parameters; without `decay_norm`, those of one dimension (norms, biases) are spared."""
-    weights = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": weights, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": config.weight_decay if config.decay_norm else 0.0},
-    ]
+    """SGD over all parameters, with the weight decay that each is to have.
+
+    Spared are those that a convolution's rule spares (gates), and without `decay_norm` those of one dimension
+    (norms, biases).
+    """
+    decay: dict[float, list[nn.Parameter]] = {}
+    spared = undecayed(model)
+    for parameter in model.parameters():
+        spare = parameter in spared or (parameter.dim() <= 1 and not config.decay_norm)
+        decay.setdefault(0.0 if spare else config.weight_decay, []).append(parameter)
+    groups = [{"params": parameters, "weight_decay": value} for value, parameters in decay.items()]
     rule = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
     return torch.optim.SGD(groups, **rule, fused=True)
 

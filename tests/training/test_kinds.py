@@ -1,0 +1,48 @@
+"""Every kind of convolution trains, alone and as replicas."""
+
+import pytest
+from command import records, run
+
+KINDS = {
+    "sc": [],
+    "gc": ["--groups", 4],
+    "gc2l": ["--groups", 4],
+    "shuffle": ["--groups", 4],
+    "flgc": ["--groups", 4],
+    "dgconv": ["--complexity-divisor", 4],
+    "dgc": ["--groups", 4, "--lasso", 1e-4],
+}
+
+
+@pytest.mark.parametrize("conv", KINDS)
+def test_a_few_hundred_steps_bring_the_loss_down(pool, tmp_path, conv):
+    words = "--model wrn-10-1 --data sample --batch-size 20 --epochs 2 --learning-rate 0.05 --log-steps 50"
+    options = [*words.split(), "--lr-schedule", "cosine", "--conv", conv, *KINDS[conv]]
+    run(pool, "train", *options, "--output", tmp_path / "run", timeout=300)
+    epochs = records(tmp_path / "run", "epoch")
+    # 2.30 is chance; two hundred steps of 20 images bring the slowest of them (DGC, which prunes meanwhile) below 2.2.
+    assert epochs[-1]["train_loss"] < 2.2
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"] - 0.05
+
+
+@pytest.mark.parametrize("conv", KINDS)
+def test_two_replicas_learn_what_one_process_learns_of_the_joined_batch(pool, tiny, tmp_path, conv):
+    options = [*tiny, "--conv", conv, *KINDS[conv]]
+    if not KINDS[conv] or "--groups" not in KINDS[conv]:
+        options += ["--groups", 1]
+    run(pool, "train", *options, "--output", tmp_path / "one")
+    mesh = ["--data-parallel", 2, "--sync-batch-norm"]
+    run(pool, "train", *options, *mesh, "--output", tmp_path / "two", ranks=2)
+    one, two = ([r["loss"] for r in records(tmp_path / name, "step")] for name in ("one", "two"))
+    # float64; sums over replicas are added in another order.
+    assert one == pytest.approx(two, rel=1e-9)
+
+
+def test_progress_and_gates_are_in_the_checkpoint(pool, tiny, tmp_path):
+    for conv in ("dgc", "dgconv"):
+        options = [*tiny, "--conv", conv, *KINDS[conv], *(["--groups", 1] if conv == "dgconv" else [])]
+        run(pool, "train", *options, "--output", tmp_path / f"{conv}-whole")
+        run(pool, "train", *options, "--output", tmp_path / conv, "--max-steps", 4)
+        run(pool, "train", *options, "--output", tmp_path / conv, "--resume")
+        whole, resumed = ([r["loss"] for r in records(tmp_path / n, "step")] for n in (f"{conv}-whole", conv))
+        assert whole == resumed

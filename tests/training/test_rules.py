@@ -1,0 +1,129 @@
+"""The training rules of DGC, DGConv and FLGC."""
+
+import pytest
+import torch
+from torch import nn
+
+from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, TwoLevelConv2d
+from twolevel.training.config import OptimiserConfig, RuleConfig
+from twolevel.training.optimiser import make_sgd
+from twolevel.training.rules import (
+    ComplexityBudget,
+    GlobalThreshold,
+    ProgressivePruning,
+    SaliencyLasso,
+    rules_for,
+)
+
+
+def dynamic_layers(number: int = 2, **options) -> dict[str, DynamicGroupConv2d]:
+    return {f"layer{i}": DynamicGroupConv2d(16, 8, 3, padding=1, groups=4, **options) for i in range(number)}
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_network_gets_the_rules_of_its_convolutions():
+    def kinds(*layers):
+        return [type(rule).__name__ for rule in rules_for(nn.Sequential(*layers), RuleConfig())]
+
+    assert kinds(nn.Conv2d(4, 4, 1), TwoLevelConv2d(4, 4, 1, groups=2)) == []
+    assert kinds(DGConv2d(8, 8, 1)) == ["ComplexityBudget"]
+    assert kinds(FLGConv2d(8, 8, 1, groups=2)) == ["GroupRecord"]
+    head, by_threshold = dynamic_layers(1), dynamic_layers(1, threshold="global")
+    assert kinds(*head.values()) == ["ProgressivePruning", "SaliencyLasso"]
+    assert kinds(*by_threshold.values()) == ["ProgressivePruning", "SaliencyLasso", "GlobalThreshold"]
+
+
+@pytest.mark.parametrize(("progress", "dropped"), [(0, 0), (1 / 12, 0), (5 / 12, 6), (3 / 4, 12), (1, 12)])
+def test_pruning_follows_the_progress_of_training(progress, dropped):
+    layers = dynamic_layers(xi=0.75)
+    ProgressivePruning(layers).begin_step(progress)
+    assert [int(layer.num_dropped()) for layer in layers.values()] == [dropped, dropped]
+
+
+@pytest.mark.parametrize("form", ["paper", "public"])
+def test_lasso_is_the_mean_over_images_layers_and_heads(form):
+    layers = dynamic_layers()
+    rule = SaliencyLasso(layers, 0.1, form)
+    seen = []
+    for layer in layers.values():
+        layer.saliency.register_forward_hook(lambda *call: seen.append(call[2]))
+        layer(images(5, 16, 6, 6))
+    assert [g.shape for g in seen] == [(5, 4, 16)] * 2
+    loss = rule.loss(torch.tensor(2.0))
+    inner = (lambda g: g.sum()) if form == "paper" else (lambda g: g.mean())
+    expected = sum(inner(g[b, h]) / 5 for g in seen for b in range(5) for h in range(4)) / (2 * 4)
+    torch.testing.assert_close(loss, 2 + 0.1 * expected)
+    loss.backward()
+    assert all(layer.squeeze.grad.abs().sum() > 0 for layer in layers.values())
+
+
+def test_lasso_sees_each_forward_once_and_none_in_evaluation():
+    layers = dynamic_layers(1)
+    rule, layer = SaliencyLasso(layers, 1.0, "paper"), layers["layer0"]
+    layer(images(2, 16, 4, 4))
+    assert len(rule.take()) == 1 and rule.take() == []
+    layer.eval()(images(2, 16, 4, 4))
+    assert rule.take() == []
+
+
+def test_global_threshold_is_the_quantile_of_the_last_steps():
+    layers = dynamic_layers(2, threshold="global", xi=0.75)
+    rule = GlobalThreshold(layers, steps=2)
+    seen = []
+    for step in range(3):
+        now = []
+        for layer in layers.values():
+            handle = layer.saliency.register_forward_hook(lambda *call, now=now: now.append(call[2]))
+            layer(images(3, 16, 4, 4, seed=step))
+            handle.remove()
+        seen.append(torch.cat([g.detach().flatten() for g in now]))
+        rule.loss(torch.zeros(()))
+    record = rule.end_epoch()
+    values = torch.cat(seen[1:])
+    threshold = record["dgc_threshold"]
+    assert (values <= threshold).float().mean() == pytest.approx(0.75, abs=1 / len(values))
+    assert [layer.threshold.item() for layer in layers.values()] == [threshold] * 2
+
+
+def gated(gates: list[float]) -> DGConv2d:
+    layer = DGConv2d(8, 8, 1)
+    layer.gates.data = torch.tensor(gates)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("gates", "factor"),
+    [
+        ([1.0, 1.0, 1.0], (64 / 32) ** 0.02),  # dense: twice the wanted complexity
+        ([1.0, -1.0, 1.0], 1.0),  # two groups: as wanted
+        ([-1.0, -1.0, -1.0], 1.0),  # less than wanted costs nothing
+    ],
+)
+def test_budget_multiplies_the_loss_where_complexity_is_exceeded(gates, factor):
+    rule = ComplexityBudget({"a": gated(gates)}, divisor=2, exponent=0.02)
+    assert rule.loss(torch.tensor(3.0)).item() == pytest.approx(3 * factor, rel=1e-6)
+
+
+def test_budget_pushes_gates_shut_and_its_absence_does_not():
+    layer = gated([1.0, 1.0, 1.0])
+    ComplexityBudget({"a": layer}, divisor=2, exponent=0.02).loss(torch.tensor(3.0)).backward()
+    assert (layer.gates.grad > 0).all()
+    assert ComplexityBudget({"a": layer}, None, 0.02).loss(torch.tensor(3.0)).item() == 3.0
+
+
+def test_gates_and_logits_are_spared_weight_decay():
+    model = nn.Sequential(DGConv2d(8, 8, 1), FLGConv2d(8, 8, 1, groups=2), nn.BatchNorm2d(8))
+    sgd = make_sgd(model, OptimiserConfig(weight_decay=0.01))
+    decay = {id(p): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
+    got = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert {name for name, value in got.items() if value == 0} == {
+        "0.gates",
+        "1.input_logits",
+        "1.output_logits",
+    }
+    sgd = make_sgd(model, OptimiserConfig(weight_decay=0.01, decay_norm=False))
+    decay = {id(p): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
+    assert decay[id(model[2].weight)] == 0 and decay[id(model[0].weight)] == 0.01

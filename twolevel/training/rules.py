@@ -1,0 +1,173 @@
+"""What some convolutions ask of training beyond a loss and SGD. The loop calls every rule and knows none."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
+from twolevel.nn.whole import WholeConv2d
+from twolevel.training.config import RuleConfig
+
+
+class Rule(Protocol):
+    """One method's rule. `progress` runs from 0 at the start of training to 1 at its end."""
+
+    def begin_step(self, progress: float) -> None:
+        """Called before the forward of a step."""
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """The loss to minimise, from the mean cross-entropy of the images just seen."""
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Called after the last step of an epoch; returns what it is worth to record, by layer."""
+
+
+def rules_for(model: nn.Module, config: RuleConfig) -> list[Rule]:
+    """The rules that the convolutions of a network ask for."""
+    dynamic = {name: m for name, m in model.named_modules() if isinstance(m, DynamicGroupConv2d)}
+    gated = {name: m for name, m in model.named_modules() if isinstance(m, DGConv2d)}
+    learned = {name: m for name, m in model.named_modules() if isinstance(m, FLGConv2d)}
+    rules: list[Rule] = []
+    if dynamic:
+        rules.append(ProgressivePruning(dynamic))
+        rules.append(SaliencyLasso(dynamic, config.lasso, config.lasso_form))
+        if any(layer.by_threshold for layer in dynamic.values()):
+            rules.append(GlobalThreshold(dynamic, config.threshold_steps))
+    if gated:
+        rules.append(ComplexityBudget(gated, config.complexity_divisor, config.complexity_exponent))
+    if learned:
+        rules.append(GroupRecord(learned))
+    return rules
+
+
+def undecayed(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that a convolution says weight decay must spare, such as gates."""
+    whole = [m for m in model.modules() if isinstance(m, WholeConv2d)]
+    return {parameter for m in whole for name, parameter in m.named_parameters() if name in m.undecayed}
+
+
+class _Silent:
+    """A rule that does nothing but what a subclass says."""
+
+    def begin_step(self, progress: float) -> None:
+        pass
+
+    def loss(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def end_epoch(self) -> dict[str, Any]:
+        return {}
+
+
+class ProgressivePruning(_Silent):
+    """DGC drops no channel at first, then more and more: each layer follows the progress of training."""
+
+    def __init__(self, layers: dict[str, DynamicGroupConv2d]):
+        self.layers = layers
+
+    @torch.no_grad()
+    def begin_step(self, progress: float) -> None:
+        for layer in self.layers.values():
+            layer.progress.fill_(progress)
+
+
+class _Saliencies(_Silent):
+    """Sees the saliencies `[B, H, n]` of each forward in training through hooks: layers keep no state of it."""
+
+    def __init__(self, layers: dict[str, DynamicGroupConv2d]):
+        self.layers = layers
+        self.seen: list[Tensor] = []
+        for layer in layers.values():
+            layer.saliency.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, inputs: Any, saliency: Tensor) -> None:
+        if module.training:
+            self.seen.append(saliency)
+
+    def take(self) -> list[Tensor]:
+        seen, self.seen = self.seen, []
+        return seen
+
+
+class SaliencyLasso(_Saliencies):
+    """DGC's sparsity term, for L layers of H heads each: lambda / (L H) sum of |g|_1 (Su et al., Eq. 8).
+
+    The sum is over layers, heads and channels, and the mean over the images; `public` is the form of the authors'
+    code, which takes the mean over channels too.
+    """
+
+    def __init__(self, layers: dict[str, DynamicGroupConv2d], weight: float, form: str):
+        super().__init__(layers)
+        self.weight, self.form = weight, form
+
+    def loss(self, loss: Tensor) -> Tensor:
+        seen = self.take()
+        heads = sum(saliency.shape[1] for saliency in seen)
+        # Saliencies come out of a ReLU: their sum is their L1 norm.
+        per_head = [s.sum(2) if self.form == "paper" else s.mean(2) for s in seen]
+        return loss + self.weight / heads * sum(norm.float().mean(0).sum() for norm in per_head)
+
+
+class GlobalThreshold(_Saliencies):
+    """DGC-G's one threshold for all layers and heads: the xi-quantile of their saliencies.
+
+    Taken over the last `steps` steps of each epoch, and kept in every layer for test time, as batch norm keeps its
+    statistics. How many steps is left open by the paper.
+    """
+
+    def __init__(self, layers: dict[str, DynamicGroupConv2d], steps: int):
+        super().__init__(layers)
+        self.steps = steps
+        self.recent: list[list[Tensor]] = []
+
+    def loss(self, loss: Tensor) -> Tensor:
+        self.recent = [*self.recent, [s.detach().flatten() for s in self.take()]][-self.steps :]
+        return loss
+
+    @torch.no_grad()
+    def end_epoch(self) -> dict[str, Any]:
+        values = torch.cat([s for step in self.recent for s in step]).float()
+        self.recent = []
+        layer = next(iter(self.layers.values()))
+        kept = max(1, round(layer.xi * len(values)))
+        threshold = values.kthvalue(kept).values
+        for layer in self.layers.values():
+            layer.threshold.copy_(threshold)
+        return {"dgc_threshold": threshold.item()}
+
+
+class ComplexityBudget(_Silent):
+    """DGConv's budget: the loss times (max(zeta, o) / o)^exponent, with the complexity zeta = non-zeros of all U.
+
+    o is the wanted complexity, that of dense layers divided by `divisor` (Zhang et al., complexity constraint);
+    without a divisor there is no budget. Also records the gates of each layer.
+    """
+
+    def __init__(self, layers: dict[str, DGConv2d], divisor: float | None, exponent: float):
+        self.layers, self.exponent = layers, exponent
+        dense = sum(layer.in_channels * layer.out_channels for layer in layers.values())
+        self.wanted = None if divisor is None else dense / divisor
+
+    def loss(self, loss: Tensor) -> Tensor:
+        if self.wanted is None:
+            return loss
+        complexity = sum(layer.complexity().double() for layer in self.layers.values())
+        factor = (complexity.clamp(min=self.wanted) / self.wanted) ** self.exponent
+        return loss * factor.to(loss.dtype)
+
+    def end_epoch(self) -> dict[str, Any]:
+        return {"dgconv_gates": {name: layer.open_gates() for name, layer in self.layers.items()}}
+
+
+class GroupRecord(_Silent):
+    """Records how many inputs and outputs each group of an FLGC layer has."""
+
+    def __init__(self, layers: dict[str, FLGConv2d]):
+        self.layers = layers
+
+    def end_epoch(self) -> dict[str, Any]:
+        def sizes(layer: FLGConv2d) -> list[list[int]]:
+            return [torch.bincount(of, minlength=layer.groups).tolist() for of in layer.groups_of()]
+
+        return {"flgc_groups": {name: sizes(layer) for name, layer in self.layers.items()}}
