@@ -1,4 +1,4 @@
-"""The command line: `twolevel train | evaluate | export | count | doctor`.
+"""The command line: `twolevel train | evaluate | export | report | count | doctor`.
 
 Commands import what they need when they run, so that help comes at once.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a network on the ranks that a launcher started, or on one",
     "evaluate": "test a run, a checkpoint or an exported file",
     "export": "write a run's whole network into one safetensors file",
+    "report": "draw a run: its curve, and what learned or dynamic groups chose",
     "count": "count parameters, multiply-accumulates and bytes exchanged",
     "doctor": "say what this machine has and what twolevel makes of it",
 }

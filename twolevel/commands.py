@@ -112,6 +112,40 @@ def export(argv: list[str]) -> None:
 
 
 @dataclass
+class ReportConfig:
+    """Draw a run into its folder report/: its curve, and what its dgc, dgconv or flgc convolutions chose."""
+
+    path: tyro.conf.Positional[Path]
+    """folder of a run"""
+
+    images: int | None = None
+    """dgc: test images, each of another class, whose kept channels are drawn; 6 unless given"""
+
+    batches: int | None = None
+    """dgc: batches of 500 test images over which dropped channels are counted; 10 unless given"""
+
+    data_root: Path | None = None
+    """dgc: folder of the data set; that of the run unless given"""
+
+    workers: int | None = None
+    """dgc: processes that decode ImageNet images; those of the run unless given"""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute"""
+
+
+def report(argv: list[str]) -> None:
+    config = parse(ReportConfig, "report", argv)
+    from twolevel.training.report import write_report
+
+    report = write_report(**asdict(config))
+    for file, what in report.files.items():
+        print(f"{file}  {what}")
+    if report.note:
+        print(report.note)
+
+
+@dataclass
 class CountConfig:
     """Count parameters, multiply-accumulates, and what a training step exchanges over the group axis."""
 
@@ -147,7 +181,9 @@ def count(argv: list[str]) -> None:
     from twolevel.analysis import count as count_network
     from twolevel.analysis.report import count_table
 
-    with torch.device("meta"):
+    # The groups of these two are values, which the meta device has not.
+    device = "cpu" if config.model.conv in ("flgc", "dgconv") else "meta"
+    with torch.device(device):
         model = models.create(**config.model.create_options(), num_classes=config.num_classes)
     size = config.image_size or models.image_size(config.model.model)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
