@@ -1,9 +1,14 @@
 """The arguments that all convolutions share, checked and brought to one form."""
 
-from torch.nn.modules.utils import _pair
+from collections.abc import Sequence
 
 from twolevel.errors import UserError, unknown
 from twolevel.ops import Geometry
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from one number for both, or from two."""
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def check_divides(what: str, divisor: int, /, **numbers: int) -> None:
@@ -27,11 +32,11 @@ def geometry(kernel_size, stride, padding, dilation) -> Geometry:
 
     Raises UserError where "same" would have to pad one side more than the other.
     """
-    kernel_size, dilation = _pair(kernel_size), _pair(dilation)
+    kernel_size, dilation = pair(kernel_size), pair(dilation)
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        if _pair(stride) != (1, 1):
+        if pair(stride) != (1, 1):
             raise UserError(f"padding='same' takes stride=1, not stride={stride}; use numbers")
         reach = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
         if any(r % 2 for r in reach):
@@ -41,4 +46,4 @@ def geometry(kernel_size, stride, padding, dilation) -> Geometry:
         padding = (reach[0] // 2, reach[1] // 2)
     elif isinstance(padding, str):
         raise unknown("padding", padding, ("same", "valid"))
-    return Geometry(_pair(stride), _pair(padding), dilation)
+    return Geometry(pair(stride), pair(padding), dilation)

@@ -1,10 +1,9 @@
 """Two-level group convolution (GC-2L)."""
 
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.arguments import check_groups, geometry
+from twolevel.nn.arguments import check_groups, geometry, pair
 from twolevel.ops import LOCAL, SCHEDULES, Exchange, Schedule, two_level_conv2d
 
 
@@ -50,7 +49,7 @@ class TwoLevelConv2d(nn.Module):
             raise unknown("schedule", schedule, SCHEDULES)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
+        self.kernel_size = pair(kernel_size)
         self.groups = groups
         self.geometry = geometry(kernel_size, stride, padding, dilation)
         self.schedule = schedule

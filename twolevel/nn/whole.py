@@ -4,9 +4,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
-from twolevel.nn.arguments import geometry
+from twolevel.nn.arguments import geometry, pair
 
 
 class WholeConv2d(nn.Module):
@@ -22,7 +21,7 @@ class WholeConv2d(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
+        self.kernel_size = pair(kernel_size)
         self.geometry = geometry(kernel_size, stride, padding, dilation)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
