@@ -3,18 +3,12 @@
 Commands import what they need when they run, so that help comes at once.
 """
 
-import contextlib
-import io
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from twolevel.errors import UserError, unknown
-
-T = TypeVar("T")
 
 COMMANDS = {
     "train": "train a network on the ranks that a launcher started, or on one",
@@ -73,48 +67,6 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
     from twolevel import commands
 
     return {name: getattr(commands, name) for name in COMMANDS}
-
-
-def parse(cls: type[T], name: str, argv: list[str], default: T | None = None) -> T:
-    """An instance of the dataclass `cls` from options; its parts' options have no prefix."""
-    import tyro
-
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            given = {} if default is None else {"default": default}
-            return tyro.cli(
-                cls, prog=f"twolevel {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,), **given
-            )
-    except SystemExit as end:
-        if end.code in (0, None):  # --help
-            raise
-        raise UserError(_one_line(box.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """The message of tyro's error box and the nearest option.
-
-    The box is drawn with lines, in ASCII, or without a frame, as the output's encoding allows; its title is in
-    the frame or a paragraph of its own, and paragraphs are parted by rules.
-    """
-    paragraphs, framed = [[]], False
-    for line in box.splitlines():
-        framed = framed or line.startswith(("│", "|"))
-        line = line.strip("│| ")
-        if line.startswith(("╭", "╰", "+")):
-            continue
-        if line.strip("─-"):
-            paragraphs[-1].append(line)
-        else:
-            paragraphs.append([])
-    paragraphs = [" ".join(lines) for lines in paragraphs if lines][0 if framed else 1 :]
-    text = paragraphs[0] if paragraphs else "the options cannot be read"
-    near = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(paragraphs[1:]))
-    if near:
-        text += f"; did you mean {near[1]}?"
-    # "Error parsing data: ..." names the section of the configuration, which a user need not know.
-    return re.sub(r"^Error parsing \w+: ", "", text)
 
 
 def _rank() -> int:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from twolevel.cli import parse
 from twolevel.errors import UserError
+from twolevel.options import parse
 from twolevel.training.config import MeshConfig, ModelConfig, TrainConfig
 
 

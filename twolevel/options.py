@@ -1,0 +1,52 @@
+"""Options of a command, from the command line into a dataclass."""
+
+import contextlib
+import io
+import re
+from typing import TypeVar
+
+import tyro
+
+from twolevel.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], name: str, argv: list[str], default: T | None = None) -> T:
+    """An instance of the dataclass `cls` from options; its parts' options have no prefix."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            given = {} if default is None else {"default": default}
+            return tyro.cli(
+                cls, prog=f"twolevel {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,), **given
+            )
+    except SystemExit as end:
+        if end.code in (0, None):  # --help
+            raise
+        raise UserError(_one_line(box.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's error box and the nearest option.
+
+    The box is drawn with lines, in ASCII, or without a frame, as the output's encoding allows; its title is in
+    the frame or a paragraph of its own, and paragraphs are parted by rules.
+    """
+    paragraphs, framed = [[]], False
+    for line in box.splitlines():
+        framed = framed or line.startswith(("│", "|"))
+        line = line.strip("│| ")
+        if line.startswith(("╭", "╰", "+")):
+            continue
+        if line.strip("─-"):
+            paragraphs[-1].append(line)
+        else:
+            paragraphs.append([])
+    paragraphs = [" ".join(lines) for lines in paragraphs if lines][0 if framed else 1 :]
+    text = paragraphs[0] if paragraphs else "the options cannot be read"
+    near = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(paragraphs[1:]))
+    if near:
+        text += f"; did you mean {near[1]}?"
+    # "Error parsing data: ..." names the section of the configuration, which a user need not know.
+    return re.sub(r"^Error parsing \w+: ", "", text)
