@@ -16,8 +16,8 @@ help:
 
 demo: .venv/installed
 	rm -rf runs/demo
-	.venv/bin/torchrun --nproc-per-node $(RANKS) -m twolevel train --model wrn-16-2 --conv gc2l --groups 4 \
-		--data sample --batch-size 100 --epochs $(EPOCHS) --lr-schedule cosine --output runs/demo
+	OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node $(RANKS) -m twolevel train --model wrn-16-2 --conv gc2l --groups 4 \
+		--data sample --batch-size 100 --epochs $(EPOCHS) --lr-schedule cosine --log-steps 5 --output runs/demo
 	@echo
 	@echo "Next, the real data (downloads CIFAR-10 into data/, 170 MB):"
 	@echo "  .venv/bin/torchrun --nproc-per-node $(RANKS) -m twolevel train --model wrn-16-2 --conv gc2l --groups 4 \\"
