@@ -1,0 +1,336 @@
+"""The Triton kernels compute the group convolution, its gradients, the restriction and the coarse term.
+
+Kernels are decorated for the interpreter or for a card when Triton is first imported, so one process tests one of the
+two: with a card this one; without, `test_everything_in_the_interpreter` runs this file again in a child.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from twolevel.errors import UserError
+from twolevel.ops import Geometry
+from twolevel.ops import triton as grouped
+
+pytest.importorskip("triton")
+CHILD = os.environ.get("TRITON_INTERPRET") == "1"
+REPOSITORY = Path(__file__).parents[2]
+
+if CHILD:
+    DEVICE, DTYPES = "cpu", [torch.float32, torch.float16]  # the interpreter has no bfloat16 product
+else:
+    DEVICE, DTYPES = "cuda", [torch.float32, torch.bfloat16] if torch.cuda.is_available() else []
+
+NO_CARD = "no card; the child in the interpreter runs it"
+ran_here = pytest.mark.skipif(not DTYPES, reason=NO_CARD)
+parent_alone = pytest.mark.skipif(CHILD, reason="the parent runs it")
+# Operands are exact in the dtype, products are summed in float32 and rounded once: a few units of its last place,
+# relative to the norm, and sums of at most a few thousand float32 products, 1e-6.
+CLOSE = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+# Small tiles, so that small images still fill several of every kind, with a ragged last one.
+SMALL = grouped.Config(32, 16, 16, 2, 2)
+# groups, inputs and outputs of a group, kernel, stride, padding, dilation, image, batch
+CASES = {
+    "plain": (2, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1), (6, 5), 2),
+    "one group": (1, 17, 40, (3, 3), (1, 1), (1, 1), (1, 1), (4, 5), 1),
+    "pointwise": (4, 16, 17, (1, 1), (1, 1), (0, 0), (1, 1), (5, 5), 3),
+    "pointwise stride 2": (2, 17, 4, (1, 1), (2, 2), (0, 0), (1, 1), (5, 6), 2),
+    "stride 2": (2, 16, 3, (3, 3), (2, 2), (1, 1), (1, 1), (7, 6), 2),
+    "uneven stride": (3, 4, 16, (2, 3), (3, 2), (1, 0), (1, 1), (8, 7), 1),
+    "dilation": (2, 3, 4, (3, 3), (1, 1), (2, 2), (2, 2), (6, 5), 2),
+    "stride and dilation": (2, 4, 3, (3, 3), (2, 2), (2, 1), (2, 3), (7, 9), 1),
+    "kernel 5": (2, 3, 3, (5, 5), (1, 1), (2, 2), (1, 1), (5, 5), 1),
+    "depthwise": (16, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), (5, 4), 2),
+    "packs with a ragged last": (7, 3, 4, (3, 3), (1, 1), (1, 1), (1, 1), (4, 4), 2),
+    "narrow in, wide out": (4, 1, 40, (1, 1), (1, 1), (1, 1), (1, 1), (3, 3), 1),
+    "wide in, narrow out": (4, 40, 1, (2, 3), (1, 1), (0, 1), (1, 1), (3, 4), 1),
+}
+# The interpreter is slow, and its kernels are the same code in both dtypes.
+HALF = ["plain", "stride 2", "depthwise"] if CHILD else CASES
+RUNS = [(dtype, case) for dtype in DTYPES for case in (CASES if dtype == torch.float32 else HALF)]
+
+
+def tensors(case, dtype, seed=0):
+    """(x, weight, gy, geometry, groups), exactly representable in the dtype."""
+    groups, inputs, outputs, kernel, stride, padding, dilation, image, batch = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    geometry = Geometry(stride, padding, dilation)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    x = last(random(batch, groups * inputs, *image))
+    weight = random(groups * outputs, inputs, *kernel)
+    y = F.conv2d(x.double(), weight.double(), None, *geometry, groups)
+    return x, weight, last(random(*y.shape)), geometry, groups
+
+
+def last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def assert_close(actual, expected):
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error <= CLOSE[actual.dtype], f"relative error {error:.2e}"
+
+
+@parent_alone
+def test_everything_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    assert " passed" in child.stdout and NO_CARD not in child.stdout, child.stdout[-2000:]
+
+
+@ran_here
+@pytest.mark.parametrize(("dtype", "case"), RUNS)
+def test_forward_is_the_group_convolution(case, dtype):
+    x, weight, _, geometry, groups = tensors(case, dtype)
+    y = grouped.forward(x, weight, geometry, groups, config=SMALL)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y, F.conv2d(x.double(), weight.double(), None, *geometry, groups))
+
+
+@ran_here
+@pytest.mark.parametrize(("dtype", "case"), RUNS)
+def test_gradients_are_those_of_autograd(case, dtype):
+    x, weight, gy, geometry, groups = tensors(case, dtype)
+    wide_x, wide_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    y = F.conv2d(wide_x, wide_weight, None, *geometry, groups)
+    expected_x, expected_weight = torch.autograd.grad(y, (wide_x, wide_weight), gy.double())
+    gx = grouped.input_grad(gy, weight, x.shape, geometry, groups, config=SMALL)
+    gw = grouped.weight_grad(gy, x, weight.shape, geometry, groups, config=SMALL)
+    assert gx.is_contiguous(memory_format=torch.channels_last)
+    assert_close(gx, expected_x)
+    assert_close(gw, expected_weight)
+
+
+@ran_here
+@pytest.mark.parametrize("case", ["plain", "stride 2", "depthwise", "packs with a ragged last"])
+def test_restriction_rides_along(case):
+    x, weight, _, geometry, groups = tensors(case, torch.float32)
+    restriction = torch.randn_like(weight[:groups])
+    y, z = grouped.forward(x, weight, geometry, groups, restriction, config=SMALL)
+    assert_close(y, F.conv2d(x.double(), weight.double(), None, *geometry, groups))
+    assert z.is_contiguous()
+    wide = F.conv2d(x.double(), restriction.double(), None, *geometry, groups)
+    assert_close(z, wide.transpose(0, 1))
+
+
+@ran_here
+@pytest.mark.parametrize("case", ["plain", "stride 2", "packs with a ragged last"])
+@pytest.mark.parametrize("maps", [1, 4, 17])
+def test_coarse_term_is_added_for_any_number_of_representatives(case, maps):
+    x, weight, gy, geometry, groups = tensors(case, torch.float32)
+    z = torch.randn(maps, gy.shape[0], *gy.shape[2:], device=DEVICE)
+    coarse = torch.randn(weight.shape[0], maps, device=DEVICE)
+    y = grouped.forward(x, weight, geometry, groups, coarse=coarse, z=z, config=SMALL)
+    local = F.conv2d(x.double(), weight.double(), None, *geometry, groups)
+    assert_close(y, local + torch.einsum("or,rbhw->bohw", coarse.double(), z.double()))
+
+
+@ran_here
+@pytest.mark.parametrize("operation", grouped.OPERATIONS)
+def test_result_does_not_depend_on_the_configuration(operation):
+    x, weight, gy, geometry, groups = tensors("stride 2", torch.float32)
+    run = {
+        "forward": lambda **config: grouped.forward(x, weight, geometry, groups, **config),
+        "input_grad": lambda **config: grouped.input_grad(gy, weight, x.shape, geometry, groups, **config),
+        "weight_grad": lambda **config: grouped.weight_grad(gy, x, weight.shape, geometry, groups, **config),
+    }[operation]
+    expected = run().double()
+    for config in [(16, 32, 16, 4, 2), (64, 16, 32, 4, 3), grouped.Config(16, 16, 64, 1, 1)]:
+        assert_close(run(config=config), expected)
+
+
+@ran_here
+def test_weight_gradient_repeats_bit_for_bit():
+    x, weight, gy, geometry, groups = tensors("plain", torch.float32)
+    first, second = (
+        grouped.weight_grad(gy, x, weight.shape, geometry, groups, config=SMALL) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@ran_here
+def test_weight_may_be_channels_last_and_x_may_have_one_channel():
+    x, weight, gy, geometry, groups = tensors("kernel 5", torch.float32)
+    expected = F.conv2d(x.double(), weight.double(), None, *geometry, groups)
+    assert_close(grouped.forward(x, last(weight), geometry, groups), expected)
+    gx = grouped.input_grad(gy, last(weight), x.shape, geometry, groups)
+    assert torch.equal(gx, grouped.input_grad(gy, weight, x.shape, geometry, groups))
+    one = x[:, :1].contiguous()
+    expected = F.conv2d(one.double(), weight[:, :1].double(), None, *geometry)
+    assert_close(grouped.forward(one, weight[:, :1].contiguous(), geometry, 1), expected)
+
+
+@ran_here
+def test_empty_batch_has_empty_outputs_and_a_zero_weight_gradient():
+    x, weight, gy, geometry, groups = tensors("plain", torch.float32)
+    x, gy = last(x[:0]), last(gy[:0])
+    assert grouped.forward(x, weight, geometry, groups).shape == gy.shape
+    assert grouped.input_grad(gy, weight, x.shape, geometry, groups).shape == x.shape
+    gw = grouped.weight_grad(gy, x, weight.shape, geometry, groups)
+    assert gw.shape == weight.shape and not gw.any()
+
+
+@ran_here
+def test_autograd_function_has_the_three_together():
+    x, weight, gy, geometry, groups = tensors("uneven stride", torch.float32)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    y = grouped.GroupedConv2d.apply(x, weight, geometry, groups)
+    gx, gw = torch.autograd.grad(y, (x, weight), gy.contiguous())
+    wide_x, wide_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    expected = F.conv2d(wide_x, wide_weight, None, *geometry, groups)
+    expected_x, expected_weight = torch.autograd.grad(expected, (wide_x, wide_weight), gy.double())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        y = grouped.GroupedConv2d.apply(x, weight, geometry, groups)
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)[0].sum().backward()
+    for actual, wide in ((y, expected), (gx, expected_x), (gw, expected_weight)):
+        assert_close(actual, wide)
+
+
+@ran_here
+def test_inputs_that_cannot_be_read_are_named():
+    x, weight, gy, geometry, groups = tensors("plain", torch.float32)
+    z, coarse = torch.zeros(3, *gy[:, 0].shape, device=DEVICE), torch.zeros(32, 3, device=DEVICE)
+    calls = {
+        "x has strides": lambda: grouped.forward(x.contiguous(), weight, geometry, groups),
+        "gy has strides": lambda: grouped.weight_grad(gy.contiguous(), x, weight.shape, geometry, groups),
+        "gy has shape": lambda: grouped.input_grad(gy[:1], weight, x.shape, geometry, groups),
+        "weight has dtype": lambda: grouped.forward(x, weight.half(), geometry, groups),
+        "groups=3": lambda: grouped.forward(x, weight, geometry, 3),
+        "float64": lambda: grouped.forward(x.double(), weight.double(), geometry, groups),
+        "coarse is given without z": lambda: grouped.forward(x, weight, geometry, groups, coarse=coarse),
+        "z has shape": lambda: grouped.forward(x, weight, geometry, groups, coarse=coarse, z=z[:, :1]),
+        "does not fit": lambda: grouped.forward(x, weight, Geometry(dilation=(5, 5)), groups),
+        "unknown precision": lambda: grouped.forward(x, weight, geometry, groups, precision="tf16"),
+        "block_in=24": lambda: grouped.forward(x, weight, geometry, groups, config=(32, 16, 24, 4, 2)),
+    }
+    for message, call in calls.items():
+        with pytest.raises(UserError, match=message):
+            call()
+    assert grouped.supports(x, weight, geometry, groups)
+    assert not grouped.supports(x.contiguous(), weight, geometry, groups)
+    assert not grouped.supports(x, weight, geometry, 3)
+
+
+def test_narrow_groups_are_packed_until_a_tile_is_full():
+    def pack(groups, inputs, outputs, restriction=False):
+        shapes = (1, groups * inputs, 4, 4), (groups * outputs, inputs, 3, 3)
+        geometry = Geometry(padding=(1, 1))
+        return grouped.problem_of(*shapes, geometry, groups, torch.float16, restriction).pack
+
+    assert pack(16, 1, 1) == 16
+    assert pack(16, 4, 4) == 4
+    assert pack(16, 8, 8) == 2
+    assert pack(4, 16, 16) == pack(4, 64, 64) == 1
+    assert pack(2, 1, 1) == 2
+    # Three outputs and the restriction of four groups are the sixteen columns of a tile.
+    assert pack(16, 4, 3, restriction=True) == 4
+
+
+@pytest.mark.parametrize("operation", grouped.OPERATIONS)
+@pytest.mark.parametrize("width", [1, 16, 40, 160])
+def test_estimate_has_no_tile_of_twice_the_channels(operation, width):
+    problem = grouped.problem_of(
+        (32, 4 * width, 32, 32), (4 * width, width, 3, 3), Geometry(padding=(1, 1)), 4, torch.bfloat16
+    )
+    for config in grouped.candidates(problem, operation):
+        assert grouped.pick(problem, operation, override=config) == config
+    best = grouped.pick(problem, operation)
+    assert best in grouped.CONFIGS
+    side = problem.pack * width
+    assert -(-side // best.block_out) * best.block_out < 2 * max(16, side)
+    assert -(-side // best.block_in) * best.block_in < 2 * max(16, side)
+
+
+def test_choices_are_kept_on_disk_for_their_problem_and_card_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    problem = grouped.problem_of((2, 32, 8, 8), (32, 16, 3, 3), Geometry(), 2, torch.float16)
+    other = grouped.problem_of((4, 32, 8, 8), (32, 16, 3, 3), Geometry(), 2, torch.float16)
+    first, second = grouped.Choices(), grouped.Choices()
+    first.keep("forward", problem, "card A", SMALL)
+    second.keep("forward", other, "card A", grouped.CONFIGS[0])  # beside what the first has written since
+    read = grouped.Choices()
+    assert read.get("forward", problem, "card A") == SMALL
+    assert read.get("forward", other, "card A") == grouped.CONFIGS[0]
+    assert read.get("input_grad", problem, "card A") is None
+    assert read.get("forward", problem, "card B") is None
+    assert [path.name for path in (tmp_path / "twolevel").iterdir()] == [read.path.name]
+    assert read.get("forward", problem, "card A", "tf32") is None
+    assert grouped.pick(problem, "forward", measured=read.get("forward", problem, "card A")) == SMALL
+    read.path.write_text("[1]")
+    with pytest.raises(UserError, match="delete it"):
+        grouped.Choices()
+
+
+def test_nothing_is_measured_without_a_card():
+    x = torch.zeros(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(UserError, match="x is on cpu"):
+        grouped.tune("forward", x, torch.zeros(4, 2, 3, 3), Geometry(), 2)
+
+
+@parent_alone
+def test_imports_without_triton_and_supports_nothing():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from twolevel.ops import Geometry, triton
+x = torch.zeros(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+weight = torch.zeros(4, 2, 1, 1)
+print(triton.supports(x, weight, Geometry(), 2))
+try:
+    triton.forward(x, weight, Geometry(), 2)
+except ValueError as error:
+    print(error)
+"""
+    child = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.splitlines()[0] == "False"
+    assert "Triton is not installed" in child.stdout
+
+
+@parent_alone
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kernel", ["gather_product", "tap_product"])
+def test_kernels_compile_to_tensor_core_instructions(kernel, capability, tmp_path, monkeypatch):
+    """Triton compiles for a card that is not there; what the interpreter lets pass, the compiler may not."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from twolevel.ops.triton import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(kernels, kernel)
+    constants = {"KERNEL_W": 3, "C": 4, "D": 3, "PACK": 4, "PRECISION": "ieee"}
+    if kernel == "gather_product":
+        constants |= {"TAPS_H": 3, "TAPS_W": 3, "HAS_R": 1, "HAS_COARSE": 1}
+        constants |= {"BLOCK_ROW": 64, "BLOCK_COLUMN": 16, "BLOCK_K": 16}
+    else:
+        constants |= {"TAPS": 9, "BLOCK_PIXELS": 64, "BLOCK_OUT": 16, "BLOCK_IN": 16}
+    tensors = {"x", "w", "out", "r", "z_out", "coarse", "z_in", "gy"}
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else "*bf16"
+        if name in tensors
+        else "*fp32"
+        if name == "partials"
+        else "i32"
+        for name in function.arg_names
+    }
+    compiled = triton.compile(
+        ASTSource(function, signature, constants), target=GPUTarget("cuda", capability, 32)
+    )
+    assert any(product in compiled.asm["ptx"] for product in ("mma.sync", "wgmma.mma"))
+    assert compiled.asm["cubin"]

@@ -1,0 +1,143 @@
+"""Measured configurations, kept on disk: what was the fastest for an operation, a problem, a card and a Triton."""
+
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twolevel.errors import UserError, unknown
+from twolevel.ops.geometry import Geometry
+from twolevel.ops.triton import grouped
+from twolevel.ops.triton.configs import OPERATIONS, Config, Operation, candidates
+from twolevel.ops.triton.problem import Problem, problem_of
+
+FILE = "grouped_convolution.json"
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/twolevel`, or `~/.cache/twolevel` where that is unset."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "twolevel"
+
+
+def key(operation: Operation, problem: Problem, card: str, precision: str = "ieee") -> str:
+    """Everything that a measurement depends on, in one line."""
+    sizes = (problem.batch, problem.inputs, problem.outputs, problem.groups, problem.height, problem.width)
+    kernel = f"{'x'.join(map(str, sizes))} kernel {problem.kernel} {tuple(map(tuple, problem.geometry))}"
+    z = " with restriction" if problem.restriction else ""
+    version = importlib.metadata.version("triton")
+    return f"{operation} | {kernel}{z} | {problem.dtype} {precision} | {card} | triton {version}"
+
+
+class Choices:
+    """The measured configurations of a folder, read once; `get` is a look-up and `keep` writes.
+
+    Two processes that keep at once do not corrupt the file: each replaces it whole. Raises UserError for a file that is
+    not what `keep` writes.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.path = (folder or cache_folder()) / FILE
+        self._known = self._read()
+
+    def get(
+        self, operation: Operation, problem: Problem, card: str, precision: str = "ieee"
+    ) -> Config | None:
+        return self._known.get(key(operation, problem, card, precision))
+
+    def keep(
+        self, operation: Operation, problem: Problem, card: str, config: Config, precision: str = "ieee"
+    ) -> None:
+        """Add a choice, to this object and to the file, beside what others have written since."""
+        self._known = {**self._read(), key(operation, problem, card, precision): config}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({name: list(config) for name, config in sorted(self._known.items())}, indent=1)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=FILE)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text + "\n")
+            os.replace(name, self.path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def _read(self) -> dict[str, Config]:
+        try:
+            known = json.loads(self.path.read_text())
+            return {name: Config(*map(int, config)) for name, config in known.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path} is not a file of measured choices ({error}); delete it") from error
+
+
+def tune(
+    operation: Operation,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    groups: int,
+    restriction: Tensor | None = None,
+    *,
+    choices: Choices | None = None,
+    most: int = 8,
+    precision: str = "ieee",
+) -> dict[Config, float]:
+    """Milliseconds of the `most` best estimates on the card of x, the fastest first; keeps it in `choices`.
+
+    Configurations that need more of the card than it has are left out. Raises UserError without a card: the
+    interpreter's times say nothing of one.
+    """
+    if operation not in OPERATIONS:
+        raise unknown("operation", operation, OPERATIONS)
+    if not x.is_cuda:
+        raise UserError(f"tune measures on a CUDA card, and x is on {x.device}")
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    restriction = restriction if operation == "forward" else None
+    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
+    run = _runner(operation, problem, x, weight, restriction, precision)
+    times = {}
+    for config in candidates(problem, operation)[:most]:
+        try:
+            times[config] = do_bench(lambda config=config: run(config), return_mode="median")
+        except OutOfResources:
+            continue
+    if not times:
+        raise UserError(
+            f"no configuration of {operation} fits {torch.cuda.get_device_name(x.device)}; most={most}"
+        )
+    times = dict(sorted(times.items(), key=lambda item: item[1]))
+    if choices is not None:
+        choices.keep(operation, problem, torch.cuda.get_device_name(x.device), next(iter(times)), precision)
+    return times
+
+
+def _runner(
+    operation: Operation,
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor,
+    restriction: Tensor | None,
+    precision: str,
+) -> Callable[[Config], object]:
+    geometry, groups = problem.geometry, problem.groups
+    if operation == "forward":
+        return lambda config: grouped.forward(
+            x, weight, geometry, groups, restriction, config=config, precision=precision
+        )
+    shape = (problem.batch, problem.outputs, *problem.out_size)
+    gy = torch.randn(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=torch.channels_last)
+    if operation == "input_grad":
+        return lambda config: grouped.input_grad(
+            gy, weight, x.shape, geometry, groups, config=config, precision=precision
+        )
+    return lambda config: grouped.weight_grad(
+        gy, x, weight.shape, geometry, groups, config=config, precision=precision
+    )

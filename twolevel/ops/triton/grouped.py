@@ -1,0 +1,254 @@
+"""Group convolution in channels_last memory: forward with restriction and coarse term, and both gradients.
+
+    y_g  = A_g * x_g (+ C_g z)        z_g = r_g * x_g        sums in float32, results in the dtype of x
+    gx_g = A_g^T * gy_g               gA_g[o, i, tap] = sum over pixels of gy_g[o] x_g[i] at the tap
+
+Run on CUDA cards from Ampere on, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before the import).
+The functions record nothing for autograd; `GroupedConv2d` does. Packed groups (`Problem.pack`) share a product whose
+other blocks are zeros, so an infinity or NaN in one of them reaches the others as NaN.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from twolevel.errors import UserError
+from twolevel.ops.geometry import Geometry
+from twolevel.ops.triton.configs import Config, pick, tiles
+from twolevel.ops.triton.launch import check_device, launch, phases
+from twolevel.ops.triton.problem import (
+    Problem,
+    check_image,
+    check_tensor,
+    problem_of,
+    round_up,
+    weight_strides,
+)
+
+# The weight gradient is split over pixels into about so many programs. It is a constant, and not a count of the
+# card's processors, so that the order of the sum does not depend on the card.
+SPLIT_PROGRAMS = 512
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    groups: int,
+    restriction: Tensor | None = None,
+    coarse: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    config: Config | None = None,
+    precision: str = "ieee",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y `[B, m, H', W']` channels_last; with a restriction, (y, its z `[G, B, H', W']` contiguous).
+
+    Shapes: x `[B, n, H, W]` channels_last, weight `[m, n/G, kh, kw]`, restriction `[G, n/G, kh, kw]`;
+    coarse `[m, R]` and z `[R, B, H', W']` contiguous add the coarse term of R representatives to y.
+    Raises UserError for a tensor that the kernels cannot read, and for a coarse term without z or the reverse.
+    """
+    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
+    check_image("x", x, x.shape, x)
+    check_tensor("weight", weight, weight.shape, x)
+    if (coarse is None) != (z is None):
+        given, missing = ("coarse", "z") if z is None else ("z", "coarse")
+        raise UserError(f"{given} is given without {missing}; the coarse term needs both")
+    if restriction is not None:
+        check_tensor("restriction", restriction, (groups, *weight.shape[1:]), x)
+    if coarse is not None and z is not None:
+        check_tensor("z", z, (len(z), x.shape[0], *problem.out_size), x)
+        check_tensor("coarse", coarse, (problem.outputs, len(z)), x)
+        for name, tensor in (("z", z), ("coarse", coarse)):
+            if not tensor.is_contiguous():
+                raise UserError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+        if z.numel() >= 2**31 - 2**20:
+            raise UserError(f"z of {z.numel()} elements is beyond 32-bit offsets; split the batch")
+    config = pick(problem, "forward", config)
+    y = _image(x, problem.outputs, problem.out_size)
+    own = None if restriction is None else x.new_empty(groups, x.shape[0], *problem.out_size)
+    row, channel, tap = weight_strides("weight", weight)
+    r_strides = (0, 0, 0) if restriction is None else weight_strides("restriction", restriction)
+    (sh, sw), (ph, pw), (dh, dw) = problem.geometry
+    kh, kw = problem.kernel
+    pixel_tiles, out_tiles, _ = tiles(problem, config, "forward")
+    launch(
+        "gather_product",
+        x,
+        pixel_tiles * out_tiles * _packs(problem),
+        config,
+        (x, weight, y, _or(restriction, x), _or(own, y), _or(coarse, x), _or(z, x)),
+        (0 if z is None else len(z), problem.pixels, *problem.out_size),
+        (problem.height, problem.width, problem.inputs, *problem.out_size, problem.outputs, groups),
+        (sh, sw, -ph, -pw, dh, dw, 0, 0, 1, 1, 1, 1, 0, 0),
+        (problem.group_outputs * row, row, channel, tap, *r_strides),
+        TAPS_H=kh,
+        TAPS_W=kw,
+        KERNEL_W=kw,
+        C=problem.group_inputs,
+        D=problem.group_outputs,
+        PACK=problem.pack,
+        HAS_R=int(restriction is not None),
+        HAS_COARSE=int(coarse is not None),
+        precision=precision,
+        BLOCK_ROW=config.block_pixels,
+        BLOCK_COLUMN=config.block_out,
+        BLOCK_K=config.block_in,
+    )
+    return y if own is None else (y, own)
+
+
+def input_grad(
+    gy: Tensor,
+    weight: Tensor,
+    x_shape: tuple[int, ...],
+    geometry: Geometry,
+    groups: int,
+    *,
+    config: Config | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """The gradient of x `[B, n, H, W]` channels_last, from gy `[B, m, H', W']` channels_last and the weight.
+
+    Pixels of x whose places agree modulo the stride meet the same taps, so each such phase is one launch that
+    multiplies no tap in vain. Raises UserError for a tensor that the kernel cannot read.
+    """
+    problem = problem_of(tuple(x_shape), weight.shape, geometry, groups, gy.dtype)
+    check_image("gy", gy, (problem.batch, problem.outputs, *problem.out_size), gy)
+    check_tensor("weight", weight, weight.shape, gy)
+    config = pick(problem, "input_grad", config)
+    gx = _image(gy, problem.inputs, (problem.height, problem.width))
+    row, channel, tap = weight_strides("weight", weight)
+    column_tiles = tiles(problem, config, "input_grad")[2] * _packs(problem)
+    for phase_h in phases(problem, 0):
+        for phase_w in phases(problem, 1):
+            rows = problem.batch * phase_h.size * phase_w.size
+            launch(
+                "gather_product",
+                gy,
+                -(-rows // config.block_pixels) * column_tiles,
+                config,
+                (gy, weight, gx, gy, gx, gy, gy),
+                (0, rows, phase_h.size, phase_w.size),
+                (*problem.out_size, problem.outputs, problem.height, problem.width, problem.inputs, groups),
+                (1, 1, phase_h.start, phase_w.start, phase_h.step, phase_w.step),
+                (phase_h.tap_start, phase_w.tap_start, phase_h.tap_step, phase_w.tap_step),
+                (*problem.geometry.stride, phase_h.place, phase_w.place),
+                (problem.group_outputs * row, channel, row, tap, 0, 0, 0),
+                TAPS_H=phase_h.taps if phase_w.taps else 0,
+                TAPS_W=max(1, phase_w.taps),
+                KERNEL_W=problem.kernel[1],
+                C=problem.group_outputs,
+                D=problem.group_inputs,
+                PACK=problem.pack,
+                HAS_R=0,
+                HAS_COARSE=0,
+                precision=precision,
+                BLOCK_ROW=config.block_pixels,
+                BLOCK_COLUMN=config.block_in,
+                BLOCK_K=config.block_out,
+            )
+    return gx
+
+
+def weight_grad(
+    gy: Tensor,
+    x: Tensor,
+    weight_shape: tuple[int, ...],
+    geometry: Geometry,
+    groups: int,
+    *,
+    config: Config | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """The gradient of the weight `[m, n/G, kh, kw]`, channels_last, from gy and x, both channels_last.
+
+    Ranges of pixels are summed apart in float32 and then together, without atomics: the same input and
+    configuration give the same bits. Raises UserError for a tensor that the kernel cannot read.
+    """
+    problem = problem_of(x.shape, tuple(weight_shape), geometry, groups, x.dtype)
+    check_image("x", x, x.shape, x)
+    check_image("gy", gy, (problem.batch, problem.outputs, *problem.out_size), x)
+    config = pick(problem, "weight_grad", config)
+    pixel_tiles, out_tiles, in_tiles = tiles(problem, config, "weight_grad")
+    programs = out_tiles * in_tiles * _packs(problem) * problem.taps
+    size = problem.outputs * problem.taps * problem.group_inputs
+    splits = max(1, min(SPLIT_PROGRAMS // programs, pixel_tiles, (2**31 - 1) // max(1, size)))
+    per_split = round_up(-(-problem.pixels // splits), config.block_pixels)
+    splits = max(1, -(-problem.pixels // max(1, per_split)))  # rounding up may leave the last ranges empty
+    shape = (splits, problem.outputs, *problem.kernel, problem.group_inputs)
+    partials = x.new_empty(shape, dtype=torch.float32)
+    launch(
+        "tap_product",
+        x,
+        programs * splits,
+        config,
+        (x, gy, partials, problem.pixels, per_split, *problem.out_size, problem.outputs),
+        (problem.height, problem.width, problem.inputs, groups),
+        (value for pair in problem.geometry for value in pair),
+        TAPS=problem.taps,
+        KERNEL_W=problem.kernel[1],
+        C=problem.group_inputs,
+        D=problem.group_outputs,
+        PACK=problem.pack,
+        precision=precision,
+        BLOCK_PIXELS=config.block_pixels,
+        BLOCK_OUT=config.block_out,
+        BLOCK_IN=config.block_in,
+    )
+    return partials.sum(0).to(x.dtype).permute(0, 3, 1, 2)
+
+
+def supports(
+    x: Tensor, weight: Tensor, geometry: Geometry, groups: int, restriction: Tensor | None = None
+) -> bool:
+    """Whether `forward` and both gradients can run on these; never whether they are the fastest."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        check_device(x)
+        problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
+        check_image("x", x, x.shape, x)
+        check_tensor("weight", weight, weight.shape, x)
+        weight_strides("weight", weight)
+        if restriction is not None:
+            check_tensor("restriction", restriction, (groups, *weight.shape[1:]), x)
+            weight_strides("restriction", restriction)
+    except UserError:
+        return False
+    return True
+
+
+class GroupedConv2d(torch.autograd.Function):
+    """`GroupedConv2d.apply(x, weight, geometry, groups)`: the convolution with its gradients, all by these kernels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.arguments = (geometry, groups)
+        return forward(x, weight, geometry, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        gy = gy.contiguous(memory_format=torch.channels_last)
+        gx = input_grad(gy, weight, x.shape, *ctx.arguments) if ctx.needs_input_grad[0] else None
+        gw = weight_grad(gy, x, weight.shape, *ctx.arguments) if ctx.needs_input_grad[1] else None
+        return gx, gw, None, None
+
+
+def _packs(problem: Problem) -> int:
+    return -(-problem.groups // problem.pack)
+
+
+def _image(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    shape = (like.shape[0], channels, *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """The stand-in is a pointer of the right kind that the kernel does not read."""
+    return stand_in if tensor is None else tensor

@@ -1,0 +1,147 @@
+"""One convolution as the kernels see it: its sizes, and whether its tensors are what they can read."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from twolevel.errors import UserError
+from twolevel.ops.geometry import Geometry
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The smallest side of a tensor-core tile that `tl.dot` takes in every one of these dtypes.
+TILE = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x `[B, n, H, W]` convolved with `[m, n/G, kh, kw]` in G groups, perhaps with one restriction output a group."""
+
+    batch: int
+    inputs: int
+    outputs: int
+    groups: int
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    geometry: Geometry
+    dtype: torch.dtype
+    restriction: bool = False
+
+    def __post_init__(self):
+        for name in ("inputs", "outputs"):
+            if getattr(self, name) % self.groups:
+                raise UserError(f"groups={self.groups} does not divide {name}={getattr(self, name)}")
+        if min(self.out_size) < 1:
+            raise UserError(
+                f"a kernel of {self.kernel} with {self.geometry} does not fit an image of {self.height} x {self.width}"
+            )
+
+    @cached_property
+    def out_size(self) -> tuple[int, int]:
+        """(H', W')."""
+        axes = zip((self.height, self.width), self.kernel, *self.geometry, strict=True)
+        return tuple(
+            (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in axes
+        )
+
+    @cached_property
+    def pixels(self) -> int:
+        """B H' W'."""
+        return self.batch * math.prod(self.out_size)
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def group_inputs(self) -> int:
+        return self.inputs // self.groups
+
+    @property
+    def group_outputs(self) -> int:
+        return self.outputs // self.groups
+
+    @cached_property
+    def pack(self) -> int:
+        """How many groups share a tile: the number with the least padded work a group, the smallest of equals.
+
+        A tile of p groups multiplies p^2 blocks, of which p are wanted, so only groups narrower than TILE gain.
+        """
+        columns = self.group_outputs + self.restriction
+
+        def work(p: int) -> float:
+            return round_up(p * columns, TILE) * round_up(p * self.group_inputs, TILE) / p
+
+        return min(range(1, min(self.groups, TILE) + 1), key=work)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def problem_of(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    geometry: Geometry,
+    groups: int,
+    dtype: torch.dtype,
+    restriction: bool = False,
+) -> Problem:
+    """The problem of these shapes; a UserError where they do not fit each other."""
+    for name, shape in (("x", x_shape), ("weight", weight_shape)):
+        if len(shape) != 4:
+            raise UserError(f"{name} has shape {list(shape)}; it must have four dimensions")
+    batch, inputs, height, width = x_shape
+    outputs, depth, *kernel = weight_shape
+    if groups < 1 or depth * groups != inputs:
+        raise UserError(
+            f"weight {list(weight_shape)} in groups={groups} needs x of {depth * groups} channels, not {inputs}"
+        )
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
+    geometry = Geometry(*geometry)
+    if min(geometry.stride) < 1 or min(geometry.dilation) < 1 or min(geometry.padding) < 0:
+        raise UserError(f"{geometry}: stride and dilation must be at least 1, padding at least 0")
+    problem = Problem(
+        batch, inputs, outputs, groups, height, width, tuple(kernel), geometry, dtype, restriction
+    )
+    largest = max(
+        math.prod(x_shape), problem.pixels * (outputs + restriction * groups), math.prod(weight_shape)
+    )
+    if largest >= 2**31 - 2**20:  # room for the offsets of the last tile's padding
+        raise UserError(
+            f"a tensor of {largest} elements is beyond 32-bit offsets; split the batch of {batch}"
+        )
+    return problem
+
+
+def check_image(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """A UserError unless the tensor is of this shape, channels_last, and of the dtype and device of `like`."""
+    check_tensor(name, tensor, shape, like)
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        raise UserError(
+            f"{name} has strides {tensor.stride()}; it must be channels_last: "
+            "use .contiguous(memory_format=torch.channels_last)"
+        )
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """A UserError unless the tensor is of this shape and of the dtype and device of `like`."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise UserError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
+    for what in ("dtype", "device"):
+        if getattr(tensor, what) != getattr(like, what):
+            raise UserError(f"{name} has {what} {getattr(tensor, what)}; it must be {getattr(like, what)}")
+
+
+def weight_strides(name: str, weight: Tensor) -> tuple[int, int, int]:
+    """Strides of (row, channel, tap) of a weight `[rows, channels, kh, kw]`, contiguous or channels_last."""
+    _, channels, kh, kw = weight.shape
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        return kh * kw * channels, 1, channels
+    if weight.is_contiguous():
+        return kh * kw * channels, kh * kw, 1
+    raise UserError(f"{name} has strides {weight.stride()}; it must be contiguous or channels_last")
