@@ -1,6 +1,6 @@
 """How long the convolutions of a ResNet-18 take in inference, and what share of a dense network's time.
 
-    python -m benchmarks.inference
+    python -m benchmarks inference
 
 A pass runs the 16 convolutions of 3 x 3 and the 3 down-sampling ones of 1 x 1 one after the other, so
 that weights come from where they lie in a network, not from the nearest cache. Peers take turns; in a
@@ -12,26 +12,20 @@ peer is there in both memory formats, and the one whose passes are faster counts
 """
 
 import copy
-import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 
+from benchmarks import report
 from twolevel.errors import UserError
 from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
 
-RESULTS = Path(__file__).parent / "results"
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
 
@@ -57,20 +51,17 @@ class Settings:
     threads: int = 1
     """threads of torch; with 1, times are those that the thread had a core, else those of the clock"""
 
-    output: Path = RESULTS / "inference.json"
+    output: Path = report.RESULTS / "inference.json"
     """file to write"""
 
     def __post_init__(self) -> None:
+        report.check_turns(self.turns)
         if self.groups < 2 or self.groups & (self.groups - 1):
             raise UserError(f"--groups {self.groups} is not a power of two from 2 on, as dgconv needs; use 4")
         if self.size < 32 or self.size % 32:
             raise UserError(
                 f"--size {self.size} is not a multiple of 32, by which a ResNet-18 divides it; use 224"
             )
-
-    @property
-    def clock(self) -> str:
-        return "thread_time_ns" if self.threads == 1 else "perf_counter_ns"
 
 
 @dataclass(frozen=True)
@@ -194,22 +185,13 @@ class Inputs:
         )
 
 
-def steady_memory() -> None:
-    """Let the C library keep freed memory instead of handing it back to the system after every layer.
-
-    Which of the two it does depends on the largest block freed so far, so on the history of the process;
-    a network's weights alone usually settle it.
-    """
-    torch.ones(31 << 18)
-
-
 @torch.inference_mode()
 def seconds(networks: dict, layers: list[Layer], settings: Settings) -> dict:
     """Times by peer and memory format: one list for each layer, of one time for each turn."""
-    clock = getattr(time, settings.clock)
+    clock = getattr(time, report.clock_name(settings.threads))
     inputs = Inputs(layers, settings)
     taken = {key: [[] for _ in layers] for key in networks}
-    steady_memory()
+    report.steady_memory()
     for _ in range(settings.turns):
         for (peer, name), network in networks.items():
             for timed in (False, True):
@@ -253,23 +235,6 @@ def measure(settings: Settings) -> dict:
     return {"layers": [asdict(layer) for layer in layers], "peers": peers, "ratios": ratios}
 
 
-def machine() -> dict:
-    """What the times were taken on."""
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2] for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0].strip() if names else model
-    return {
-        "cpu": model,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def table(found: dict) -> str:
     """Milliseconds of each kind of layer, all of that kind together, and of all."""
     peers, kinds = found["peers"], [layer["name"] for layer in found["layers"]]
@@ -282,28 +247,20 @@ def table(found: dict) -> str:
         rows.append([f"{kind} ({kinds.count(kind)})", *(f"{ms:.2f}" for ms in sums)])
     rows.append(["whole pass", *(f"{peer['pass_ms']:.2f}" for peer in peers.values())])
     rows.append(["memory format", *(peer["memory_format"] for peer in peers.values())])
-    lines = [f"{row[0]:22}" + "".join(f"{cell:>17}" for cell in row[1:]) for row in rows]
+    lines = [report.table(rows)]
     for base, others in found["ratios"].items():
         lines += [f"{peer} / ({base}): {ratio:.3f}" for peer, ratio in others.items()]
     return "\n".join(lines)
 
 
-def main() -> None:
-    settings = tyro.cli(Settings, prog="python -m benchmarks.inference")
+def main(argv: list[str]) -> None:
+    settings = report.parse(Settings, "inference", argv)
+    facts = report.machine()
     torch.set_num_threads(settings.threads)
     found = measure(settings)
     print(table(found))
-    result = {
-        "command": shlex.join(["python", "-m", "benchmarks.inference", *sys.argv[1:]]),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "machine": machine(),
-        "settings": {**asdict(settings), "output": settings.output.name, "clock": settings.clock},
-        **found,
-    }
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    settings.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {settings.output}")
+    report.write("inference", argv, settings, facts, found)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

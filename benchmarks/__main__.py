@@ -1,0 +1,68 @@
+"""`python -m benchmarks`: all that this machine can run, or one benchmark by name."""
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "inference": "convolutions of a ResNet-18 in inference, every kind of group convolution, on the CPU",
+    "layers": "every distinct convolution of a network, forward and its gradients, against the roofline",
+    "step": "whole training steps: dense, group, our and stock two-level convolutions",
+}
+HELP = """usage: python -m benchmarks [NAME [OPTIONS]]
+
+Without a name: all of them with their defaults, on the CPU and on a GPU where there is one.
+
+{names}
+
+python -m benchmarks NAME --help shows the options of one. Results go to benchmarks/results/."""
+ON_A_GPU = ("layers", "step")
+
+
+def run_one(name: str, argv: list[str]) -> None:
+    importlib.import_module(f"benchmarks.{name}").main(argv)
+
+
+def run_all() -> None:
+    """Every benchmark on the CPU, then on a GPU those that have something to do there; says what it skips."""
+    runs = [("inference", []), *((name, ["--device", "cpu"]) for name in ON_A_GPU)]
+
+    import torch
+
+    from benchmarks.report import no_gpu
+
+    skipped = {}
+    for name in ON_A_GPU:
+        if torch.cuda.is_available():
+            runs.append((name, ["--device", "cuda"]))
+        else:
+            skipped[f"{name} on a GPU"] = no_gpu()
+    for name, argv in runs:
+        print(f"\n{' '.join([name, *argv])}: {BENCHMARKS[name]}", flush=True)
+        run_one(name, argv)
+    for what, why in skipped.items():
+        print(f"skipped {what}: {why}")
+
+
+def main(argv: list[str]) -> None:
+    if argv and argv[0] in ("-h", "--help"):
+        print(HELP.format(names="\n".join(f"  {name:10} {what}" for name, what in BENCHMARKS.items())))
+        return
+
+    from twolevel.errors import (
+        UserError,
+        unknown,
+    )  # a light import: no torch before it is known what is wanted
+
+    try:
+        if not argv:
+            run_all()
+        elif argv[0] in BENCHMARKS:
+            run_one(argv[0], argv[1:])
+        else:
+            raise unknown("benchmark", argv[0], BENCHMARKS)
+    except UserError as error:
+        sys.exit(f"benchmarks: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

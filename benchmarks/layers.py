@@ -1,0 +1,313 @@
+"""How long each distinct convolution of a network takes, against other ways to write it and the machine's roofline.
+
+    python -m benchmarks layers
+
+Forward, input gradient and weight gradient are timed apart, by autograd, in channels_last memory: float32 on
+the CPU, bfloat16 on a GPU. Peers take turns; times are medians over the turns. `dense` and `gc` are nn.Conv2d,
+`stock` is the two-level layer by stock layers (benchmarks/stock.py), `gc2l` is ours.
+
+The roof of a pass is the time that this machine would need at its best, by what is measured in the same run:
+max(operations / rate of a large product or dense convolution, whichever is faster, bytes / rate of a large
+copy), where bytes are inputs, outputs and weights once each. A copy runs through main memory: a layer whose
+tensors stay in a cache can beat its roof.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import report
+from benchmarks.report import Device
+from benchmarks.stock import StockTwoLevelConv2d
+from twolevel import models
+from twolevel.errors import UserError
+from twolevel.nn import TwoLevelConv2d
+
+PASSES = ("forward", "input gradient", "weight gradient")
+# What the roofline is measured by: side of the product; channels and height of the convolution; elements of the
+# copy. Far beyond the caches, and enough work to fill the machine.
+PROBES = {"cpu": (2048, 512, 16, 1 << 26), "cuda": (8192, 512, 32, 1 << 29)}
+GPU_REPEATS = 20  # calls between two events, so that the launch of one hides behind another
+
+
+@dataclass
+class Settings:
+    """Time every distinct convolution of a network against the roofline of this machine."""
+
+    device: Device = "auto"
+    """where to run; auto takes the GPU where there is one"""
+
+    models: tuple[str, ...] = ()
+    """networks, as for `twolevel train`; by default wrn-16-4 on the CPU, wrn-28-10 and wrn-28-40 on a GPU"""
+
+    batch: int | None = None
+    """images; by default 32 on the CPU, 128 on a GPU"""
+
+    groups: tuple[int, ...] = (4, 16)
+    """numbers of groups to time"""
+
+    turns: int = 9
+    """timed calls of every pass of every peer"""
+
+    threads: int = 1
+    """threads of torch on the CPU; with 1, times are those that the thread had a core"""
+
+    output: Path | None = None
+    """file to write, a picture beside it; by default results/layers.json, on a GPU results/layers-gpu.json"""
+
+    def __post_init__(self) -> None:
+        report.check_turns(self.turns)
+        self.device = report.choose_device(self.device)
+        on_gpu = self.device == "cuda"
+        self.models = self.models or (("wrn-28-10", "wrn-28-40") if on_gpu else ("wrn-16-4",))
+        self.batch = self.batch or (128 if on_gpu else 32)
+        self.output = self.output or report.RESULTS / ("layers-gpu.json" if on_gpu else "layers.json")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A square convolution of an image of `height` x `height`, padded by half its kernel."""
+
+    channels: int
+    outputs: int
+    kernel: int
+    stride: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}-{self.outputs} k{self.kernel} s{self.stride} {self.height}x{self.height}"
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        return self.channels, self.outputs, self.kernel, self.stride, self.kernel // 2
+
+    @property
+    def output_height(self) -> int:
+        return (self.height - 1) // self.stride + 1
+
+
+def shapes(name: str) -> Counter[Shape]:
+    """The distinct convolutions of a network after its stem, and how often each occurs, in order."""
+    found = Counter()
+
+    def note(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        kernel, stride = module.kernel_size[0], module.stride[0]
+        shape = Shape(module.in_channels, module.out_channels, kernel, stride, inputs[0].shape[2])
+        if module.groups > 1 or module.padding[0] != kernel // 2:
+            raise UserError(f"--models {name}: {module} is not dense and half-padded; use a wrn-D-k")
+        found[shape] += module.in_channels > 3
+
+    size = models.image_size(name)
+    with torch.device("meta"):
+        network = models.create(name, conv="sc")
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(note)
+        network(torch.empty(1, 3, size, size))
+    return +found  # without the stem
+
+
+def two_level(shape: Shape, groups: int) -> TwoLevelConv2d:
+    return TwoLevelConv2d(*shape.arguments, groups=groups)
+
+
+PEERS: dict[str, Callable[[Shape, int], nn.Module]] = {
+    "gc": lambda shape, groups: nn.Conv2d(*shape.arguments, groups=groups, bias=False),
+    "stock": lambda shape, groups: StockTwoLevelConv2d(two_level(shape, groups)),
+    "gc2l": two_level,
+}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this machine was measured to do at best; some CPUs' convolutions outrun their matrix products."""
+
+    product_operations_per_second: float
+    convolution_operations_per_second: float
+    bytes_per_second: float
+
+    def seconds(self, shape: Shape, weights: int, settings: Settings) -> float:
+        """The least time of any one pass: all three have the same operations and touch tensors of the same sizes.
+
+        `weights` is their number. Representatives count as operations, not as bytes: they could stay on the chip.
+        """
+        pixels = settings.batch * shape.output_height**2
+        operations = 2 * pixels * weights
+        elements = settings.batch * shape.height**2 * shape.channels + pixels * shape.outputs + weights
+        rate = max(self.product_operations_per_second, self.convolution_operations_per_second)
+        return max(operations / rate, elements * settings.dtype.itemsize / self.bytes_per_second)
+
+
+@torch.no_grad()
+def measure_roofline(settings: Settings, seconds: Callable[..., float]) -> Roofline:
+    """Rates of a large product, a large dense convolution and a large copy (bytes read and written)."""
+    side, channels, height, elements = PROBES[settings.device]
+    options = {"device": settings.device, "dtype": settings.dtype}
+    left, right, product = (torch.ones(side, side, **options) for _ in range(3))
+    source, copy = (torch.ones(elements, **options) for _ in range(2))
+    shape = Shape(channels, channels, 3, 1, height)
+    convolution = nn.Conv2d(*shape.arguments, bias=False).to(**options, memory_format=torch.channels_last)
+    x = torch.ones(32, channels, height, height, **options).to(memory_format=torch.channels_last)
+
+    def best(call: Callable[[], object]) -> float:
+        call()
+        return min(seconds(call) for _ in range(5))
+
+    return Roofline(
+        2 * side**3 / best(lambda: torch.mm(left, right, out=product)),
+        2 * len(x) * height**2 * convolution.weight.numel() / best(lambda: convolution(x)),
+        2 * source.nbytes / best(lambda: copy.copy_(source)),
+    )
+
+
+def passes(module: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+    """Each pass of a layer as a call; the gradients are of graphs kept from one forward pass each.
+
+    A graph of its own for each, so that a layer sees which of them is wanted.
+    """
+    parameters = [*module.parameters()]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    def backward(by: list[Tensor], input_: Tensor) -> Callable[[], object]:
+        y = module(input_)
+        gy = torch.randn_like(y)
+        return lambda: torch.autograd.grad(y, by, gy, retain_graph=True)
+
+    own = x.detach().requires_grad_()
+    module.requires_grad_(False)
+    by_input = backward([own], own)
+    module.requires_grad_(True)
+    return dict(zip(PASSES, (forward, by_input, backward(parameters, x)), strict=True))
+
+
+def measure_shape(
+    shape: Shape, settings: Settings, seconds: Callable[..., float], roofline: Roofline
+) -> list:
+    """Milliseconds of every pass of every peer of one shape."""
+    memory = {"memory_format": torch.channels_last}
+    options = {"device": settings.device, "dtype": settings.dtype}
+    x = torch.randn(settings.batch, shape.channels, shape.height, shape.height, **options).to(**memory)
+    layers = {("dense", 1): nn.Conv2d(*shape.arguments, bias=False)}
+    layers |= {(name, g): build(shape, g) for g in settings.groups for name, build in PEERS.items()}
+    calls = {}
+    for key, layer in layers.items():
+        for name, call in passes(layer.to(**options, **memory), x).items():
+            call()  # allocates, and chooses algorithms
+            calls[*key, name] = call
+    repeats = GPU_REPEATS if settings.device == "cuda" else 1
+    taken = {key: [] for key in calls}
+    for _ in range(settings.turns):
+        for key, call in calls.items():
+            taken[key].append(seconds(call, repeats))
+    found = []
+    for (name, groups, of_pass), times in taken.items():
+        weights = sum(weight.numel() for weight in layers[name, groups].parameters())
+        roof = 1e3 * roofline.seconds(shape, weights, settings)
+        timed = report.summary(times)
+        found.append(
+            {
+                "peer": name,
+                "groups": groups,
+                "pass": of_pass,
+                **timed,
+                "roof_ms": roof,
+                "of_roof": roof / timed["median_ms"],
+            }
+        )
+    return found
+
+
+def measure(settings: Settings) -> dict:
+    """The machine's rates, and for every network every distinct convolution with the times of its peers."""
+    torch.manual_seed(0)
+    torch.set_num_threads(settings.threads)
+    torch.backends.cudnn.benchmark = True
+    report.steady_memory()
+    seconds = report.stopwatch(settings.device, settings.threads)
+    roofline = measure_roofline(settings, seconds)
+    found = [
+        {
+            "model": name,
+            **asdict(shape),
+            "label": str(shape),
+            "times_in_model": times,
+            "peers": measure_shape(shape, settings, seconds, roofline),
+        }
+        for name in settings.models
+        for shape, times in shapes(name).items()
+    ]
+    return {"roofline": asdict(roofline), "convolutions": found}
+
+
+def peer_name(peer: dict) -> str:
+    return peer["peer"] if peer["groups"] == 1 else f"{peer['peer']} G={peer['groups']}"
+
+
+def table(found: dict) -> str:
+    """For each pass: milliseconds (and per cent of the roof), a line for each convolution."""
+    blocks = []
+    for of_pass in PASSES:
+        names = [peer_name(p) for p in found["convolutions"][0]["peers"] if p["pass"] == of_pass]
+        rows = [[f"{of_pass}, ms (roof / time)", *names]]
+        for convolution in found["convolutions"]:
+            peers = [p for p in convolution["peers"] if p["pass"] == of_pass]
+            cells = [f"{p['median_ms']:.2f} ({p['of_roof']:.0%})" for p in peers]
+            rows.append([f"{convolution['label']} (x{convolution['times_in_model']})", *cells])
+        sums = [sum(ms) for ms in zip(*_all_ms(found, of_pass), strict=True)]
+        rows.append(["all, as often as they occur", *(f"{total:.1f}" for total in sums)])
+        blocks.append(report.table(rows, first=32, width=15))
+    product, convolution, copy = (rate / 1e9 for rate in found["roofline"].values())
+    blocks.append(
+        f"roofline: product {product:.0f}, convolution {convolution:.0f} G operations/s, copy {copy:.1f} GB/s"
+    )
+    return "\n\n".join(blocks)
+
+
+def _all_ms(found: dict, of_pass: str) -> list[list[float]]:
+    """Milliseconds of each convolution by peer, times how often it occurs."""
+    return [
+        [c["times_in_model"] * p["median_ms"] for p in c["peers"] if p["pass"] == of_pass]
+        for c in found["convolutions"]
+    ]
+
+
+def draw(found: dict, settings: Settings, path: Path) -> None:
+    """Times by pass, peer and convolution; a black line is the roof of that bar."""
+    panels, marks = {}, {}
+    for of_pass in PASSES:
+        for into, value in ((panels, "median_ms"), (marks, "roof_ms")):
+            series = into.setdefault(of_pass, {})
+            for convolution in found["convolutions"]:
+                for peer in convolution["peers"]:
+                    if peer["pass"] == of_pass:
+                        series.setdefault(peer_name(peer), []).append(peer[value])
+    report.bars(
+        panels,
+        [c["label"].replace(" ", "\n") for c in found["convolutions"]],
+        path,
+        title=f"{', '.join(settings.models)}, batch {settings.batch}, {settings.device} (black: roof)",
+        unit="ms",
+        marks=marks,
+        log=True,
+    )
+
+
+def main(argv: list[str]) -> None:
+    settings = report.parse(Settings, "layers", argv)
+    facts = report.machine(settings.device)
+    found = measure(settings)
+    print(f"{', '.join(settings.models)}, batch {settings.batch}, {settings.device}, {settings.turns} turns")
+    print(table(found))
+    report.write("layers", argv, settings, facts, found)
+    draw(found, settings, settings.output.with_suffix(".png"))

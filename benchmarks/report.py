@@ -1,0 +1,178 @@
+"""What all benchmarks share: clocks, facts of the machine, tables, pictures and files of results."""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from twolevel.errors import UserError
+
+RESULTS = Path(__file__).parent / "results"
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def parse(cls: type, name: str, argv: list[str]) -> Any:
+    """The settings of the benchmark `name` from its command line."""
+    return tyro.cli(cls, prog=f"python -m benchmarks {name}", args=argv)
+
+
+def choose_device(device: Device) -> str:
+    """cpu or cuda; raises UserError for a GPU that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: {no_gpu()}; use --device cpu")
+    return device
+
+
+def no_gpu() -> str:
+    """Why nothing runs on a GPU here."""
+    return f"torch {torch.__version__} finds no GPU on this machine"
+
+
+def check_turns(turns: int) -> None:
+    """Quartiles take two times."""
+    if turns < 2:
+        raise UserError(f"--turns {turns} gives no spread; use 2 or more")
+
+
+def steady_memory() -> None:
+    """Let the C library keep freed memory instead of handing it back to the system after every layer.
+
+    Which of the two it does depends on the largest block freed so far, so on the history of the process;
+    a network's weights alone usually settle it.
+    """
+    torch.ones(31 << 18)
+
+
+def clock_name(threads: int) -> str:
+    """With one thread the time that the thread had a core, on a shared machine the less noisy; else the clock's."""
+    return "thread_time_ns" if threads == 1 else "perf_counter_ns"
+
+
+def stopwatch(device: str, threads: int) -> Callable[..., float]:
+    """A function (call, repeats=1) that returns the seconds of one call, on a GPU those between two events."""
+    clock = getattr(time, clock_name(threads))
+
+    def on_cpu(call: Callable[[], object], repeats: int = 1) -> float:
+        start = clock()
+        for _ in range(repeats):
+            call()
+        return (clock() - start) / 1e9 / repeats
+
+    def on_gpu(call: Callable[[], object], repeats: int = 1) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+    return on_cpu if device == "cpu" else on_gpu
+
+
+def summary(seconds: list[float]) -> dict:
+    """Median and quartiles in milliseconds."""
+    ms = [1e3 * s for s in seconds]
+    return {"median_ms": statistics.median(ms), "quartiles_ms": statistics.quantiles(ms)}
+
+
+def machine(device: str = "cpu") -> dict:
+    """What times are taken on; asked before a run, so that its own load does not count."""
+    model, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2] for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0].strip() if names else model
+    facts = {
+        "cpu": model,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device == "cuda":
+        facts |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return facts
+
+
+def write(name: str, argv: list[str], settings: Any, facts: dict, found: dict) -> None:
+    """Save what `python -m benchmarks name argv` found to `settings.output`."""
+    command = shlex.join(["python", "-m", "benchmarks", name, *argv])
+    save(settings.output, command, facts, asdict(settings) | {"clock": clock_name(settings.threads)}, found)
+
+
+def save(output: Path, command: str, facts: dict, settings: dict, found: dict) -> None:
+    """Write the JSON of a run: its command, date, machine and settings, then what it found.
+
+    `facts` are `machine()` from before the run.
+    """
+    result = {
+        "command": command,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": facts | {"load_average_after": os.getloadavg()[0]},
+        "settings": settings | {"output": output.name},
+        **found,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {output}")
+
+
+def table(rows: list[list[str]], first: int = 22, width: int = 17) -> str:
+    """Rows of cells: the first column to the left, the others to the right."""
+    return "\n".join(f"{row[0]:{first}}" + "".join(f"{cell:>{width}}" for cell in row[1:]) for row in rows)
+
+
+def bars(
+    panels: dict[str, dict[str, list[float | None]]],
+    labels: list[str],
+    path: Path,
+    *,
+    title: str,
+    unit: str,
+    marks: dict[str, dict[str, list[float]]] | None = None,
+    log: bool = False,
+) -> None:
+    """Draw bars: panel -> series -> one value (None: no bar) for each label; `marks` are lines over the bars."""
+    figure = Figure(figsize=(max(8, 1.1 * len(labels) + 3), 0.5 + 3.5 * len(panels)), layout="constrained")
+    for axes, (panel, series) in zip(
+        figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        width = 0.85 / len(series)
+        for index, (name, values) in enumerate(series.items()):
+            at = [x + (index - (len(series) - 1) / 2) * width for x in range(len(labels))]
+            shown = [(x, v) for x, v in zip(at, values, strict=True) if v is not None]
+            drawn = axes.bar(*zip(*shown, strict=True), width, label=name)
+            if not marks:
+                axes.bar_label(drawn, fmt="%.2f", fontsize=8)
+            else:
+                half = width / 2
+                roof = marks[panel][name]
+                axes.hlines(roof, [x - half for x in at], [x + half for x in at], color="black", lw=1.5)
+        axes.set(title=panel, ylabel=unit, xticks=range(len(labels)), xticklabels=labels)
+        axes.set_yscale("log" if log else "linear")
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"wrote {path}")

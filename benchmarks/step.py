@@ -1,0 +1,269 @@
+"""How long a training step takes on one device: ours against dense, group and stock two-level convolutions.
+
+    python -m benchmarks step
+
+A step is forward, loss, backward and fused SGD on one fixed batch; loading data is not in it. All peers are
+in one process and take turns, step by step, so that what else the machine does falls on all of them; times are
+medians over the turns.
+
+    sc                  dense convolutions
+    gc                  group convolutions
+    gc2l                twolevel.nn.TwoLevelConv2d
+    stock               two-level by stock layers as in its paper (benchmarks/stock.py)
+    stock three         two-level by three stock convolutions
+    stock compiled      `stock` under torch.compile
+    one rank of P       gc2l cut for P ranks, what rank 0 computes; NOTHING CROSSES: copies of its own
+                        representatives stand for the others', so it is a bound for P devices, not their time
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+from benchmarks import report
+from benchmarks.report import Device
+from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, to_stock
+from twolevel import models
+from twolevel.distributed import parallelize
+
+WARM_UP = 2  # steps of each peer before the first timed one: memory, choices of algorithms, optimiser state
+
+
+@dataclass
+class Settings:
+    """Time training steps of every peer on one device."""
+
+    device: Device = "auto"
+    """where to run; auto takes the GPU where there is one"""
+
+    model: str | None = None
+    """network, as for `twolevel train`; by default wrn-16-4 on the CPU, wrn-28-10 on a GPU"""
+
+    batch: int | None = None
+    """images in a step; by default 32 on the CPU, 128 on a GPU"""
+
+    groups: tuple[int, ...] = (4, 16)
+    """numbers of groups to time"""
+
+    ranks: int = 4
+    """P of the peer that computes what one of P ranks does; divides the groups"""
+
+    turns: int = 15
+    """timed steps of every peer"""
+
+    threads: int = 1
+    """threads of torch on the CPU; with 1, times are those that the thread had a core"""
+
+    compile: bool = True
+    """time torch.compile too, which takes a minute more and, on the CPU, a C++ compiler"""
+
+    output: Path | None = None
+    """file to write, a picture beside it; by default results/step.json, on a GPU results/step-gpu.json"""
+
+    def __post_init__(self) -> None:
+        report.check_turns(self.turns)
+        self.device = report.choose_device(self.device)
+        on_gpu = self.device == "cuda"
+        self.model = self.model or ("wrn-28-10" if on_gpu else "wrn-16-4")
+        self.batch = self.batch or (128 if on_gpu else 32)
+        self.output = self.output or report.RESULTS / ("step-gpu.json" if on_gpu else "step.json")
+
+
+class NothingCrosses:
+    """The exchange of one of `ranks` ranks with itself alone: tensors of the right shape, and no other rank.
+
+    Stands for the axis of the stem and the classifier as well.
+    """
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+
+    class _Done:
+        def __init__(self, value: Tensor):
+            self.value = value
+
+        def wait(self) -> Tensor:
+            return self.value
+
+    def gather(self, own: Tensor) -> _Done:
+        return self._Done(own.repeat(self.ranks, *[1] * (own.dim() - 1)))
+
+    def scatter_sum(self, parts: Tensor) -> _Done:
+        return self._Done(parts[: len(parts) // self.ranks])
+
+    def sum_logits(self, partial: Tensor) -> Tensor:
+        return partial
+
+    share_input = sum_logits
+
+
+def one_rank(name: str, groups: int, ranks: int) -> nn.Module:
+    """The part of a two-level network that rank 0 of `ranks` holds, without any other rank."""
+    model = models.create(name, conv="gc2l", groups=groups)
+    # The process group is there only to cut the network by the package's own code; nothing is ever sent over it.
+    dist.init_process_group("fake", rank=0, world_size=ranks)
+    try:
+        parallelize(model, init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "group")))
+    finally:
+        dist.destroy_process_group()
+    for module in model.modules():
+        for attribute in ("exchange", "axis"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, NothingCrosses(ranks))
+    return model
+
+
+def rank_name(ranks: int) -> str:
+    return f"one rank of {ranks}"
+
+
+def networks(settings: Settings) -> dict[tuple[str, int], Callable[[], nn.Module]]:
+    """How to make each peer, by its name and number of groups."""
+    name = settings.model
+    builders = {("sc", 1): lambda: models.create(name, conv="sc")}
+    for groups in settings.groups:
+
+        def create(conv: str = "gc2l", groups: int = groups) -> nn.Module:
+            return models.create(name, conv=conv, groups=groups)
+
+        builders["gc", groups] = lambda create=create: create("gc")
+        builders["gc2l", groups] = create
+        builders["stock", groups] = lambda create=create: to_stock(create(), StockTwoLevelConv2d)
+        builders["stock three", groups] = lambda create=create: to_stock(create(), ThreeConvolutions)
+        if settings.compile:
+            builders["stock compiled", groups] = lambda create=create: torch.compile(to_stock(create()))
+        builders[rank_name(settings.ranks), groups] = lambda groups=groups: one_rank(
+            name, groups, settings.ranks
+        )
+    return builders
+
+
+class Step:
+    """A training step of one network on a fixed batch: float32 on the CPU, bfloat16 autocast on a GPU."""
+
+    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor):
+        self.network = network.to(images.device, memory_format=torch.channels_last)
+        self.images, self.labels = images, labels
+        # A small rate: the batch never changes, and once it is learnt gradients would be denormal numbers.
+        self.optimiser = torch.optim.SGD(
+            network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
+        )
+
+    def __call__(self) -> Tensor:
+        self.optimiser.zero_grad(set_to_none=True)
+        device = self.images.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = F.cross_entropy(self.network(self.images), self.labels)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+
+def ready(settings: Settings) -> tuple[dict[tuple[str, int], Step], dict[tuple[str, int], float], dict]:
+    """Steps that are warm, seconds that each one's warming took, and those that cannot run here, with why."""
+    size = models.image_size(settings.model)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(settings.batch, 3, size, size, generator=generator)
+    images = images.to(settings.device, memory_format=torch.channels_last)
+    labels = torch.randint(10, (settings.batch,), generator=generator).to(settings.device)
+    steps, warming, skipped = {}, {}, {}
+    for key, build in networks(settings).items():
+        start = time.perf_counter()
+        try:
+            step = Step(build(), images, labels)
+            losses = [float(step()) for _ in range(WARM_UP)]
+        except Exception as error:
+            if key[0] != "stock compiled":
+                raise
+            # A compiler that is missing or broken should not cost the other peers' times.
+            skipped["{}, G={}".format(*key)] = str(error).strip().partition("\n")[0]
+            continue
+        assert all(map(math.isfinite, losses)), (key, losses)
+        steps[key], warming[key] = step, time.perf_counter() - start
+    return steps, warming, skipped
+
+
+def measure(settings: Settings) -> dict:
+    """Milliseconds of a step by peer, and the ratios of medians to dense and to stock convolutions."""
+    torch.set_num_threads(settings.threads)
+    torch.backends.cudnn.benchmark = True
+    report.steady_memory()
+    steps, warming, skipped = ready(settings)
+    seconds = report.stopwatch(settings.device, settings.threads)
+    taken = {key: [] for key in steps}
+    for _ in range(settings.turns):
+        for key, step in steps.items():
+            taken[key].append(seconds(step))
+    times = {key: report.summary(of_peer) for key, of_peer in taken.items()}
+    peers = []
+    for (name, groups), found in times.items():
+        stock = times.get(("stock", groups))
+        peers.append(
+            {
+                "peer": name,
+                "groups": groups,
+                **found,
+                "images_per_second": 1e3 * settings.batch / found["median_ms"],
+                "to_sc": found["median_ms"] / times["sc", 1]["median_ms"],
+                "to_stock": found["median_ms"] / stock["median_ms"] if stock else None,
+                "warm_up_s": warming[name, groups],
+            }
+        )
+    return {"peers": peers, "skipped": skipped}
+
+
+def table(found: dict) -> str:
+    """One line for each peer."""
+    rows = [["", "G", "ms", "quartiles", "/ sc", "/ stock"]]
+    for peer in found["peers"]:
+        low, _, high = peer["quartiles_ms"]
+        rows.append(
+            [
+                peer["peer"],
+                str(peer["groups"]),
+                f"{peer['median_ms']:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                f"{peer['to_sc']:.3f}",
+                f"{peer['to_stock']:.3f}" if peer["to_stock"] else "",
+            ]
+        )
+    return report.table(rows, width=18)
+
+
+def draw(found: dict, settings: Settings, path: Path) -> None:
+    """Ratios to the dense network, of every peer, by number of groups."""
+    ratios = {(peer["peer"], peer["groups"]): peer["to_sc"] for peer in found["peers"]}
+    names = [name for name in dict.fromkeys(name for name, _ in ratios) if name != "sc"]
+    series = {
+        name + (" (nothing crosses)" if name == rank_name(settings.ranks) else ""): [
+            ratios.get((name, groups)) for groups in settings.groups
+        ]
+        for name in names
+    }
+    report.bars(
+        {"time of a training step / that of dense convolutions": series},
+        [f"G = {groups}" for groups in settings.groups],
+        path,
+        title=f"{settings.model}, batch {settings.batch}, {settings.device}",
+        unit="ratio of medians",
+    )
+
+
+def main(argv: list[str]) -> None:
+    settings = report.parse(Settings, "step", argv)
+    facts = report.machine(settings.device)
+    found = measure(settings)
+    print(f"{settings.model}, batch {settings.batch}, {settings.device}, {settings.turns} turns")
+    print(table(found))
+    for what, why in found["skipped"].items():
+        print(f"skipped {what}: {why}")
+    report.write("step", argv, settings, facts, found)
+    draw(found, settings, settings.output.with_suffix(".png"))

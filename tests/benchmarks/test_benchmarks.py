@@ -1,0 +1,282 @@
+"""Benchmarks compare like with like, say what they skip, and write down what a number needs."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks import __main__ as command
+from benchmarks import inference, layers, report, step
+from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, to_stock
+from twolevel import models
+from twolevel.analysis import count
+from twolevel.errors import UserError
+from twolevel.nn import TwoLevelConv2d
+
+FORMS = [StockTwoLevelConv2d, ThreeConvolutions]
+# The same sums of at most some hundred float64 products, in another order.
+CLOSE = {"rtol": 1e-10, "atol": 1e-11}
+TINY_STEP = ["--device", "cpu", "--model", "wrn-10-1", "--batch", "2", "--turns", "2", "--groups", "4"]
+TINY_LAYERS = ["--device", "cpu", "--models", "wrn-10-1", "--batch", "1", "--turns", "2", "--groups", "4"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Benchmarks set the number of threads; other tests rely on it."""
+    yield
+    torch.set_num_threads(1)
+
+
+def two_level(*arguments, **options) -> TwoLevelConv2d:
+    torch.manual_seed(0)
+    return TwoLevelConv2d(*arguments, **options, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1, "groups": 4},
+        {"kernel_size": 1, "stride": 2, "groups": 2},
+        {"kernel_size": 3, "stride": (2, 1), "padding": "valid", "dilation": 2, "groups": 4},
+        {"kernel_size": (1, 3), "padding": "same", "groups": 1},
+    ],
+)
+def test_stock_layers_have_the_function_and_gradient_of_the_two_level_layer(form, options):
+    ours = two_level(8, 12, **options)
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64, requires_grad=True)
+    outputs = [ours(x), form(ours)(x)]
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in outputs]
+    torch.testing.assert_close(*outputs, **CLOSE)
+    torch.testing.assert_close(*gradients, **CLOSE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stock_layers_own_their_weights(form):
+    ours = two_level(8, 8, 3, groups=2)
+    theirs = form(ours)
+    own = {weight.untyped_storage().data_ptr() for weight in ours.parameters()}
+    assert own.isdisjoint(weight.untyped_storage().data_ptr() for weight in theirs.parameters())
+    assert sum(w.numel() for w in theirs.parameters()) == sum(w.numel() for w in ours.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stock_layers_stay_in_channels_last_memory(form):
+    layer = form(two_level(8, 8, 3, groups=4)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_network_of_stock_layers_computes_the_same_and_has_none_of_ours(form):
+    ours, theirs = (models.create("wrn-10-1", conv="gc2l", groups=4).double() for _ in range(2))
+    assert to_stock(theirs, form) is theirs
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(theirs(x), ours(x), **CLOSE)
+    assert not any(isinstance(module, TwoLevelConv2d) for module in theirs.modules())
+    assert sum(isinstance(module, form) for module in theirs.modules()) == 8
+
+
+def test_a_part_of_a_network_is_not_made_of_stock_layers():
+    with pytest.raises(UserError, match=r"conv1 is one of 2 parts; convert a whole network"):
+        to_stock(step.one_rank("wrn-10-1", 4, 2))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_one_rank_holds_what_a_rank_holds_and_leaves_no_process_group(ranks):
+    model = step.one_rank("wrn-10-1", 4, ranks)
+    whole = models.create("wrn-10-1", conv="gc2l", groups=4)
+    assert sum(p.numel() for p in model.parameters()) == count(whole, (3, 32, 32), ranks=ranks).held
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert not dist.is_initialized()
+
+
+def test_one_rank_of_one_is_the_whole_network():
+    x = torch.randn(2, 3, 32, 32)
+    whole = models.create("wrn-10-1", conv="gc2l", groups=4)
+    torch.testing.assert_close(step.one_rank("wrn-10-1", 4, 1)(x), whole(x))
+
+
+def test_the_exchange_of_nothing_has_the_shapes_of_an_exchange():
+    exchange = step.NothingCrosses(4)
+    own = torch.randn(2, 3, 5, 5)
+    gathered = exchange.gather(own).wait()
+    assert gathered.shape == (8, 3, 5, 5)
+    assert exchange.scatter_sum(gathered).wait().shape == own.shape
+
+
+def test_peers_take_turns_and_ratios_are_of_medians(monkeypatch):
+    asked = []
+
+    def fake(call, repeats=1):
+        asked.append(call)
+        turn, place = divmod(len(asked) - 1, 6)
+        return place + 1 if turn else 100.0
+
+    monkeypatch.setattr(report, "stopwatch", lambda device, threads: fake)
+    arguments = [*TINY_STEP, "--no-compile", "--turns", "3"]
+    found = step.measure(report.parse(step.Settings, "step", arguments))
+    assert len(set(asked)) == 6
+    assert asked == asked[:6] * 3
+    by_name = {peer["peer"]: peer for peer in found["peers"]}
+    assert [*by_name] == ["sc", "gc", "gc2l", "stock", "stock three", "one rank of 4"]
+    assert by_name["gc2l"]["median_ms"] == 3000
+    assert by_name["gc2l"]["to_sc"] == 3
+    assert by_name["gc2l"]["to_stock"] == 3 / 4
+    assert by_name["sc"]["to_stock"] is None
+
+
+def test_a_step_trains(monkeypatch):
+    settings = report.parse(step.Settings, "step", [*TINY_STEP, "--no-compile"])
+    for key, one in step.ready(settings)[0].items():
+        before = [p.detach().clone() for p in one.network.parameters()]
+        one()
+        changed = [not torch.equal(a, b) for a, b in zip(before, one.network.parameters(), strict=True)]
+        assert all(changed), key
+
+
+def test_a_compiler_that_fails_is_skipped_with_its_reason(monkeypatch):
+    class Broken(nn.Sequential):
+        def forward(self, x):
+            raise RuntimeError("no compiler found\nby anyone")
+
+    monkeypatch.setattr(torch, "compile", Broken)
+    found = step.measure(report.parse(step.Settings, "step", TINY_STEP))
+    assert found["skipped"] == {"stock compiled, G=4": "no compiler found"}
+    assert len(found["peers"]) == 6
+
+
+def test_any_other_peer_that_fails_is_an_error(monkeypatch):
+    def broken(self, x):
+        raise RuntimeError("defect")
+
+    monkeypatch.setattr(ThreeConvolutions, "forward", broken)
+    with pytest.raises(RuntimeError, match="defect"):
+        step.measure(report.parse(step.Settings, "step", TINY_STEP))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("step", [*TINY_STEP, "--no-compile"]),
+        ("layers", TINY_LAYERS),
+        ("inference", ["--turns", "2", "--size", "32"]),
+    ],
+)
+def test_results_name_their_command_machine_versions_and_date(name, options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(layers.PROBES, "cpu", (64, 16, 4, 1 << 16))
+    output = tmp_path / "new" / "found.json"
+    argv = [*options, "--output", str(output)]
+    command.main([name, *argv])
+    result = json.loads(output.read_text())
+    assert result["command"] == " ".join(["python -m benchmarks", name, *argv])
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["machine"].keys() >= {"cpu", "cores", "load_average", "load_average_after", "python"}
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d$", result["date"])
+    assert result["settings"]["turns"] == 2
+    assert f"wrote {output}" in capsys.readouterr().out
+    assert output.with_suffix(".png").exists() == (name != "inference")
+
+
+def test_layers_are_the_distinct_convolutions_of_the_network_after_its_stem():
+    found = layers.shapes("wrn-16-4")
+    assert found[layers.Shape(64, 64, 3, 1, 32)] == 3
+    assert found[layers.Shape(64, 128, 1, 2, 32)] == 1
+    assert not any(shape.channels == 3 for shape in found)
+    macs = Counter()
+    for shape, times in found.items():
+        per_pixel = shape.channels * shape.outputs * shape.kernel**2
+        macs["convolutions"] += times * per_pixel * shape.output_height**2
+    ends = 3 * 16 * 9 * 32**2 + 256 * 10
+    assert macs["convolutions"] + ends == count(models.create("wrn-16-4"), (3, 32, 32)).macs
+
+
+def test_layers_refuse_networks_whose_convolutions_they_cannot_describe():
+    with pytest.raises(UserError, match=r"--models mobilenetv2-cifar: .* use a wrn-D-k"):
+        layers.shapes("mobilenetv2-cifar")
+
+
+@pytest.mark.parametrize("name", ["dense", *layers.PEERS])
+def test_passes_are_the_layer_and_its_two_gradients(name):
+    torch.manual_seed(0)
+    shape = layers.Shape(8, 8, 3, 1, 5)
+    layer = layers.PEERS[name](shape, 2) if name != "dense" else nn.Conv2d(*shape.arguments, bias=False)
+    x = torch.randn(2, 8, 5, 5)
+    calls = layers.passes(layer, x)
+    assert [*calls] == [*layers.PASSES]
+    y = calls["forward"]()
+    assert not y.requires_grad
+    torch.testing.assert_close(y, layer(x))
+    assert [g.shape for g in calls["input gradient"]()] == [x.shape]
+    assert [g.shape for g in calls["weight gradient"]()] == [p.shape for p in layer.parameters()]
+    calls["input gradient"](), calls["weight gradient"]()  # as often as one likes
+
+
+def test_the_roof_is_the_slower_of_arithmetic_and_memory():
+    settings = layers.Settings(device="cpu", batch=2)
+    shape = layers.Shape(4, 4, 1, 2, 4)  # 2 images, 2 x 2 pixels out of 4 x 4: 2 * 8 * 16 = 256 operations
+    # float32 elements: 2 * 16 * 4 inputs, 8 * 4 outputs, 16 weights: 176, so 704 bytes.
+    assert layers.Roofline(128, 64, 1e9).seconds(shape, 16, settings) == 2
+    assert layers.Roofline(64, 128, 1e9).seconds(shape, 16, settings) == 2
+    assert layers.Roofline(1e9, 1e9, 352).seconds(shape, 16, settings) == 2
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_all_benchmarks_run_where_they_can_and_the_rest_is_named(there, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(command, "run_one", lambda name, argv: ran.append((name, *argv)))
+    command.main([])
+    on_cpu = [("inference",), ("layers", "--device", "cpu"), ("step", "--device", "cpu")]
+    on_gpu = [("layers", "--device", "cuda"), ("step", "--device", "cuda")]
+    assert ran == on_cpu + on_gpu * there
+    out = capsys.readouterr().out
+    for name in ("layers", "step"):
+        line = f"skipped {name} on a GPU: torch {torch.__version__} finds no GPU on this machine"
+        assert (line in out) != there
+
+
+@pytest.mark.parametrize("settings", [step.Settings, layers.Settings])
+def test_a_gpu_that_is_not_there_is_an_error(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"--device cuda: .* finds no GPU on this machine; use --device cpu"):
+        settings(device="cuda")
+    assert settings().device == "cpu"
+
+
+@pytest.mark.parametrize("settings", [step.Settings, layers.Settings])
+def test_a_gpu_has_larger_defaults_and_a_file_of_its_own(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = settings()
+    assert (chosen.device, chosen.batch) == ("cuda", 128)
+    assert chosen.output.stem.endswith("-gpu")
+
+
+@pytest.mark.parametrize("settings", [step.Settings, layers.Settings, inference.Settings])
+def test_one_turn_is_refused_since_it_has_no_quartiles(settings):
+    with pytest.raises(UserError, match="--turns 1 gives no spread; use 2 or more"):
+        settings(turns=1)
+
+
+def test_an_unknown_benchmark_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["layer"])
+    assert end.value.code == "benchmarks: unknown benchmark 'layer'; did you mean layers?"
+
+
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_every_option_has_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main([name, "--help"])
+    assert end.value.code == 0
+    assert "--turns" in capsys.readouterr().out
+
+
+def test_help_names_every_benchmark(capsys):
+    command.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {name}" in out for name in command.BENCHMARKS)
