@@ -1,5 +1,3 @@
-import sys
+from twolevel.cli import entry
 
-from twolevel.cli import main
-
-sys.exit(main())
+entry()

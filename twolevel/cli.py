@@ -4,7 +4,9 @@ Commands import what they need when they run, so that help comes at once.
 """
 
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -50,9 +52,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{prefix}twolevel {name}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print(f"twolevel {name}: interrupted", file=sys.stderr)
+        print(
+            f"twolevel {name}: interrupted; a run goes on from its newest checkpoint with --resume",
+            file=sys.stderr,
+        )
         return 130
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"twolevel {name}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if not _LOST_RANK.search(str(error)):
+            raise
+        first = str(error).splitlines()[0]
+        print(
+            f"twolevel {name}: lost another rank, whose own message says why ({first})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 2
     return 0
+
+
+def entry() -> None:
+    """Run a command and end the process with its status, at once where other ranks might be waited for."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and "mpi4py.MPI" in sys.modules:
+        # mpi4py's MPI_Finalize, at exit, would wait for ranks that wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+# How Gloo, NCCL and the store say that another rank has gone.
+_LOST_RANK = re.compile(
+    r"closed by peer|reset by peer|broken pipe|remote process exited|connection (was )?closed|timed out waiting",
+    re.I,
+)
 
 
 def _help() -> str:

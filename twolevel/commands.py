@@ -34,6 +34,8 @@ def _take_config(argv: list[str]) -> tuple[list[str], TrainConfig | None]:
                 settings = json.loads(Path(path).read_text())
             except (OSError, ValueError) as error:
                 raise UserError(f"--config {path!r} cannot be read: {error}") from error
+            if isinstance(settings, dict) and isinstance(settings.get("run"), dict):
+                settings["run"].pop("resume", None)  # how a run was started, not what it was
             return argv[:index] + rest, TrainConfig.from_dict(settings, path)
     return argv, None
 

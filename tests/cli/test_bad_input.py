@@ -209,3 +209,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(pool, fresh):
 )
 def test_count_refuses_what_cannot_be(pool, options, message):
     assert message in refuse(pool, "count", *options.split(), ranks=1)
+
+
+def test_what_a_checkpoint_does_not_keep_is_not_resumed(pool, finished):
+    line = refuse(pool, *TRAIN, "--batch-size", 16, "--output", finished, "--resume", "--ema-decay", 0.9)
+    assert "the checkpoint keeps no moving average of the weights; leave --ema-decay out" in line
+
+
+def test_settings_without_effect_are_warned_of(pool, fresh):
+    options = ["--batch-size", 16, "--lasso", 3, "--complexity-divisor", 32, "--sync-batch-norm"]
+    (outcome,) = run(pool, *TRAIN, *options)
+    for name in ("lasso=3", "complexity_divisor=32", "sync_batch_norm=True"):
+        assert f"{name}" in outcome.err and "is ignored" in outcome.err

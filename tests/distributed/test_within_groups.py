@@ -65,6 +65,7 @@ def test_after_the_classifier_anything_is_allowed():
         (Then(lambda x: x * x.mean(1, keepdim=True)), "the operation 'mean'"),
         (Then(lambda x: x.transpose(1, 2)), "the operation 'transpose'"),
         (Then(lambda x: torch.softmax(x, 1)), "the operation 'softmax'"),
+        (nn.Sequential(*grouped(), nn.Dropout(0.5), nn.Linear(10, 5)), "4 would drop other values on each"),
         (models.densenet121(num_classes=10), "the operation 'cat'"),
     ],
     ids=lambda case: case if isinstance(case, str) else "",

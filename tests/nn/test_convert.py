@@ -154,3 +154,26 @@ def test_a_network_on_the_meta_device_is_drawn_later():
 def test_unknown_kinds_are_refused_with_the_near_names():
     with pytest.raises(UserError, match="unknown conv 'shufle'; did you mean shuffle"):
         twolevel.convert(small(), conv="shufle")
+
+
+def test_one_pattern_may_stand_alone():
+    model = torchvision.models.resnet18()
+    twolevel.convert(model, "gc", 4, skip="layer1.*")
+    assert model.conversion.left["layer1.0.conv1"] == "skipped"
+    assert "layer2.0.conv1" in model.conversion.replaced
+
+
+def test_a_convolution_under_two_names_stays_one():
+    shared = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), shared, nn.Sequential(shared))
+    twolevel.convert(model, "gc2l", 4)
+    assert isinstance(model[1], TwoLevelConv2d) and model[2][0] is model[1]
+    assert model.conversion.replaced == {"1": "weights drawn anew", "2.0": "shared"}
+
+
+def test_a_class_of_its_own_is_left_and_named():
+    class Scaled(nn.Conv2d):
+        pass
+
+    model = twolevel.convert(nn.Sequential(nn.Conv2d(3, 8, 3), Scaled(8, 8, 1), nn.Conv2d(8, 8, 1)), "gc", 4)
+    assert model.conversion.left["1"] == "a Scaled, which may do more than a Conv2d"

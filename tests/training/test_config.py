@@ -61,3 +61,24 @@ def test_what_cannot_be_honoured_is_named(build, message):
     with pytest.raises(UserError, match=r"^[^\n]*$") as raised:
         build()
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "words"),
+    [
+        ("optimiser", "lr_schedule", "step", "'multistep' or 'cosine'"),
+        ("optimiser", "epochs", 1.5, "int"),
+        ("optimiser", "learning_rate", "0.1", "float"),
+        ("optimiser", "momentum", None, "float"),
+        ("optimiser", "accumulate", True, "int"),
+        ("optimiser", "lr_milestones", [1, "2"], "tuple"),
+        ("run", "precision", "fp16", "'float32'"),
+        ("data", "download", "yes", "bool"),
+    ],
+)
+def test_a_file_with_a_value_of_another_type_is_refused(section, name, value, words):
+    sections = TrainConfig().to_dict()
+    sections[section][name] = value
+    with pytest.raises(UserError, match=name) as raised:
+        TrainConfig.from_dict(sections, "run.json")
+    assert str(raised.value).startswith(f"run.json: {name}={value!r}") and words in str(raised.value)

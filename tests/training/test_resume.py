@@ -101,3 +101,19 @@ def test_a_changed_setting_is_named_when_a_run_goes_on(pool, tiny, tmp_path):
     run(pool, *argv, "--max-steps", 1)
     (outcome,) = run(pool, *argv, "--resume", "--learning-rate", 0.05, "--max-steps", 2)
     assert "resumed with learning_rate=0.05; it was 0.1 before" in outcome.err
+
+
+def test_a_complete_run_says_so(pool, tiny, tmp_path):
+    argv = ["train", *tiny, "--output", tmp_path / "run", "--epochs", 1]
+    run(pool, *argv)
+    (outcome,) = run(pool, *argv, "--resume")
+    assert "is complete: 1 epochs; raise --epochs to go on" in outcome.out
+
+
+def test_the_average_keeps_the_progress_of_pruning_and_its_threshold(pool, tiny, tmp_path):
+    options = ["--conv", "dgc", "--threshold", "global", "--ema-decay", 0.99, "--output", tmp_path / "run"]
+    run(pool, "train", *tiny, *options)
+    kept = [weights(pool, tmp_path / "run", which) for which in ("model", "ema")]
+    names = [n for n in kept[0] if n.endswith(("progress", ".threshold"))]
+    assert names
+    assert all(torch.equal(kept[0][n], kept[1][n]) for n in names)

@@ -74,6 +74,7 @@ def test_global_threshold_is_the_quantile_of_the_last_steps():
     rule = GlobalThreshold(layers, steps=2)
     seen = []
     for step in range(3):
+        rule.begin_step(step / 3)
         now = []
         for layer in layers.values():
             handle = layer.saliency.register_forward_hook(lambda *call, now=now: now.append(call[2]))

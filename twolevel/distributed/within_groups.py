@@ -97,8 +97,15 @@ def check_within_groups(model: nn.Module, ranks: int) -> None:
             elif split and not (module is classifier and split == {"features"}):
                 _check_module(node.target, module, ranks)
                 states[node] = "features" if isinstance(module, nn.Flatten) else split.pop()
+            elif not split and isinstance(module, nn.Dropout | nn.Dropout2d) and module.p > 0:
+                raise UserError(
+                    f"{node.target} would drop other values on each of group={ranks} ranks of what they all hold; "
+                    "set its p to 0"
+                )
             elif not split and isinstance(module, TwoLevelConv2d | nn.Conv2d):
                 raise _refuse(f"{node.target}, which reads what is whole on every rank,", ranks)
+        elif node.target is F.dropout and not split:
+            raise _refuse("a dropout of what is whole on every rank", ranks)
         elif split:
             flattens = node.target in (torch.mean, "mean", torch.flatten, "flatten")
             if len(inputs) > 1 or not _is_per_channel(node):

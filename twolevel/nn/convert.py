@@ -55,9 +55,15 @@ def convert(
     if conv not in KINDS:
         raise unknown("conv", conv, KINDS)
     done = Conversion(conv, groups)
+    skip = (skip,) if isinstance(skip, str) else skip
+    became: dict[nn.Module, nn.Module] = {}  # a module may stand under several names
     stem = next(iter(convolutions(model)), None)
-    for name, module in [*model.named_modules()]:
-        if type(module) is not nn.Conv2d or not _is_free(model, name):
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
+        if not isinstance(module, nn.Conv2d) or not _is_free(model, name):
+            continue
+        if module in became:
+            _put(model, name, became[module])
+            done.replaced[name] = "shared"
             continue
         why = _why_left(name, module, module is stem, skip)
         try:
@@ -73,13 +79,17 @@ def convert(
             bias = ChannelBias(module.out_channels, module.bias.device, module.bias.dtype)
             bias.bias = module.bias
             new = nn.Sequential(new, bias)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], new.train(module.training))
+        became[module] = new.train(module.training)
+        _put(model, name, new)
     if not done.replaced:
         reasons = "; ".join(f"{name}: {why}" for name, why in [*done.left.items()][:3]) or "it has none"
         raise UserError(f"no convolution was replaced by conv={conv!r}, groups={groups}: {reasons}")
     model.conversion = done
     return model
+
+
+def _put(model: nn.Module, name: str, new: nn.Module) -> None:
+    setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
 
 
 def _is_free(model: nn.Module, name: str) -> bool:
@@ -91,6 +101,8 @@ def _is_free(model: nn.Module, name: str) -> bool:
 def _why_left(name: str, module: nn.Conv2d, is_stem: bool, skip: Skip) -> str:
     if is_stem:
         return "the stem"
+    if type(module) is not nn.Conv2d:
+        return f"a {type(module).__name__}, which may do more than a Conv2d"
     if module.groups > 1 and module.groups == module.in_channels:
         return "depthwise"
     if module.padding_mode != "zeros":

@@ -26,6 +26,8 @@ def way(x: Tensor, weight: Tensor) -> Literal["grouped", "products", "depthwise"
     if not (wide and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)):
         return "grouped"
     groups, _, height, width = weight.shape
+    if torch.compiler.is_compiling():
+        return "depthwise"  # products add into views in place, which the compiler cannot undo
     return "products" if groups * height * width <= x.shape[1] else "depthwise"
 
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from twolevel.distributed.agreement import together
 from twolevel.errors import UserError
 from twolevel.nn import Layout
 
@@ -64,13 +65,16 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
     except CheckpointException as error:
         raise UserError(f"cannot write checkpoint {path}: {_cause(error)}") from error
-    if rank == 0:
-        (unfinished / STATE).write_text(json.dumps(state, indent=1))
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
-        for old in sorted(p.parent for p in path.parent.glob(f"step-*/{STATE}"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    with together():
+        if rank == 0:
+            try:
+                (unfinished / STATE).write_text(json.dumps(state, indent=1))
+                shutil.rmtree(path, ignore_errors=True)
+                unfinished.rename(path)
+            except OSError as error:
+                raise UserError(f"cannot write checkpoint {path}: {error.strerror}") from error
+            for old in sorted(p.parent for p in path.parent.glob(f"step-*/{STATE}"))[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ the data set; `TrainConfig` fills them in, so that the `config.json` of a run ho
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, get_args, get_origin
 
 from twolevel.data.config import DataConfig
 from twolevel.errors import UserError
@@ -21,7 +22,8 @@ class ModelConfig:
     """The network and its convolutions."""
 
     model: str = "wrn-28-10"
-    """network: wrn-D-k for 32 x 32 images, wrn-34-2 or mobilenetv2 for 224 x 224"""
+    """network: wrn-D-k, mobilenetv2-cifar, condensenet-50 or -86 for 32 x 32 images; wrn-34-2, mobilenetv2, resnet18,
+    resnet50, resnext50, resnext101 or condensenet-74 for 224 x 224"""
 
     conv: str = "gc2l"
     """convolution: sc (standard), gc (group), gc2l (two-level group), shuffle, flgc, dgconv or dgc"""
@@ -121,7 +123,9 @@ class OptimiserConfig:
         if self.lr_milestones is not None:
             self.lr_milestones = tuple(self.lr_milestones)
             if self.lr_schedule == "cosine":
-                raise UserError("lr_milestones belong to lr_schedule=multistep; leave them out with cosine")
+                raise UserError(
+                    "lr_milestones belong to lr_schedule=multistep; leave them out with cosine (--lr-milestones None)"
+                )
             _check(
                 self, "lr_milestones", [*self.lr_milestones] == sorted(self.lr_milestones), "a rising list"
             )
@@ -269,18 +273,41 @@ class TrainConfig:
 def _from_dict(cls, values: Any, origin: str):
     if not isinstance(values, dict):
         raise UserError(f"{origin} holds {values!r} where {cls.__name__} has named settings")
-    known = {f.name: f for f in fields(cls)}
-    for name in values:
+    known = {f.name: f.type for f in fields(cls)}
+    given = {}
+    for name, value in values.items():
         if name not in known:
             raise UserError(
                 f"{origin} has the setting {name!r}, which {cls.__name__} does not know; use {[*known]}"
             )
-    return cls(
-        **{
-            name: _from_dict(known[name].type, value, origin) if is_dataclass(known[name].type) else value
-            for name, value in values.items()
-        }
-    )
+        kind = known[name]
+        if not is_dataclass(kind) and not _fits(value, kind):
+            raise UserError(f"{origin}: {name}={value!r} does not do; use {_words(kind)}")
+        given[name] = _from_dict(kind, value, origin) if is_dataclass(kind) else value
+    return cls(**given)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is one of a field's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if kind is NoneType:
+        return value is None
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, str | Path) if kind is Path else isinstance(value, kind)
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    return getattr(kind, "__name__", str(kind)).replace(" | None", " or null")
 
 
 def _check(config, name: str, holds: bool, what: str) -> None:

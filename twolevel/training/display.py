@@ -1,5 +1,6 @@
 """What a person sees of a run: a live bar on a terminal, lines elsewhere."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -22,7 +23,8 @@ class Display:
 
     def __init__(self, total: int, start: int, *, shown: bool):
         self.console = Console(file=sys.stdout, quiet=not shown, highlight=False, soft_wrap=True)
-        self.live = shown and self.console.is_terminal
+        # mpirun gives ranks terminals of their own, whose bars it then mixes into one stream.
+        self.live = shown and self.console.is_terminal and "OMPI_COMM_WORLD_RANK" not in os.environ
         self.total, self.start = total, start
         self.began = self.last_line = time.monotonic()
         self.progress = Progress(

@@ -22,8 +22,8 @@ from twolevel.training.display import Display
 from twolevel.training.evaluate import autocast, batch_sums, evaluate, sum_over_data
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
-from twolevel.training.rules import rules_for
-from twolevel.training.setup import Context, check_resumable, claim_output, join
+from twolevel.training.rules import copy_choices, rules_for
+from twolevel.training.setup import Context, check_resumable, claim_output, join, warn_of_ignored
 from twolevel.training.state import TrainState, seed_ranks
 
 
@@ -54,6 +54,7 @@ class Trainer:
                 claim_output(config, start)
             if start is not None:
                 check_resumable(config, checkpoint.read_state(start)["config"])
+            warn_of_ignored(config)
 
         dtype = torch.float64 if run.precision == "float64" else torch.float32
         self.data: Data = ranks.load_data(config.data, run.seed, dtype)
@@ -80,9 +81,10 @@ class Trainer:
         state, run = self.state, self.config.run
         self.display = Display(self.last_step, state.step, shown=self.ranks.first)
         self.metrics = None
-        if self.ranks.first:
-            (run.output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
-            self.metrics = MetricsLog(run.output, state.step)
+        with together(self.ranks.device):
+            if self.ranks.first:
+                (run.output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+                self.metrics = MetricsLog(run.output, state.step)
         last = None
         with self.display as display:
             display.say(self._headline())
@@ -129,6 +131,8 @@ class Trainer:
         state.epoch_sums = [0.0, 0.0, 0.0]
         for r in self.rules:
             record |= r.end_epoch()
+        if state.ema is not None:
+            copy_choices(state.model, state.ema.module)
         for prefix, model in (("", state.model), ("ema_", state.ema)):
             if model is not None:
                 sync_buffers(model, state.mesh)
@@ -157,6 +161,7 @@ class Trainer:
                 total = loss
                 for r in self.rules:
                     total = r.loss(total)
+            with self._synchronised(index == rule.accumulate):
                 (total / rule.accumulate).backward()
             self.sums += batch_sums(logits, y, loss)
         if rule.clip_norm is not None:
@@ -164,6 +169,7 @@ class Trainer:
         state.optimiser.step()
         if state.ema is not None:
             state.ema.update_parameters(state.model)
+            copy_choices(state.model, state.ema.module)
         return rate
 
     def _synchronised(self, last_part: bool):
@@ -212,8 +218,13 @@ class Trainer:
 
     def _closing_words(self, last: dict | None) -> None:
         output: Path = self.config.run.output
+        if self.state.step < self.all_steps:
+            self.display.say(f"stopped at step {self.state.step} of {self.all_steps}; go on with --resume")
         if last is None:
-            self.display.say(f"stopped at step {self.state.step}; go on with the same command and --resume")
+            if self.state.step >= self.all_steps:
+                self.display.say(
+                    f"{output} is complete: {self.config.optimiser.epochs} epochs; raise --epochs to go on"
+                )
             return
         from twolevel.analysis.figures import training_curve  # matplotlib takes a second to import
 

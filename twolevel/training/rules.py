@@ -47,6 +47,15 @@ def undecayed(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for m in whole for name, parameter in m.named_parameters() if name in m.undecayed}
 
 
+@torch.no_grad()
+def copy_choices(model: nn.Module, average: nn.Module) -> None:
+    """Give a moving average what must not be averaged: how far DGC has pruned, and its threshold."""
+    for source, target in zip(model.modules(), average.modules(), strict=True):
+        if isinstance(source, WholeConv2d):
+            for mine, its in zip(source.buffers(recurse=False), target.buffers(recurse=False), strict=True):
+                its.copy_(mine)
+
+
 class _Silent:
     """A rule that does nothing but what a subclass says."""
 
@@ -113,7 +122,8 @@ class GlobalThreshold(_Saliencies):
     """DGC-G's one threshold for all layers and heads: the xi-quantile of their saliencies.
 
     Taken over the last `steps` steps of each epoch, and kept in every layer for test time, as batch norm keeps its
-    statistics. How many steps is left open by the paper.
+    statistics. How many steps is left open by the paper. They are no part of a checkpoint: a run that goes on in
+    the middle of an epoch takes its next threshold over the steps since then.
     """
 
     def __init__(self, layers: dict[str, DynamicGroupConv2d], steps: int):
@@ -121,8 +131,11 @@ class GlobalThreshold(_Saliencies):
         self.steps = steps
         self.recent: list[list[Tensor]] = []
 
+    def begin_step(self, progress: float) -> None:
+        self.recent = [*self.recent, []][-self.steps :]
+
     def loss(self, loss: Tensor) -> Tensor:
-        self.recent = [*self.recent, [s.detach().flatten() for s in self.take()]][-self.steps :]
+        self.recent[-1] += [s.detach().flatten() for s in self.take()]
         return loss
 
     @torch.no_grad()

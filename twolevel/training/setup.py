@@ -1,6 +1,5 @@
 """From a configuration to a network on its ranks."""
 
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from twolevel.distributed.agreement import require_equal, together
 from twolevel.distributed.environment import World, start, stop
 from twolevel.errors import UserError
 from twolevel.nn import initialize
-from twolevel.training.config import MeshConfig, TrainConfig
+from twolevel.training.config import MeshConfig, RuleConfig, TrainConfig
 
 # Settings without which a checkpoint's state means something else.
 FIXED_ON_RESUME = ("model", "conv", "groups", "data", "batch_size", "seed")
@@ -102,10 +101,11 @@ def claim_output(config: TrainConfig, checkpoint: Path | None) -> None:
         warnings.warn(f"nothing to resume in {output}: starting from the beginning", stacklevel=2)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.write_bytes(bytes(2**16))
+        probe.unlink()
     except OSError as error:
-        raise UserError(f"output={output} cannot be made: {error.strerror}") from error
-    if shutil.disk_usage(output).free < 2**20:
-        raise UserError(f"output={output} is on a full disk")
+        raise UserError(f"output={output} cannot be written: {error.strerror}") from error
 
 
 def check_resumable(config: TrainConfig, written: dict) -> None:
@@ -118,6 +118,32 @@ def check_resumable(config: TrainConfig, written: dict) -> None:
                 f"{name}={changed[name]!r} but the checkpoint in {config.run.output} is of a run with "
                 f"{name}={before[name]!r}; go on with that, or name another --output"
             )
+    for name, what in (("ema_decay", "moving average of the weights"), ("momentum", "momentum")):
+        if config.flat()[name] and not before.get(name):
+            raise UserError(
+                f"{name}={changed[name]!r} but the checkpoint keeps no {what}; leave --{name.replace('_', '-')} out"
+            )
     for name, value in changed.items():
         if name not in FREE_ON_RESUME:
             warnings.warn(f"resumed with {name}={value!r}; it was {before[name]!r} before", stacklevel=2)
+
+
+RULE_OF = {
+    "dgc": ("lasso", "lasso_form", "threshold_steps"),
+    "dgconv": ("complexity_divisor", "complexity_exponent"),
+}
+
+
+def warn_of_ignored(config: TrainConfig) -> None:
+    """Warn of settings that differ from their default but have no effect on this run."""
+    ignored = [
+        name
+        for conv, names in RULE_OF.items()
+        for name in names
+        if conv != config.model.conv and getattr(config.rules, name) != getattr(RuleConfig, name)
+    ]
+    why = f"conv={config.model.conv} has no such rule"
+    if config.mesh.sync_batch_norm and config.mesh.data_parallel == 1:
+        warnings.warn("sync_batch_norm=True is ignored: there is one replica", stacklevel=2)
+    for name in ignored:
+        warnings.warn(f"{name}={getattr(config.rules, name)!r} is ignored: {why}", stacklevel=2)

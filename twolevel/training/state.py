@@ -81,12 +81,14 @@ class TrainState:
             for parameter in self.model.parameters():
                 self.optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         tensors = self.tensors()
-        if state["ranks"] != dist.get_world_size():
-            # Ranks are other ones now: each starts a stream of its own.
-            tensors = {k: t for k, t in tensors.items() if not k.startswith("random.")}
+        random = {k for k in tensors if k.startswith("random.")}
+        same_ranks = state["ranks"] == dist.get_world_size() and random <= checkpoint.shapes(path).keys()
+        if not same_ranks:
+            # Ranks, or their devices, are other ones now: each starts a stream of its own.
+            tensors = {k: t for k, t in tensors.items() if k not in random}
             seed_ranks(self.config.run.seed, state["step"])
         checkpoint.load(path, tensors)
-        if state["ranks"] == dist.get_world_size():
+        if same_ranks:
             self._restore_random(tensors)
         if self.ema is not None:
             self.ema.n_averaged.fill_(state["step"])
