@@ -39,18 +39,22 @@ class MeshAxis:
 
     def scatter_sum(self, parts: Tensor) -> _InFlight:
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
-        _refuse_second_derivative(parts)
+        refuse_second_derivative(parts)
         result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         work = dist.reduce_scatter_tensor(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
         return _InFlight(work, result)
 
     def sum_logits(self, partial: Tensor) -> Tensor:
         """The sum over ranks of `[B, classes]`, the same on each; its gradient passes unchanged."""
-        return _SumForward.apply(partial, self.group)
+        return _SumForward.apply(partial, self)
 
     def share_input(self, x: Tensor) -> Tensor:
         """x itself, of which each rank computes its own output channels: its gradient is summed."""
-        return _SumBackward.apply(x, self.group)
+        return _SumBackward.apply(x, self)
+
+    def all_reduce_(self, tensor: Tensor) -> None:
+        """The sum over ranks, in place and without a gradient; `tensor` is contiguous."""
+        dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
 
     def __deepcopy__(self, memo) -> "MeshAxis":
         return self  # copies of a network, such as its moving average, live on the same ranks
@@ -58,9 +62,9 @@ class MeshAxis:
 
 class _SumForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx, x, axis):
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, dist.ReduceOp.SUM, group)
+        axis.all_reduce_(total)
         return total
 
     @staticmethod
@@ -70,19 +74,19 @@ class _SumForward(torch.autograd.Function):
 
 class _SumBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(ctx, x, axis):
+        ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_second_derivative(grad)
+        refuse_second_derivative(grad)
         total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, dist.ReduceOp.SUM, ctx.group)
+        ctx.axis.all_reduce_(total)
         return total, None
 
 
-def _refuse_second_derivative(gradient: Tensor) -> None:
+def refuse_second_derivative(gradient: Tensor) -> None:
     """Collectives of torch.distributed pass no gradient: a derivative of one taken here would be wrong."""
     if torch.is_grad_enabled() and gradient.requires_grad:
         raise NotImplementedError("second derivatives do not cross ranks; take them on one process")

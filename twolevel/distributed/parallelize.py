@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from twolevel.distributed.batch_norm import SyncedBatchNorm2d
 from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.layers import SplitClassifier, SplitStem
+from twolevel.distributed.mpi_axis import exchange_of
 from twolevel.distributed.within_groups import check_within_groups
 from twolevel.errors import UserError
 from twolevel.nn import Layout, TwoLevelConv2d, layout_of
@@ -14,7 +15,14 @@ from twolevel.nn.arguments import check_groups
 from twolevel.nn.layout import ends
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, *, sync_batch_norm: bool = False) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    sync_batch_norm: bool = False,
+    exchange: str = "auto",
+    timeout_s: float = 600,
+) -> nn.Module:
     """Keep of `model`, in place, the rows of this rank's groups; sets `model.layout`.
 
     Works on a materialised model and on one of the meta device, whose parts are then drawn by
@@ -25,7 +33,10 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, sync_batch_norm: bool = F
     statistics are taken over the `data` axis (over the group axis there is nothing to share: a channel
     lives on one rank). `replicate` then adds the gradients' all-reduce over `data`.
 
-    Raises UserError where the axis does not divide the groups, or a module acts across groups.
+    `exchange` is what carries (2): "group", the process group of the axis; "mpi", within `timeout_s` a collective;
+    or "auto", MPI for ranks on CPUs that it started. Every rank of the mesh must call this.
+
+    Raises UserError where the axis does not divide the groups, a module acts across groups, or as in `exchange_of`.
     """
     layout = layout_of(model)
     if layout.parts > 1:
@@ -34,7 +45,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, sync_batch_norm: bool = F
     if ranks > 1:
         _check(model, layout, ranks)
         layout = layout.part(mesh.get_local_rank("group"), ranks)
-        _cut(model, layout, MeshAxis(mesh.get_group("group")))
+        _cut(model, layout, exchange_of(mesh, exchange, timeout_s))
     model.layout = layout
     if sync_batch_norm and mesh["data"].size() > 1:
         for module in model.modules():

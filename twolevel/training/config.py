@@ -174,6 +174,9 @@ class MeshConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute"""
 
+    exchange: Literal["auto", "group", "mpi"] = "auto"
+    """what carries representatives: the ranks' process group (NCCL, Gloo) or mpi4py; auto: mpi under mpirun on CPUs"""
+
     timeout: float = 600.0
     """seconds after which a rank gives up waiting for the others"""
 

@@ -36,6 +36,7 @@ FREE_ON_RESUME += (
     "workers",
     "data_parallel",
     "group_parallel",
+    "exchange",
     "schedule",
 )
 
@@ -46,6 +47,7 @@ class Context:
 
     world: World
     mesh: DeviceMesh
+    config: MeshConfig
 
     @property
     def device(self) -> torch.device:
@@ -66,10 +68,12 @@ class Context:
 
     def build(self, options: dict, seed: int, precision: str, *, sync_batch_norm: bool = False) -> nn.Module:
         """This rank's part of `models.create(**options)`, drawn from `seed`; no rank builds the whole."""
+        with together(self.device), torch.device("meta"):
+            network = models.create(**options)
+        exchange = {"exchange": self.config.exchange, "timeout_s": self.config.timeout}
+        # Outside `together`: it may hold a collective, and it fails on all ranks or on none.
+        parallelize(network, self.mesh, sync_batch_norm=sync_batch_norm, **exchange)
         with together(self.device):
-            with torch.device("meta"):
-                network = models.create(**options)
-            parallelize(network, self.mesh, sync_batch_norm=sync_batch_norm)
             initialize(network, seed, self.device)
         if precision == "float64":
             network.double()
@@ -84,7 +88,7 @@ def join(mesh: MeshConfig, settings: dict) -> Context:
     world = start(mesh.device, mesh.timeout)
     try:
         require_equal("configurations", settings, world.device)
-        return Context(world, init_mesh(mesh.data_parallel, mesh.group_parallel, device=mesh.device))
+        return Context(world, init_mesh(mesh.data_parallel, mesh.group_parallel, device=mesh.device), mesh)
     except BaseException:
         stop(world)
         raise
