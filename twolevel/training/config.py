@@ -22,8 +22,7 @@ class ModelConfig:
     """The network and its convolutions."""
 
     model: str = "wrn-28-10"
-    """network: wrn-D-k, mobilenetv2-cifar, condensenet-50 or -86 for 32 x 32 images; wrn-34-2, mobilenetv2, resnet18,
-    resnet50, resnext50, resnext101 or condensenet-74 for 224 x 224"""
+    """network: wrn-D-k, mobilenetv2, resnet18, resnext50, condensenet-50, ...; the README lists them all"""
 
     conv: str = "gc2l"
     """convolution: sc (standard), gc (group), gc2l (two-level group), shuffle, flgc, dgconv or dgc"""
