@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from twolevel.errors import UserError, unknown
 from twolevel.ops import Geometry
 
@@ -25,6 +27,12 @@ def check_divides(what: str, divisor: int, /, **numbers: int) -> None:
 def check_groups(groups: int, /, **channels: int) -> None:
     """Raise UserError unless `groups` is a positive divisor of each of the named channel numbers."""
     check_divides("groups", groups, **channels)
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Raise UserError unless x is `[B, channels, H, W]`."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise UserError(f"the convolution takes [B, {channels}, H, W], got {[*x.shape]}")
 
 
 def geometry(kernel_size, stride, padding, dilation) -> Geometry:

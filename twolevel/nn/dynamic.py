@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.arguments import check_groups
+from twolevel.nn.arguments import check_groups, check_images
 from twolevel.nn.dynamic_inference import DynamicGroupInference, without_autocast
-from twolevel.nn.shuffle import check_images
 from twolevel.nn.whole import WholeConv2d, he_normal_
 
 Threshold = Literal["head", "global"]

@@ -4,17 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twolevel.errors import UserError
-from twolevel.nn.arguments import check_groups
+from twolevel.nn.arguments import check_groups, check_images
 from twolevel.nn.fold import PermuteChannels
 from twolevel.nn.whole import WholeConv2d, he_normal_
 from twolevel.ops import Geometry
-
-
-def check_images(x: Tensor, channels: int) -> None:
-    """Raise UserError unless x is `[B, channels, H, W]`."""
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise UserError(f"the convolution takes [B, {channels}, H, W], got {[*x.shape]}")
 
 
 def take_channels(x: Tensor, index: Tensor) -> Tensor:

@@ -155,13 +155,13 @@ class Trainer:
         state.optimiser.zero_grad(set_to_none=True)
         parts = zip(images.chunk(rule.accumulate), labels.chunk(rule.accumulate), strict=True)
         for index, (x, y) in enumerate(parts, start=1):
-            with self._synchronised(index == rule.accumulate), autocast(self.ranks.device, run.precision):
-                logits = self.network(x)
-                loss = F.cross_entropy(logits, y, label_smoothing=rule.label_smoothing)
-                total = loss
-                for r in self.rules:
-                    total = r.loss(total)
             with self._synchronised(index == rule.accumulate):
+                with autocast(self.ranks.device, run.precision):
+                    logits = self.network(x)
+                    loss = F.cross_entropy(logits, y, label_smoothing=rule.label_smoothing)
+                    total = loss
+                    for r in self.rules:
+                        total = r.loss(total)
                 (total / rule.accumulate).backward()
             self.sums += batch_sums(logits, y, loss)
         if rule.clip_norm is not None:

@@ -78,7 +78,7 @@ class ProgressivePruning(_Silent):
     @torch.no_grad()
     def begin_step(self, progress: float) -> None:
         for layer in self.layers.values():
-            layer.progress.fill_(progress)
+            layer.set_progress(progress)
 
 
 class _Saliencies(_Silent):
