@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
+from twolevel.nn.channels import PermuteChannels
 from twolevel.nn.dgconv import DGConv2d
-from twolevel.nn.fold import PermuteChannels, fold_permutations
+from twolevel.nn.fold import fold_permutations
 
 # The same sums of at most some hundred float64 products, in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -10,8 +10,9 @@ from torch import nn
 
 from twolevel.errors import UserError
 from twolevel.nn import initialize
+from twolevel.nn.channels import take_channels
 from twolevel.nn.fold import fold_permutations
-from twolevel.nn.shuffle import ShuffleConv2d, take_channels
+from twolevel.nn.shuffle import ShuffleConv2d
 
 CL = torch.channels_last
 # The same sums of at most some hundred float64 products, in another order.

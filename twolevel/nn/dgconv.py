@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.fold import PermuteChannels
+from twolevel.nn.channels import PermuteChannels
 from twolevel.nn.whole import WholeConv2d, he_normal_
 
 Initial = Literal["random", "dense", "depthwise"]

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError
 from twolevel.nn.arguments import check_images
-from twolevel.nn.fold import PermuteChannels
-from twolevel.nn.shuffle import frozen_conv2d, take_channels
+from twolevel.nn.channels import PermuteChannels, take_channels
+from twolevel.nn.shuffle import frozen_conv2d
 from twolevel.nn.whole import WholeConv2d, he_normal_
 from twolevel.ops import Geometry
 

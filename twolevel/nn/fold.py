@@ -11,45 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
+from twolevel.nn.channels import PermuteChannels
 from twolevel.nn.whole import WholeConv2d
-
-
-class PermuteChannels(nn.Module):
-    """`y[:, c] = x[:, index[c]]`, `[B, C, H, W] -> [B, C, H, W]`, in the memory format of x; index `[C]`.
-
-    Raises UserError for an input of other channels, which indexing alone would accept.
-    """
-
-    def __init__(self, index: Tensor):
-        super().__init__()
-        self.register_buffer("index", index)
-        self.register_load_state_dict_post_hook(_find_shuffle)
-        _find_shuffle(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        index = self.index
-        if x.shape[1] != index.shape[0]:
-            raise UserError(f"PermuteChannels takes [B, {len(index)}, H, W] here, got {[*x.shape]}")
-        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-            return x.index_select(1, index)
-        # In channels_last, index_select and indexing by a tensor would give a contiguous result, more
-        # slowly. The shuffle has a kernel of its own on the CPU alone; the compiler does not know its strides.
-        if self.shuffle and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return torch.channel_shuffle(x, self.shuffle)
-        rows = x.permute(0, 2, 3, 1)
-        return rows.gather(3, index.expand(rows.shape)).permute(0, 3, 1, 2)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.index)}"
-
-
-def _find_shuffle(module: PermuteChannels, _=None) -> None:
-    """Note in `module.shuffle` the groups of the channel shuffle that the index is, 0 where it is none."""
-    channels, second = len(module.index), int(module.index[1:2].sum())
-    module.shuffle = 0
-    if 1 < second < channels and channels % second == 0:
-        shuffled = torch.arange(channels, device=module.index.device).view(-1, second).t().flatten()
-        module.shuffle = channels // second if torch.equal(module.index, shuffled) else 0
 
 
 class Folding(NamedTuple):

@@ -5,19 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.nn.arguments import check_groups, check_images
-from twolevel.nn.fold import PermuteChannels
+from twolevel.nn.channels import PermuteChannels, take_channels
 from twolevel.nn.whole import WholeConv2d, he_normal_
 from twolevel.ops import Geometry
-
-
-def take_channels(x: Tensor, index: Tensor) -> Tensor:
-    """x[:, index] for x `[B, n, H, W]`, in the memory format of x; channels may repeat or be left out."""
-    if x.is_contiguous():
-        return x.index_select(1, index)
-    # Pixels as the rows of a matrix: half the time of the same along dim 1 of channels_last images.
-    batch, channels, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(-1, channels).index_select(1, index)
-    return rows.view(batch, height, width, len(index)).permute(0, 3, 1, 2)
 
 
 def frozen_conv2d(weight: Tensor, geometry: Geometry, groups: int = 1) -> nn.Conv2d:
