@@ -1,0 +1,369 @@
+"""The C kernels compute what convolutions compute, on any processor, or say why they cannot."""
+
+import ctypes
+import shutil
+import stat
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from twolevel.ops import Geometry, native
+from twolevel.ops.native import build, call, parts
+
+LAST = torch.channels_last
+LANES = 16  # numbers of the widest vectors
+PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+RULES = settings(
+    max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@pytest.fixture(
+    scope="session", params=["-march=native", "-mavx2 -mfma", ""], ids=["native", "avx2", "least"]
+)
+def compiled(request, tmp_path_factory) -> ctypes.CDLL:
+    """The kernels for this processor, and with the vectors of smaller ones."""
+    if "avx2" in request.param and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor has no AVX2")
+    if request.param == "-march=native":
+        assert native.available() is None
+        return build.library().functions
+    folder = build.resources.files(build.__package__)
+    sources = [path for path in folder.iterdir() if path.name.endswith(".c")]
+    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    build._compile(["cc"], [*build.FLAGS, *request.param.split()], sources, path)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def kernels(compiled, monkeypatch):
+    """`twolevel.ops.native` by one of these libraries."""
+    monkeypatch.setattr(call, "library", lambda: build.Library(compiled, "test"))
+    monkeypatch.setattr(call, "function", call.function.__wrapped__)
+    return native
+
+
+def assert_sum(found, wanted, scale):
+    """`found` is a sum of products in float32, whose absolute values add up to `scale`.
+
+    Every addition rounds to 2^-24 of a partial sum, which is at most `scale`. Roundings of either sign cancel: of the
+    some thousand terms here, 32 are allowed to add up.
+    """
+    assert found.shape == wanted.shape
+    error = (found.double() - wanted).abs()
+    assert (error <= 32 * 2**-24 * scale).all(), (error / scale).nan_to_num().max() * 2**24
+
+
+def conv_and_grads(x, weight, gz, geometry, groups=None):
+    """z, gx and gw of a group convolution in float64; by default a restriction, of one output a group."""
+    x, weight, gz = (t.detach().double() for t in (x, weight, gz))
+    x.requires_grad_(), weight.requires_grad_()
+    z = F.conv2d(x, weight, None, *geometry, groups or len(weight))
+    return z.detach(), *torch.autograd.grad(z, (x, weight), gz)
+
+
+def randn_as_output(x, weight, geometry, groups, generator):
+    output = F.conv2d(torch.empty(1, *x.shape[1:], device="meta"), weight.to("meta"), None, *geometry, groups)
+    return torch.randn(len(x), *output.shape[1:], generator=generator)
+
+
+@st.composite
+def restrictions(draw):
+    """x, weight, gz and the geometry of a restriction."""
+    groups, width = draw(st.integers(1, 16)), draw(st.integers(1, 33))
+    batch, size = draw(st.integers(0, 3)), draw(st.tuples(st.integers(5, 19), st.integers(5, 19)))
+    padding, dilation = draw(st.tuples(*[st.integers(0, 2)] * 2)), draw(st.tuples(*[st.integers(1, 2)] * 2))
+    kernel, geometry = draw(PAIRS), Geometry(draw(PAIRS), padding, dilation)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    x = torch.randn(batch, groups * width, *size, generator=generator).to(memory_format=LAST)
+    weight = torch.randn(groups, width, *kernel, generator=generator)
+    return x, weight, randn_as_output(x, weight, geometry, groups, generator), geometry
+
+
+@RULES
+@given(restrictions())
+def test_restriction_is_the_group_convolution(kernels, problem):
+    x, weight, gz, geometry = problem
+    wanted = conv_and_grads(x, weight, gz, geometry)
+    scales = conv_and_grads(x.abs(), weight.abs(), gz.abs(), geometry)
+    assert kernels.supports(x, weight, geometry)
+    z = kernels.restrict(x, weight, geometry)
+    assert z.is_contiguous()
+    assert_sum(z.transpose(0, 1), wanted[0], scales[0])
+
+    gz, before = gz.transpose(0, 1), torch.ones_like(x)  # gz: not contiguous
+    gx = before.clone()
+    assert_sum(kernels.restrict_backward(gz, x, weight, geometry, gx, True), wanted[2], scales[2])
+    assert_sum(gx, wanted[1] + before, scales[1] + before)
+    gx = before.clone()
+    assert kernels.restrict_backward(gz, x, weight, geometry, gx, False) is None
+    assert_sum(gx, wanted[1] + before, scales[1] + before)
+    assert_sum(kernels.restrict_backward(gz, x, weight, geometry, None, True), wanted[2], scales[2])
+
+
+def coarse_terms(y, z, gy, coarse):
+    """y + C z, C^T gy and gy z^T."""
+    added = y + torch.einsum("mr,rbhw->bmhw", coarse, z)
+    return added, torch.einsum("mr,bmhw->rbhw", coarse, gy), torch.einsum("bmhw,rbhw->mr", gy, z)
+
+
+@RULES
+@given(
+    channels=st.integers(1, 70),
+    rows=st.integers(1, 35),
+    batch=st.integers(0, 3),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(0, 9),
+)
+def test_coarse_term_is_a_product_over_representatives(kernels, channels, rows, batch, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    y, gy = torch.randn(2, batch, channels, *size, generator=generator)  # gy: not in channels_last memory
+    y = y.to(memory_format=LAST)
+    z = torch.randn(rows, batch, *size, generator=generator)
+    coarse = torch.randn(channels, rows, 1, 1, generator=generator)
+    operands = (y, z, gy, coarse[..., 0, 0])
+    wanted = coarse_terms(*(t.double() for t in operands))
+    scales = coarse_terms(*(t.double().abs() for t in operands))
+
+    both = kernels.coarse_grads(gy, z, coarse)
+    assert both[0].is_contiguous()
+    assert torch.equal(both[0], kernels.coarse_input_grad(gy, coarse))
+    assert torch.equal(both[1], kernels.coarse_weight_grad(gy, z))
+    assert_sum(both[0], wanted[1], scales[1])
+    assert_sum(both[1][..., 0, 0], wanted[2], scales[2])
+    assert kernels.add_coarse_(y, z, coarse) is y
+    assert_sum(y, wanted[0], scales[0])
+
+
+def test_an_expanded_gradient_is_one(kernels):
+    """Of a sum, autograd hands back one number for all pixels."""
+    gy, coarse, z = (
+        torch.randn(1, 5, 1, 1).expand(2, 5, 3, 4),
+        torch.randn(5, 3, 1, 1),
+        torch.randn(3, 2, 3, 4),
+    )
+    found = kernels.coarse_grads(gy, z, coarse)
+    wanted = kernels.coarse_grads(gy.clone(), z, coarse)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@st.composite
+def local_layers(draw):
+    """x, weight, gy, the geometry and the number of groups of a convolution in groups that vectors hold."""
+    widths = st.sampled_from([1, 2, 4, 8, 16, 32])
+    inputs, outputs = draw(widths), draw(widths)
+    unit = LANES // min(inputs, outputs, LANES)
+    groups = unit * draw(st.integers(1, 2))
+    batch, size = draw(st.integers(0, 3)), draw(st.tuples(st.integers(5, 20), st.integers(5, 20)))
+    padding, dilation = draw(st.tuples(*[st.integers(0, 2)] * 2)), draw(st.tuples(*[st.integers(1, 2)] * 2))
+    kernel, geometry = draw(PAIRS), Geometry(draw(PAIRS), padding, dilation)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    x = torch.randn(batch, groups * inputs, *size, generator=generator).to(memory_format=LAST)
+    weight = torch.randn(groups * outputs, inputs, *kernel, generator=generator)
+    return x, weight, randn_as_output(x, weight, geometry, groups, generator), geometry, groups
+
+
+@RULES
+@given(local_layers())
+def test_local_part_is_the_group_convolution(kernels, problem):
+    x, weight, gy, geometry, groups = problem
+    wanted = conv_and_grads(x, weight, gy, geometry, groups)
+    scales = conv_and_grads(x.abs(), weight.abs(), gy.abs(), geometry, groups)
+    assert kernels.local_supports(x, weight, geometry, groups)
+    y = kernels.local(x, weight, geometry, groups)
+    assert y.is_contiguous(memory_format=LAST)
+    assert_sum(y, wanted[0], scales[0])
+    gx, gw = kernels.local_backward(gy, x, weight, geometry, groups, (True, True))  # gy: not channels_last
+    assert_sum(gx, wanted[1], scales[1])
+    assert_sum(gw, wanted[2], scales[2])
+    alone = kernels.local_backward(gy, x, weight, geometry, groups, (True, False))
+    assert alone[1] is None and torch.equal(alone[0], gx)
+    alone = kernels.local_backward(gy, x, weight, geometry, groups, (False, True))
+    assert alone[0] is None and torch.equal(alone[1], gw)
+
+
+@pytest.mark.parametrize(("groups", "inputs", "outputs"), [(16, 3, 4), (16, 4, 6), (3, 2, 2)])
+def test_groups_that_vectors_do_not_hold_are_not_supported(kernels, groups, inputs, outputs):
+    x = torch.ones(1, groups * inputs, 5, 5).to(memory_format=LAST)
+    weight = torch.ones(groups * outputs, inputs, 3, 3)
+    assert not kernels.local_supports(x, weight, Geometry(), groups)
+    assert not kernels.local_wins(x, weight, Geometry(), groups)
+
+
+def test_groups_do_not_see_each_other(kernels):
+    x = torch.ones(1, 32, 5, 5).to(memory_format=LAST)
+    x[0, 5, 2, 2] = torch.nan
+    y = kernels.local(x, torch.ones(64, 4, 3, 3), Geometry((1, 1), (1, 1)), 8)
+    expected = torch.zeros(64, 5, 5, dtype=torch.bool)
+    expected[8:16, 1:4, 1:4] = True
+    assert torch.equal(y[0].isnan(), expected)
+
+
+@pytest.mark.parametrize(("groups", "width"), [(3, 5), (4, 4), (2, 16)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nothing_spreads_beyond_where_the_restriction_reads_it(kernels, groups, width, stride):
+    """Padding and the lanes of other groups are not read: 0 times infinity would be seen."""
+    geometry = Geometry((stride, stride), (1, 1), (1, 1))
+    x = torch.ones(2, groups * width, 9, 9).to(memory_format=LAST)
+    weight = torch.ones(groups, width, 3, 3)
+    gz = torch.ones_like(F.conv2d(x, weight, None, *geometry, groups))
+    clean = conv_and_grads(x, weight, gz, geometry)
+    for of, place in (("x", (1, width, 0, 8)), ("weight", (1, 2, 0, 1)), ("gz", (1, 1, 0, 0))):
+        operands = {"x": x.clone(), "weight": weight.clone(), "gz": gz.clone()}
+        operands[of][place] = torch.inf
+        marked = {name: t.clone() for name, t in operands.items()}
+        marked[of][place] = 1e6
+        changed = [a != b for a, b in zip(conv_and_grads(*marked.values(), geometry), clean, strict=True)]
+        gx = torch.zeros_like(x)
+        x_, weight_, gz_ = operands.values()
+        z = kernels.restrict(x_, weight_, geometry).transpose(0, 1)
+        gw = kernels.restrict_backward(gz_.transpose(0, 1), x_, weight_, geometry, gx, True)
+        for found, wanted in zip((z, gx, gw), changed, strict=True):
+            assert torch.equal(~found.isfinite(), wanted), of
+
+
+def test_nothing_spreads_beyond_where_the_coarse_term_reads_it(kernels):
+    """The infinities lie where the last blocks of pixels, which are not whole, might find them left behind."""
+    size = (7, 11)
+    y, gy = torch.ones(2, 2, 21, *size)
+    y, z, coarse = y.to(memory_format=LAST), torch.ones(5, 2, *size), torch.ones(21, 5, 1, 1)
+    z[3, 1, 4, 4], gy[1, 20, 5, 8] = torch.inf, torch.inf  # pixels 125 and 140 of 154
+    kernels.add_coarse_(y, z, coarse)
+    gz, g_coarse = kernels.coarse_grads(gy, z, coarse)
+    expected = torch.zeros(2, 21, *size, dtype=torch.bool)
+    expected[1, :, 4, 4] = True
+    assert torch.equal(y.isinf(), expected) and not y.isnan().any()
+    expected = torch.zeros(5, 2, *size, dtype=torch.bool)
+    expected[:, 1, 5, 8] = True
+    assert torch.equal(gz.isinf(), expected) and not gz.isnan().any()
+    expected = torch.zeros(21, 5, dtype=torch.bool)
+    expected[20], expected[:, 3] = True, True
+    assert torch.equal(g_coarse[..., 0, 0].isinf(), expected) and not g_coarse.isnan().any()
+
+
+@pytest.mark.parametrize(("groups", "width"), [(3, 5), (4, 8)])
+def test_only_the_images_given_are_written(kernels, groups, width):
+    """The middle of three images is computed; its neighbours in memory stay as they are."""
+    geometry = Geometry((1, 1), (1, 1))
+    x = torch.randn(1, groups * width, 5, 7).to(memory_format=LAST)
+    weight, z = torch.randn(groups, width, 3, 3), torch.randn(groups, 1, 5, 7)
+    gx, y = torch.ones(2, 3, groups * width, 5, 7)
+    gx, y = gx.to(memory_format=LAST), y.to(memory_format=LAST)
+    kernels.restrict_backward(z, x, weight, geometry, gx[1:2], False)
+    kernels.add_coarse_(y[1:2], z, torch.randn(groups * width, groups, 1, 1))
+    for t in (gx, y):
+        assert (t[::2] == 1).all() and (t[1] != 1).any()
+
+
+def test_threads_change_sums_by_rounding_and_nothing_from_run_to_run(kernels, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    geometry = Geometry((1, 1), (1, 1))
+    x = torch.randn(5, 24, 6, 7, generator=generator).to(memory_format=LAST)
+    weight, gz = torch.randn(3, 8, 3, 3, generator=generator), torch.randn(3, 5, 6, 7, generator=generator)
+    coarse = torch.randn(24, 3, 1, 1, generator=generator)
+    monkeypatch.setattr(call, "WORTH_VALUES", 1)
+
+    local, gy = torch.randn(48, 8, 3, 3, generator=generator), torch.randn(5, 48, 6, 7, generator=generator)
+    wide = torch.randn(5, 48, 6, 7, generator=generator).to(memory_format=LAST)
+
+    def run(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        gx, y = torch.ones_like(x), x.clone(memory_format=torch.preserve_format)
+        gw = kernels.restrict_backward(gz, x, weight, geometry, gx, True)
+        g_wide, g_local = kernels.local_backward(gy, wide, local, geometry, 6, (True, True))
+        gz_, g_coarse = kernels.coarse_grads(x, gz, coarse)
+        kernels.add_coarse_(y, gz, coarse)
+        maps = [
+            kernels.restrict(x, weight, geometry),
+            gx,
+            y,
+            gz_,
+            kernels.local(wide, local, geometry, 6),
+            g_wide,
+        ]
+        return maps, [gw, g_coarse, g_local]
+
+    for threads in (2, 3, 7):
+        maps, sums = run(threads)
+        for found, wanted in zip(maps, run(1)[0], strict=True):
+            assert torch.equal(found, wanted)
+        for found, again, wanted in zip(sums, run(threads)[1], run(1)[1], strict=True):
+            assert torch.equal(found, again)
+            # Sums of 210 products of normal numbers, of which at most 5 parts are added in another order.
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.ones(2, 4, 5, 5),
+        torch.ones(2, 4, 5, 5).to(memory_format=LAST).double(),
+        torch.ones(2, 4, 5, 5, device="meta").to(memory_format=LAST),
+    ],
+    ids=["contiguous", "float64", "meta"],
+)
+def test_other_tensors_are_not_supported(x):
+    assert not native.supports(x, torch.ones(2, 2, 3, 3), Geometry())
+
+
+def why_unavailable(monkeypatch) -> str:
+    monkeypatch.setattr(parts, "library", build.library.__wrapped__)
+    reason = parts.available.__wrapped__()
+    assert reason is not None and "\n" not in reason
+    return reason
+
+
+def test_without_a_compiler_they_say_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no-such-compiler" in why_unavailable(monkeypatch)
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-dM*) exit 0;; esac\necho "error: out of luck" >&2\nexit 1\n'
+    )
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", str(compiler))
+    assert "out of luck" in why_unavailable(monkeypatch)
+    assert not any((tmp_path / "cache" / "twolevel").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert str(tmp_path / "file") in why_unavailable(monkeypatch)
+
+
+def test_many_that_start_at_once_find_one_whole_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "source" / "one.c"
+    source.parent.mkdir()
+    source.write_text("int one(void) { return 1; }")
+    monkeypatch.setattr(build.resources, "files", lambda package: source.parent)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: build.library.__wrapped__(), range(8)))
+    assert len({library.key for library in found}) == 1
+    assert [path.name for path in (tmp_path / "twolevel").iterdir()] == [f"kernels-{found[0].key}.so"]
+    assert all(library.functions.one() == 1 for library in found)
+    monkeypatch.setattr(build, "_compile", None)  # what is there already is not compiled again
+    assert build.library.__wrapped__().key == found[0].key
+
+
+def test_other_flags_make_another_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+    monkeypatch.setattr(build, "_compile", lambda compiler, flags, sources, path: made.append(path.name))
+    for flags in (("-O3",), ("-O2",), ("-O3",)):
+        monkeypatch.setattr(build, "FLAGS", flags)
+        with pytest.raises(build.Unavailable, match="cannot load"):
+            build.library.__wrapped__()
+    assert made[0] == made[2] != made[1]

@@ -1,0 +1,109 @@
+"""Compiles the C kernels once for a processor and compiler, and loads them.
+
+The library lies in `$XDG_CACHE_HOME/twolevel` (`~/.cache/twolevel`) under a name that depends on everything it is made
+of, so a new processor, compiler or source makes a new one beside it. It is renamed into place when whole: any number of
+processes may start at once.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from twolevel.ops.store import cache_folder
+
+FLAGS = ("-O3", "-shared", "-fPIC")
+# How compilers name the processor they run on; without any of them code is for the least of its family.
+NATIVE = (("-march=native",), ("-mcpu=native",), ())
+SECONDS = 300  # for one run of the compiler, which takes a few
+
+
+class Unavailable(Exception):
+    """Why there are no kernels, in one line."""
+
+
+class Library(NamedTuple):
+    """The loaded library and its key: what it was made of, as a few hexadecimal digits."""
+
+    functions: ctypes.CDLL
+    key: str
+
+
+@cache
+def library() -> Library:
+    """Compile unless that has been done before, and load. Raises Unavailable."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    with resources.as_file(resources.files(__package__)) as folder:
+        sources = sorted(path for path in folder.iterdir() if path.suffix in (".c", ".h"))
+        native, processor = _target(compiler)
+        flags = [*FLAGS, *native]
+        key = _key([*compiler, *flags, processor], sources)
+        path = cache_folder() / f"kernels-{key}.so"
+        if not path.exists():
+            _compile(compiler, flags, [source for source in sources if source.suffix == ".c"], path)
+    try:
+        return Library(ctypes.CDLL(str(path)), key)
+    except OSError as error:
+        raise Unavailable(f"cannot load {path}: {error}") from error
+
+
+def _target(compiler: list[str]) -> tuple[tuple[str, ...], str]:
+    """Flags for this processor, and all that the compiler then predefines: its version and the instructions it uses."""
+    for native in NATIVE:
+        asked = [*compiler, *native, "-dM", "-E", "-x", "c", os.devnull]
+        found = _run(asked)
+        if found.returncode == 0:
+            return native, found.stdout
+    raise Unavailable(f"{shlex.join(asked)} failed: {_last_line(found)}")
+
+
+def _key(words: list[str], sources: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for part in [*(word.encode() for word in words), *(source.read_bytes() for source in sources)]:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: list[str], flags: list[str], sources: list[Path], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    except OSError as error:
+        raise Unavailable(f"cannot write compiled kernels to {path.parent}: {error}") from error
+    os.close(handle)
+    try:
+        asked = [*compiler, *flags, "-o", name, *map(str, sources)]
+        found = _run(asked)
+        if found.returncode:
+            raise Unavailable(f"{shlex.join(asked)} failed: {_last_line(found)}")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise Unavailable(f"cannot write compiled kernels to {path.parent}: {error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        # errors="replace": the messages of a compiler follow the user's locale, whatever its encoding.
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
+        )
+    except OSError as error:
+        raise Unavailable(f"no C compiler: {error}; install one or set CC to it") from error
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{shlex.join(command)} took more than {SECONDS} s") from error
+
+
+def _last_line(found: subprocess.CompletedProcess[str]) -> str:
+    lines = found.stderr.strip().splitlines()
+    return next(
+        (line for line in lines if "error" in line), lines[-1] if lines else f"exit {found.returncode}"
+    )

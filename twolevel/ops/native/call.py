@@ -1,0 +1,95 @@
+"""Calls of the C kernels: sizes, addresses, and the images shared out among threads."""
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, c_int, c_int64, c_void_p
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from twolevel.ops.geometry import Geometry
+from twolevel.ops.native.build import library
+
+LAST = torch.channels_last
+# A thread is worth starting for so many values: about 10 microseconds of memory traffic.
+WORTH_VALUES = 1 << 16
+
+
+class Layer(ctypes.Structure):
+    """Sizes of a layer, as `layer` in layer.h."""
+
+    _fields_ = (
+        ("channels", c_int64),
+        ("groups", c_int64),
+        *((name, c_int64 * 2) for name in ("size", "output", "kernel", "stride", "padding", "dilation")),
+    )
+
+
+_ARGUMENTS = {
+    "twolevel_lanes": [],
+    "twolevel_restrict": [POINTER(Layer), *[c_void_p] * 3, *[c_int64] * 3],
+    "twolevel_restrict_backward": [POINTER(Layer), *[c_void_p] * 5, *[c_int64] * 3],
+    "twolevel_add_coarse": [*[c_void_p] * 3, *[c_int64] * 5],
+    "twolevel_coarse_grads": [*[c_void_p] * 5, *[c_int64] * 5],
+    "twolevel_local": [POINTER(Layer), *[c_void_p] * 3, *[c_int64] * 3],
+    "twolevel_local_backward": [POINTER(Layer), *[c_void_p] * 5, *[c_int64] * 3],
+}
+
+
+@cache
+def function(name: str) -> Callable[..., int]:
+    """A function of the library; of those that compute, the last two arguments are where to begin and to end."""
+    found = getattr(library().functions, name)
+    found.argtypes, found.restype = _ARGUMENTS[name], c_int
+    return found
+
+
+def layer_of(x: Tensor, groups: int, kernel: torch.Size, geometry: Geometry) -> Layer:
+    """Sizes of a convolution of x `[B, n, H, W]` in channels_last memory."""
+    assert x.is_contiguous(memory_format=LAST)
+    size, (stride, padding, dilation) = x.shape[2:], geometry
+    output = [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
+    pairs = (size, output, kernel, stride, padding, dilation)
+    return Layer(x.shape[1], groups, *((c_int64 * 2)(*pair) for pair in pairs))
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def pointer_to_row(tensor: Tensor | None, row: int) -> int | None:
+    return None if tensor is None else tensor[row].data_ptr()
+
+
+def total(parts: Tensor | None) -> Tensor | None:
+    """The sum of `[parts, ...]` over parts, in their order."""
+    if parts is None:
+        return None
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def parts_of(number: int, values: int) -> list[tuple[int, int]]:
+    """`range(number)` as (begin, end) for each thread; one part, which may be empty, where there is little to do."""
+    threads = max(1, min(torch.get_num_threads(), number, values // WORTH_VALUES))
+    edges = [number * part // threads for part in range(threads + 1)]
+    return list(pairwise(edges))
+
+
+def share_out(call: Callable[[int, int, int], int], parts: list[tuple[int, int]]) -> None:
+    """Call with (part, begin, end), all parts at once. Raises MemoryError."""
+    last = len(parts) - 1
+    # The last part is this thread's own. ctypes lets go of the interpreter during a call.
+    others = [_pool(os.getpid(), last).submit(call, part, *parts[part]) for part in range(last)]
+    statuses = [call(last, *parts[last]), *(other.result() for other in others)]
+    if any(statuses):
+        raise MemoryError("no memory for the working space of a two-level convolution")
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked one does not inherit them."""
+    return ThreadPoolExecutor(threads, "twolevel")
