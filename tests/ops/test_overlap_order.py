@@ -8,20 +8,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from twolevel.distributed import parallelize
 from twolevel.nn import TwoLevelConv2d
-from twolevel.ops import LOCAL
+from twolevel.ops import LOCAL, native
 
 GROUPS = 4
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
-# Channels a group, n/G and m/G, so that each weight has a shape of its own; and the events before the exchange
-# starts and after it was waited for. The restriction is a group convolution in contiguous memory; in channels_last
-# memory a depthwise one and a product where it has few channels, products alone where it has many.
-GROUPED = (3, 5, torch.contiguous_format, ["restriction"], ["restriction gradients"])
-DEPTHWISE = (3, 5, torch.channels_last, ["restriction", "product"], ["product", "restriction gradients"])
-PRODUCT = (9, 5, torch.channels_last, ["product"], ["product", "product"])
+# Kernels; channels a group, n/G and m/G, so that each weight has a shape of its own; and the events before the
+# exchange starts and after it was waited for, which are the restriction's.
+GROUPED = ("grouped", 3, 5, torch.contiguous_format, ["restriction"], ["restriction gradients"])
+DEPTHWISE = (
+    "depthwise",
+    3,
+    5,
+    torch.channels_last,
+    ["restriction", "product"],
+    ["product", "restriction gradients"],
+)
+PRODUCT = ("products", 9, 5, torch.channels_last, ["product"], ["product", "product"])
 CASES = [GROUPED, DEPTHWISE, PRODUCT]
-IDS = ["grouped", "depthwise", "products"]
+IDS = [case[0] for case in CASES]
 
 
 def forward_order(restriction, crossing=()):
@@ -92,8 +98,10 @@ def events_of(conv, x):
 
 
 def make(schedule, case):
-    n, m, memory_format, *_ = case
-    conv = TwoLevelConv2d(GROUPS * n, GROUPS * m, 3, padding=1, groups=GROUPS, schedule=schedule)
+    kernels, n, m, memory_format, *_ = case
+    conv = TwoLevelConv2d(
+        GROUPS * n, GROUPS * m, 3, padding=1, groups=GROUPS, schedule=schedule, kernels=kernels
+    )
     return conv, torch.randn(2, GROUPS * n, 6, 6).to(memory_format=memory_format)
 
 
@@ -101,15 +109,24 @@ def make(schedule, case):
 @pytest.mark.parametrize("schedule", ["auto", "overlapped"])
 def test_exchange_runs_under_the_local_convolution(schedule, case):
     forward, backward = events_of(*make(schedule, case))
-    assert forward == forward_order(case[3])
-    assert backward == backward_order(case[4])
+    assert forward == forward_order(case[4])
+    assert backward == backward_order(case[5])
+
+
+@pytest.mark.skipif(native.available() is not None, reason=native.available() or "")
+def test_exchange_runs_under_the_local_convolution_with_c_kernels():
+    """Of which torch sees nothing: what is left are the local convolution and the exchange."""
+    conv, x = make("overlapped", ("native", *DEPTHWISE[1:]))
+    forward, backward = events_of(conv, x)
+    assert forward == ["gather started", "local", "gather waited"]
+    assert backward == ["scatter started", "local gradients", "scatter waited"]
 
 
 def test_fused_exposes_the_exchange():
-    """The events do tell schedules apart: nothing runs between start and wait here."""
+    """The events do tell schedules apart: no convolution runs between start and wait here."""
     forward, backward = events_of(*make("fused", GROUPED))
-    assert forward == ["another", "gather started", "gather waited", "another"]
-    assert backward == ["another gradients", "scatter started", "scatter waited", "another gradients"]
+    assert forward == ["another", "gather started", "gather waited", "product"]
+    assert backward == ["product", "scatter started", "product", "scatter waited", "another gradients"]
 
 
 def order_on_ranks(case):
@@ -118,11 +135,11 @@ def order_on_ranks(case):
     conv, x = make("auto", case)
     parallelize(conv, mesh)
     assert conv.exchange is not LOCAL
-    return events_of(conv, x.chunk(ranks, 1)[dist.get_rank()].clone(memory_format=case[2]))
+    return events_of(conv, x.chunk(ranks, 1)[dist.get_rank()].clone(memory_format=case[3]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_collectives_of_ranks_run_under_the_local_convolution(pool, case):
     for forward, backward in pool.run(order_on_ranks, case, ranks=2):
-        assert forward == forward_order(case[3], ["c10d::_allgather_base_"])
-        assert backward == backward_order(case[4], ["c10d::_reduce_scatter_base_"])
+        assert forward == forward_order(case[4], ["c10d::_allgather_base_"])
+        assert backward == backward_order(case[5], ["c10d::_reduce_scatter_base_"])

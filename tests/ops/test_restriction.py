@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from twolevel.ops import Geometry
-from twolevel.ops.restriction import restrict, restrict_backward, way
+from twolevel.ops.restriction import WAYS, restrict, restrict_backward, ways
 
 # float64; the ways differ in the order of sums of at most a few hundred products.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
@@ -36,18 +36,22 @@ def test_every_way_is_the_group_convolution(groups, width, kernel, stride, paddi
     gz = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
     wanted_gx, wanted_gw = torch.autograd.grad(wanted, (x, weight), gz)
 
-    with torch.no_grad():
-        z = restrict(x, weight, geometry)
-        assert z.is_contiguous()
-        torch.testing.assert_close(z.transpose(0, 1), wanted, **CLOSE)
-        before = torch.ones_like(x)
-        gx = before.clone()
-        gz = gz.transpose(0, 1).contiguous()
-        gw = restrict_backward(gz, x, weight, geometry, gx, True)
-        torch.testing.assert_close(gx - before, wanted_gx, **CLOSE)
-        torch.testing.assert_close(gw, wanted_gw, **CLOSE)
-        assert restrict_backward(gz, x, weight, geometry, gx, False) is None
-        torch.testing.assert_close(restrict_backward(gz, x, weight, geometry, None, True), wanted_gw, **CLOSE)
+    gz = gz.transpose(0, 1).contiguous()
+    found = ways(x, weight)
+    assert set(found) == set(WAYS if x.is_contiguous(memory_format=torch.channels_last) else ["grouped"])
+    for way in found:
+        with torch.no_grad():
+            z = restrict(x, weight, geometry, way)
+            assert z.is_contiguous()
+            torch.testing.assert_close(z.transpose(0, 1), wanted, **CLOSE)
+            before = torch.ones_like(x)
+            gx = before.clone()
+            gw = restrict_backward(gz, x, weight, geometry, gx, True, way)
+            torch.testing.assert_close(gx - before, wanted_gx, **CLOSE)
+            torch.testing.assert_close(gw, wanted_gw, **CLOSE)
+            assert restrict_backward(gz, x, weight, geometry, gx, False, way) is None
+            gw = restrict_backward(gz, x, weight, geometry, None, True, way)
+            torch.testing.assert_close(gw, wanted_gw, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,7 @@ def test_every_way_is_the_group_convolution(groups, width, kernel, stride, paddi
         (4, 16, 3, torch.contiguous_format, "grouped"),
     ],
 )
-def test_the_way_with_the_smaller_maps_is_taken(groups, width, kernel, memory_format, expected):
+def test_the_way_with_the_smaller_maps_comes_first(groups, width, kernel, memory_format, expected):
     x = torch.randn(2, groups * width, 6, 6).to(memory_format=memory_format)
-    assert way(x, torch.randn(groups, width, kernel, kernel)) == expected
-    assert way(x.bfloat16(), torch.randn(groups, width, kernel, kernel)) == "grouped"
+    assert ways(x, torch.randn(groups, width, kernel, kernel))[0] == expected
+    assert ways(x.bfloat16(), torch.randn(groups, width, kernel, kernel))[0] == "grouped"

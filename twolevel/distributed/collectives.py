@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from twolevel.ops.exchange import register, registered
+
 
 class _InFlight(NamedTuple):
     work: dist.Work
@@ -31,6 +33,7 @@ class MeshAxis:
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
         self.ranks = group.size()
+        self.key = register(self)
 
     def gather(self, own: Tensor) -> _InFlight:
         """Start the all-gather `[G/P, ...] -> [G, ...]`."""
@@ -46,6 +49,8 @@ class MeshAxis:
 
     def sum_logits(self, partial: Tensor) -> Tensor:
         """The sum over ranks of `[B, classes]`, the same on each; its gradient passes unchanged."""
+        if torch.compiler.is_compiling():
+            return _sum_logits(partial, self.key)
         return _SumForward.apply(partial, self)
 
     def share_input(self, x: Tensor) -> Tensor:
@@ -70,6 +75,22 @@ class _SumForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+@torch.library.custom_op("twolevel::sum_logits", mutates_args=())
+def _sum_logits(partial: Tensor, axis: str) -> Tensor:
+    """`_SumForward` as one operation of a compiled graph, which would break at it."""
+    total = partial.clone(memory_format=torch.contiguous_format)
+    registered(axis).all_reduce_(total)
+    return total
+
+
+@_sum_logits.register_fake
+def _(partial, axis):
+    return torch.empty_like(partial, memory_format=torch.contiguous_format)
+
+
+_sum_logits.register_autograd(lambda ctx, grad: (grad, None))
 
 
 class _SumBackward(torch.autograd.Function):

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import check_groups, geometry, pair
-from twolevel.ops import LOCAL, SCHEDULES, Exchange, Schedule, two_level_conv2d
+from twolevel.ops import KERNELS, LOCAL, SCHEDULES, Exchange, Kernels, Schedule, two_level_conv2d
 
 
 class TwoLevelConv2d(nn.Module):
@@ -21,12 +21,12 @@ class TwoLevelConv2d(nn.Module):
     `restriction.weight [G, n/G, k, k]`, `coarse.weight [m, G, 1, 1]`. The three submodules hold the
     weights and are not called one by one, so forward hooks belong on this module.
 
-    `schedule` says how it is computed (see `twolevel.ops.two_level_conv2d`). `exchange` carries the
+    `schedule` and `kernels` say how it is computed (see `twolevel.ops.two_level_conv2d`). `exchange` carries the
     representatives between ranks and is set by `twolevel.distributed.parallelize`, after which this
     module holds the rows of its rank's groups alone; `in_channels`, `out_channels` and `groups` go on
     describing the whole layer.
 
-    Raises UserError where groups does not divide both channel numbers, or for an unknown schedule.
+    Raises UserError where groups does not divide both channel numbers, or for unknown schedule or kernels.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class TwoLevelConv2d(nn.Module):
         groups: int,
         dilation: int | tuple[int, int] = 1,
         schedule: Schedule = "auto",
+        kernels: Kernels = "auto",
         device=None,
         dtype=None,
     ):
@@ -47,12 +48,15 @@ class TwoLevelConv2d(nn.Module):
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
         if schedule not in SCHEDULES:
             raise unknown("schedule", schedule, SCHEDULES)
+        if kernels not in KERNELS:
+            raise unknown("kernels", kernels, KERNELS)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = pair(kernel_size)
         self.groups = groups
         self.geometry = geometry(kernel_size, stride, padding, dilation)
         self.schedule = schedule
+        self.kernels = kernels
         self.exchange: Exchange = LOCAL
         options = {"bias": False, "device": device, "dtype": dtype}
         shared = {**options, **self.geometry._asdict(), "groups": groups}
@@ -72,10 +76,11 @@ class TwoLevelConv2d(nn.Module):
             self.coarse.weight,
             self.geometry,
             schedule=self.schedule,
+            kernels=self.kernels,
             exchange=self.exchange,
         )
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-        text += f"groups={self.groups}, schedule={self.schedule!r}"
+        text += f"groups={self.groups}, schedule={self.schedule!r}, kernels={self.kernels!r}"
         return text + (f", ranks={self.exchange.ranks}" if self.exchange.ranks > 1 else "")

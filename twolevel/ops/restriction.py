@@ -5,12 +5,12 @@ They fill vectors with output channels, and the restriction has one a group. Two
     products    a matrix product over pixels with a row for each tap (`tap_products`); its maps are G kh kw channels
     depthwise   d_i = r[i] * x_i for every channel, then the sum of d_i over each group; its maps are n channels
 
-The one with the smaller maps is taken on CPUs, in channels_last memory; elsewhere the group convolution itself.
-Measured on one thread, batch 32, forward and backward, against the group convolution: 64 channels of 32 x 32 in
-4 groups take 0.3 of its time (products), in 16 groups 0.5 (depthwise).
+Both need channels_last memory. `twolevel.ops.choice` measures which is the fastest; before it has, the one with the
+smaller maps is taken on CPUs. Measured there on one thread, batch 32, forward and backward, against the group
+convolution: 64 channels of 32 x 32 in 4 groups take 0.3 of its time (products), in 16 groups 0.5 (depthwise).
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,24 +19,32 @@ from torch.nn import functional as F
 from twolevel.ops import tap_products
 from twolevel.ops.geometry import Geometry
 
+Way = Literal["grouped", "products", "depthwise"]
+WAYS: tuple[str, ...] = get_args(Way)
 
-def way(x: Tensor, weight: Tensor) -> Literal["grouped", "products", "depthwise"]:
-    """How the restriction of x `[B, n, H, W]` by `[G, n/G, kh, kw]` is computed."""
-    wide = x.dtype in (torch.float32, torch.float64)
-    if not (wide and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)):
-        return "grouped"
+
+def ways(x: Tensor, weight: Tensor) -> tuple[Way, ...]:
+    """How x `[B, n, H, W]` can be restricted by `[G, n/G, kh, kw]`, the best estimate first."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return ("grouped",)
     groups, _, height, width = weight.shape
-    if torch.compiler.is_compiling():
-        return "depthwise"  # products add into views in place, which the compiler cannot undo
-    return "products" if groups * height * width <= x.shape[1] else "depthwise"
+    wide = x.dtype in (
+        torch.float32,
+        torch.float64,
+    )  # CPUs' depthwise convolutions and products of others are slow
+    if x.device.type != "cpu" or not wide:
+        return ("grouped", "products", "depthwise")
+    first, second = (
+        ("products", "depthwise") if groups * height * width <= x.shape[1] else ("depthwise", "products")
+    )
+    return (first, second, "grouped")
 
 
-def restrict(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def restrict(x: Tensor, weight: Tensor, geometry: Geometry, way: Way) -> Tensor:
     """x `[B, n, H, W]`, weight `[G, n/G, kh, kw]` -> representatives z `[G, B, H', W']`, contiguous."""
-    by = way(x, weight)
-    if by == "grouped":
+    if way == "grouped":
         return F.conv2d(x, weight, None, *geometry, len(weight)).transpose(0, 1).contiguous()
-    if by == "products":
+    if way == "products":
         return tap_products.forward(x, weight, geometry)
     channels = F.conv2d(x, _by_channel(weight), None, *geometry, x.shape[1])
     batch, number, height, width = channels.shape
@@ -45,14 +53,13 @@ def restrict(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 
 def restrict_backward(
-    gz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, gx: Tensor | None, want_weight: bool
+    gz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, gx: Tensor | None, want_weight: bool, way: Way
 ) -> Tensor | None:
     """Add the gradient of x into `gx` unless that is None; return the weight's if wanted. gz `[G, B, H', W']`."""
-    by = way(x, weight)
-    if by == "products" and (gx is None or gx.is_contiguous(memory_format=torch.channels_last)):
+    if way == "products" and (gx is None or gx.is_contiguous(memory_format=torch.channels_last)):
         return tap_products.backward(gz, x, weight, geometry, gx, want_weight)
     wanted = (gx is not None, want_weight)
-    if by == "depthwise":
+    if way == "depthwise":
         _, batch, height, width = gz.shape
         rows = gz.flatten(1).t() @ _membership(weight)
         channels = rows.view(batch, height, width, x.shape[1]).permute(0, 3, 1, 2)

@@ -1,4 +1,6 @@
-"""The overlapped schedule of the two-level convolution: the exchange runs under the local convolution.
+"""When the parts of a two-level convolution run, and when its exchange.
+
+`overlapped`: the exchange runs under the local convolution.
 
               rank p                                        the link
     forward   z_p = r_p * x_p
@@ -13,131 +15,115 @@
               wait  <--------------------------------------------+
               gr_p, gx_p += from gz_p
 
-Representatives are kept channel-major, z [G, B, H', W']: a rank's part is one contiguous block to gather,
-and the coarse term is one matrix product accumulated into y, without a copy, in either memory format.
+`fused`, the paper's: one convolution with m/G + 1 outputs a group computes y_p and z_p, then all wait for the
+exchange; one convolution computes gA_p, gr_p and gx_p, after all have waited for it.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.restriction import conv_backward, restrict, restrict_backward
+from twolevel.ops.parts import Parts
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class Pending(Protocol):
-    """A collective in flight."""
+class Schedule(Protocol):
+    """An order of the parts. Shapes as in `Parts`; `wanted` and the gradients are those of x, A, r, C."""
 
-    def wait(self) -> Tensor:
-        """Block (or make the current stream wait) until the result is there, and return it."""
+    def forward(
+        self,
+        x: Tensor,
+        local: Tensor,
+        restriction: Tensor,
+        coarse: Tensor,
+        geometry: Geometry,
+        exchange: Exchange,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, z)."""
 
-
-class Exchange(Protocol):
-    """How representatives cross ranks: P ranks, each holding G/P consecutive groups."""
-
-    ranks: int
-
-    def gather(self, own: Tensor) -> Pending:
-        """Start `[G/P, B, H, W] -> [G, B, H, W]`, the parts of all ranks in order of rank."""
-
-    def scatter_sum(self, parts: Tensor) -> Pending:
-        """Start `[G, B, H, W] -> [G/P, B, H, W]`, this rank's part of the sum over ranks."""
-
-
-class _Local:
-    """The exchange of one rank that holds every group: nothing crosses."""
-
-    ranks = 1
-
-    class _Done(NamedTuple):
-        value: Tensor
-
-        def wait(self) -> Tensor:
-            return self.value
-
-    def gather(self, own: Tensor) -> Pending:
-        return self._Done(own)
-
-    scatter_sum = gather
+    def backward(
+        self,
+        gy: Tensor,
+        x: Tensor,
+        local: Tensor,
+        restriction: Tensor,
+        coarse: Tensor,
+        z: Tensor,
+        geometry: Geometry,
+        exchange: Exchange,
+        wanted: tuple[bool, bool, bool, bool],
+    ) -> Gradients:
+        """The gradients, None where not wanted. Every rank takes part in the exchange, whatever it wants itself:
+        its C feeds the other ranks' restrictions.
+        """
 
 
-LOCAL = _Local()
+class Overlapped:
+    """Restriction, exchange in flight under the local convolution, coarse term."""
 
+    def __init__(self, parts: Parts):
+        self.parts = parts
 
-def channel_major(z: Tensor) -> Tensor:
-    """`[B, G, H, W] -> [G, B, H, W]` contiguous; a view where G is 1."""
-    return z.transpose(0, 1).contiguous()
-
-
-def add_coarse_(y: Tensor, z: Tensor, coarse: Tensor) -> Tensor:
-    """y + C z, accumulated into y [B, m, H, W] from z [G, B, H, W] and C [m, G, 1, 1]."""
-    weight = coarse.flatten(1)
-    if y.is_contiguous(memory_format=torch.channels_last):
-        pixels = y.permute(0, 2, 3, 1).view(y.numel() // len(weight), len(weight))
-        pixels.addmm_(z.flatten(1).t(), weight.t())
-    else:
-        batch = weight.expand(len(y), -1, -1)
-        y.view(len(y), len(weight), y.shape[2] * y.shape[3]).baddbmm_(batch, z.flatten(2).transpose(0, 1))
-    return y
-
-
-def coarse_input_grad(gy: Tensor, coarse: Tensor) -> Tensor:
-    """C^T gy: gy [B, m, H, W] -> [G, B, H, W] contiguous."""
-    batch, _, height, width = gy.shape
-    grad = coarse.flatten(1).t() @ gy.transpose(0, 1).flatten(1)
-    return grad.view(len(grad), batch, height, width)
-
-
-def coarse_weight_grad(gy: Tensor, z: Tensor) -> Tensor:
-    """gy z^T summed over images and pixels: [m, G, 1, 1]."""
-    # The few rows on the left: on CPUs several times as fast as its transpose.
-    return (z.flatten(1) @ gy.transpose(0, 1).flatten(1).t()).t()[..., None, None]
-
-
-class _Overlapped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, local, restriction, coarse, geometry, exchange):
-        gathering = exchange.gather(restrict(x, restriction, geometry))
-        y = F.conv2d(x, local, None, *geometry, len(restriction))
+    def forward(self, x, local, restriction, coarse, geometry, exchange):
+        own = self.parts.restrict(x, restriction, geometry)
+        if exchange is LOCAL:
+            return self.parts.local_and_coarse(x, local, geometry, len(restriction), own, coarse), own
+        gathering = exchange.gather(own)
+        y = self.parts.local(x, local, geometry, len(restriction))
         z = gathering.wait()
-        ctx.save_for_backward(x, local, restriction, coarse, z)
-        ctx.geometry, ctx.exchange = geometry, exchange
-        return add_coarse_(y, z, coarse)
+        return self.parts.add_coarse_(y, z, coarse), z
 
-    @staticmethod
-    def backward(ctx, gy):
-        x, local, restriction, coarse, z = ctx.saved_tensors
-        need_x, need_local, need_restriction, need_coarse = ctx.needs_input_grad[:4]
-        geometry, groups = ctx.geometry, len(restriction)
-
-        # Every rank takes part, whatever it needs itself: its C feeds the other ranks' restrictions.
-        scattering = ctx.exchange.scatter_sum(coarse_input_grad(gy, coarse))
-        g_coarse = coarse_weight_grad(gy, z) if need_coarse else None
-        gx, g_local = conv_backward(gy, x, local, geometry, groups, (need_x, need_local))
+    def backward(self, gy, x, local, restriction, coarse, z, geometry, exchange, wanted):
+        want_x, want_local, want_restriction, want_coarse = wanted
+        if exchange is LOCAL and want_coarse:
+            gz, g_coarse = self.parts.coarse_grads(gy, z, coarse)
+            scattering = exchange.scatter_sum(gz)
+        else:
+            scattering = exchange.scatter_sum(self.parts.coarse_input_grad(gy, coarse))
+            g_coarse = self.parts.coarse_weight_grad(gy, z) if want_coarse else None
+        groups = len(restriction)
+        gx, g_local = self.parts.local_backward(gy, x, local, geometry, groups, (want_x, want_local))
         gz = scattering.wait()
-        g_restriction = restrict_backward(gz, x, restriction, geometry, gx, need_restriction)
-        return gx, g_local, g_restriction, g_coarse, None, None
+        g_restriction = self.parts.restrict_backward(gz, x, restriction, geometry, gx, want_restriction)
+        return gx, g_local, g_restriction, g_coarse
 
 
-def overlapped(
-    x: Tensor,
-    local: Tensor,
-    restriction: Tensor,
-    coarse: Tensor,
-    geometry: Geometry,
-    exchange: Exchange = LOCAL,
-) -> Tensor:
-    """y_g = A_g * x_g + C_g [r_1 * x_1 ... r_G * x_G] for the groups this rank holds.
+class Fused:
+    """Local part and restriction in one, then the exchange, which nothing hides, then the coarse term."""
 
-    With P ranks: x [B, n/P, H, W], local [m/P, n/G, k, k], restriction [G/P, n/G, k, k],
-    coarse [m/P, G, 1, 1] -> y [B, m/P, H', W'].
+    def __init__(self, parts: Parts):
+        self.parts = parts
+
+    def forward(self, x, local, restriction, coarse, geometry, exchange):
+        y, own = self.parts.local_and_restriction(x, local, restriction, geometry)
+        z = exchange.gather(own).wait()
+        return self.parts.add_coarse_(y, z, coarse), z
+
+    def backward(self, gy, x, local, restriction, coarse, z, geometry, exchange, wanted):
+        scattering = exchange.scatter_sum(self.parts.coarse_input_grad(gy, coarse))
+        g_coarse = self.parts.coarse_weight_grad(gy, z) if wanted[3] else None
+        gz = scattering.wait()
+        grads = self.parts.local_and_restriction_backward(gy, gz, x, local, restriction, geometry, wanted[:3])
+        return *grads, g_coarse
+
+
+def dense(x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry) -> Tensor:
+    """The whole layer as one dense convolution, on one rank: differentiable by autograd."""
+    return F.conv2d(x, dense_weight(local, restriction, coarse), None, *geometry)
+
+
+def dense_weight(local: Tensor, restriction: Tensor, coarse: Tensor) -> Tensor:
+    """The dense weight of the whole layer, `[m, n, k, k]`, differentiable in its three parts.
+
+    W[o, i] = [g(o) = g(i)] A[o, i] + C[o, g(i)] r_{g(i)}[i]
     """
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        # Cast outside the autograd function, so that gradients come back in the parameters' type.
-        dtype = torch.get_autocast_dtype(device)
-        x, local, restriction, coarse = (t.to(dtype) for t in (x, local, restriction, coarse))
-    return _Overlapped.apply(x, local, restriction, coarse, geometry, exchange)
+    groups, rows = len(restriction), len(local)
+    own_group = torch.eye(groups, dtype=local.dtype, device=local.device)
+    own_group = own_group.repeat_interleave(rows // groups, 0)[:, :, None, None, None]
+    weight = own_group * local[:, None] + coarse[:, :, None] * restriction[None]
+    return weight.flatten(1, 2)

@@ -1,17 +1,14 @@
-"""The two-level group convolution by any of its schedules, all with the same result to rounding."""
-
-from typing import Literal, get_args
+"""The two-level group convolution by any of its schedules and kernels, all with the same result to rounding."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twolevel.errors import unknown
+from twolevel.ops import compiled, schedules
+from twolevel.ops.choice import Form, Kernels, Problem, Schedule, choose, schedule_of
+from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.overlapped import LOCAL, Exchange, channel_major, overlapped
-
-Schedule = Literal["auto", "overlapped", "fused", "dense"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
+from twolevel.ops.parts import TorchParts, in_strides_of
 
 
 def two_level_conv2d(
@@ -22,6 +19,7 @@ def two_level_conv2d(
     geometry: Geometry,
     *,
     schedule: Schedule = "auto",
+    kernels: Kernels = "auto",
     exchange: Exchange = LOCAL,
 ) -> Tensor:
     """y_g = A_g * x_g + C_g z with z_g = r_g * x_g ("Two-level Group Convolution", arXiv 2110.05060).
@@ -31,51 +29,48 @@ def two_level_conv2d(
 
     Schedules: `overlapped` (restriction, exchange in flight under the local convolution, coarse),
     `fused` (the paper's: one convolution with m/G + 1 outputs a group, then the exchange, then coarse),
-    `dense` (one rank only: the structured dense weight), `auto` (overlapped).
+    `dense` (one rank only: the structured dense weight). Kernels: see `twolevel.ops.choice`. What is left `auto` is
+    chosen by measurement. Raises UserError for what cannot compute these tensors here.
     """
-    if schedule not in SCHEDULES:
-        raise unknown("schedule", schedule, SCHEDULES)
-    if schedule == "dense":
-        assert exchange.ranks == 1, "the dense schedule needs every channel on one rank"
-        return F.conv2d(x, dense_weight(local, restriction, coarse), None, *geometry)
-    if schedule == "fused":
-        return _fused(x, local, restriction, coarse, geometry, exchange)
-    return overlapped(x, local, restriction, coarse, geometry, exchange)
+    if torch.compiler.is_exporting() and exchange.ranks == 1:  # by operations that every run time knows
+        return F.conv2d(x, local, None, *geometry, len(restriction)) + F.conv2d(
+            F.conv2d(x, restriction, None, *geometry, len(restriction)), coarse
+        )
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
+        # Cast outside the autograd function, so that gradients come back in the parameters' type.
+        dtype = torch.get_autocast_dtype(device)
+        x, local, restriction, coarse = (t.to(dtype) for t in (x, local, restriction, coarse))
+    if schedule == "dense" and exchange.ranks == 1:
+        return schedules.dense(x, local, restriction, coarse, geometry)
+    if torch.compiler.is_compiling():
+        return compiled.two_level_conv2d(x, local, restriction, coarse, geometry, schedule, kernels, exchange)
+    problem = Problem(x, local, restriction, coarse, geometry, exchange.ranks)
+    form = choose(problem, schedule, kernels, may_measure=torch.is_grad_enabled())
+    if form.schedule == "dense":
+        return schedules.dense(x, local, restriction, coarse, geometry)
+    return _TwoLevel.apply(x, local, restriction, coarse, geometry, exchange, form)
 
 
-def dense_weight(local: Tensor, restriction: Tensor, coarse: Tensor) -> Tensor:
-    """The dense weight of the whole layer, `[m, n, k, k]`, differentiable in its three parts.
-
-    W[o, i] = [g(o) = g(i)] A[o, i] + C[o, g(i)] r_{g(i)}[i]
-    """
-    groups, rows = len(restriction), len(local)
-    own_group = torch.eye(groups, dtype=local.dtype, device=local.device)
-    own_group = own_group.repeat_interleave(rows // groups, 0)[:, :, None, None, None]
-    weight = own_group * local[:, None] + coarse[:, :, None] * restriction[None]
-    return weight.flatten(1, 2)
-
-
-class _Gather(torch.autograd.Function):
-    """The exchange in one piece. Each rank uses z in its own way, so backward sums their gradients."""
+class _TwoLevel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, local, restriction, coarse, geometry, exchange, form: Form):
+        y, z = schedule_of(form).forward(x, local, restriction, coarse, geometry, exchange)
+        ctx.save_for_backward(x, local, restriction, coarse, z)
+        ctx.geometry, ctx.exchange, ctx.form = geometry, exchange, form
+        return y
 
     @staticmethod
-    def forward(ctx, own, exchange):
-        ctx.exchange = exchange
-        return exchange.gather(own).wait()
-
-    @staticmethod
-    def backward(ctx, gz):
-        return ctx.exchange.scatter_sum(gz.contiguous()).wait(), None
-
-
-def _fused(x, local, restriction, coarse, geometry, exchange):
-    groups = len(restriction)
-    # [G, m/G + 1, n/G, k, k]: the restriction is one more output of its group.
-    weight = torch.cat([local.unflatten(0, (groups, -1)), restriction[:, None]], 1)
-    out = F.conv2d(x, weight.flatten(0, 1), None, *geometry, groups)
-    last = out.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    out = out.unflatten(1, (groups, -1))
-    z = _Gather.apply(channel_major(out[:, :, -1]), exchange).transpose(0, 1)
-    y = out[:, :, :-1].flatten(1, 2) + F.conv2d(z, coarse)
-    return y.contiguous(memory_format=memory_format)
+    def backward(ctx, gy):
+        x, local, restriction, coarse, z = ctx.saved_tensors
+        schedule = schedule_of(ctx.form)
+        if torch.is_grad_enabled():  # a second derivative is wanted, which only operations of torch pass on
+            schedule = schedules.Overlapped(TorchParts("grouped"))
+        wanted = ctx.needs_input_grad[:4]
+        gx, *grads = schedule.backward(
+            gy, x, local, restriction, coarse, z, ctx.geometry, ctx.exchange, wanted
+        )
+        weights = zip(grads, (local, restriction, coarse), strict=True)
+        grads = [None if grad is None else in_strides_of(grad, weight) for grad, weight in weights]
+        return gx, *grads, None, None, None

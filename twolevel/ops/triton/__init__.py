@@ -3,6 +3,7 @@
 from twolevel.ops.triton.choices import Choices, tune
 from twolevel.ops.triton.configs import CONFIGS, OPERATIONS, Config, candidates, pick
 from twolevel.ops.triton.grouped import GroupedConv2d, forward, input_grad, supports, weight_grad
+from twolevel.ops.triton.parts import TritonParts
 from twolevel.ops.triton.problem import Problem, problem_of
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Config",
     "GroupedConv2d",
     "Problem",
+    "TritonParts",
     "candidates",
     "forward",
     "input_grad",

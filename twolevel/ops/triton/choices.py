@@ -1,9 +1,6 @@
 """Measured configurations, kept on disk: what was the fastest for an operation, a problem, a card and a Triton."""
 
 import importlib.metadata
-import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,17 +9,12 @@ from torch import Tensor
 
 from twolevel.errors import UserError, unknown
 from twolevel.ops.geometry import Geometry
+from twolevel.ops.store import Store, cache_folder
 from twolevel.ops.triton import grouped
 from twolevel.ops.triton.configs import OPERATIONS, Config, Operation, candidates
 from twolevel.ops.triton.problem import Problem, problem_of
 
 FILE = "grouped_convolution.json"
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/twolevel`, or `~/.cache/twolevel` where that is unset."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "twolevel"
 
 
 def key(operation: Operation, problem: Problem, card: str, precision: str = "ieee") -> str:
@@ -37,43 +29,29 @@ def key(operation: Operation, problem: Problem, card: str, precision: str = "iee
 class Choices:
     """The measured configurations of a folder, read once; `get` is a look-up and `keep` writes.
 
-    Two processes that keep at once do not corrupt the file: each replaces it whole. Raises UserError for a file that is
-    not what `keep` writes.
+    Raises UserError for a file that is not what `keep` writes.
     """
 
     def __init__(self, folder: Path | None = None):
-        self.path = (folder or cache_folder()) / FILE
-        self._known = self._read()
+        self._store = Store((folder or cache_folder()) / FILE)
+        self.path = self._store.path
 
     def get(
         self, operation: Operation, problem: Problem, card: str, precision: str = "ieee"
     ) -> Config | None:
-        return self._known.get(key(operation, problem, card, precision))
+        found = self._store.get(key(operation, problem, card, precision))
+        if found is None:
+            return None
+        try:
+            return Config(*map(int, found))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.path} is not a file of measured choices ({error}); delete it") from error
 
     def keep(
         self, operation: Operation, problem: Problem, card: str, config: Config, precision: str = "ieee"
     ) -> None:
         """Add a choice, to this object and to the file, beside what others have written since."""
-        self._known = {**self._read(), key(operation, problem, card, precision): config}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({name: list(config) for name, config in sorted(self._known.items())}, indent=1)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=FILE)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text + "\n")
-            os.replace(name, self.path)
-        except BaseException:
-            os.unlink(name)
-            raise
-
-    def _read(self) -> dict[str, Config]:
-        try:
-            known = json.loads(self.path.read_text())
-            return {name: Config(*map(int, config)) for name, config in known.items()}
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path} is not a file of measured choices ({error}); delete it") from error
+        self._store.keep(key(operation, problem, card, precision), list(config))
 
 
 def tune(

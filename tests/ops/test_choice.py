@@ -1,0 +1,141 @@
+"""The form of a layer is chosen by measurement, once, and kept; what is asked for is done or refused."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from twolevel.errors import UserError
+from twolevel.ops import Geometry, choice, two_level_conv2d
+from twolevel.ops.choice import Choices, Form, Problem, choose, forms
+from twolevel.ops.store import Store
+
+GEOMETRY = Geometry(padding=(1, 1))
+
+
+def problem(groups=4, width=8, batch=2, size=6, ranks=1, dtype=torch.float32):
+    channels, held = groups * width, groups // ranks
+    x = torch.randn(batch, channels // ranks, size, size, dtype=dtype)
+    weights = [(channels // ranks, width, 3, 3), (held, width, 3, 3), (channels // ranks, groups, 1, 1)]
+    tensors = [torch.randn(shape, dtype=dtype) for shape in weights]
+    return Problem(x.contiguous(memory_format=torch.channels_last), *tensors, GEOMETRY, ranks)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Counts measurements, and lets the third form be the fastest."""
+    measured = []
+
+    def measure(problem, able):
+        measured.append(able)
+        return {form: 1.0 if index != 2 else 0.5 for index, form in enumerate(able)}
+
+    monkeypatch.setattr(choice, "measure", measure)
+    return measured
+
+
+def test_the_fastest_is_taken_measured_once_and_kept_on_disk(tmp_path, clock, caplog):
+    one, file = problem(), tmp_path / "forms.json"
+    able = forms(one)
+    choices = Choices(Store(file))
+    with caplog.at_level(logging.INFO, "twolevel.ops"):
+        assert [choices.get(one, able, True) for _ in range(3)] == [able[2]] * 3
+    assert len(clock) == 1 and len(caplog.records) == 1
+    assert Choices(Store(file)).get(one, able, True) == able[2]  # as in the next run
+    assert len(clock) == 1
+    choices.get(problem(batch=3), able, True)  # another power of two
+    assert len(clock) == 2
+    assert [*json.loads(file.read_text()).values()] == [[*able[2]]] * 2
+
+
+def test_ranks_that_measure_at_once_go_on_with_what_the_first_has_kept(tmp_path, clock, monkeypatch):
+    one, file = problem(), tmp_path / "forms.json"
+    able = forms(one)
+    first, second = Choices(Store(file)), Choices(Store(file))
+    assert first.get(one, able, True) == able[2]
+    monkeypatch.setattr(choice, "measure", lambda problem, able: {form: 1.0 for form in able})
+    assert second.get(one, able, True) == able[2]
+
+
+def test_a_gain_within_the_noise_changes_nothing(tmp_path, monkeypatch):
+    one = problem()
+    able = forms(one)
+    monkeypatch.setattr(choice, "measure", lambda problem, able: {able[0]: 1.0, able[1]: 0.98})
+    assert Choices(Store(tmp_path / "forms.json")).get(one, able, True) == able[0]
+
+
+def test_nothing_is_measured_without_leave_nor_for_a_small_problem(tmp_path, clock):
+    one = problem()
+    able = forms(one)
+    choices = Choices(Store(tmp_path / "forms.json"))
+    assert choices.get(one, able, False) == able[0]
+    assert choose(one, may_measure=True) == able[0]  # a few thousand multiplications
+    assert clock == []
+
+
+def test_a_file_that_cannot_be_written_costs_the_memory_alone(tmp_path, clock):
+    (tmp_path / "file").write_text("")
+    one = problem()
+    able = forms(one)
+    choices = Choices(Store(tmp_path / "file" / "forms.json"))
+    assert [choices.get(one, able, True) for _ in range(2)] == [able[2]] * 2
+    assert len(clock) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_form_is_measured_and_no_random_number_is_drawn(ranks):
+    one = problem(ranks=ranks)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    times = choice.measure(one, forms(one))
+    assert times.keys() == set(forms(one))
+    assert all(seconds >= 0 for seconds in times.values())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dense_is_for_one_rank_alone():
+    assert Form("dense", "grouped") in forms(problem())
+    assert Form("dense", "grouped") not in forms(problem(ranks=2))
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"schedule": "fused"}, Form("fused", "grouped")),
+        ({"schedule": "dense"}, Form("dense", "grouped")),
+        ({"schedule": "dense", "kernels": "depthwise"}, Form("dense", "grouped")),
+        ({"kernels": "depthwise"}, Form("overlapped", "depthwise")),
+        ({"schedule": "overlapped", "kernels": "grouped"}, Form("overlapped", "grouped")),
+    ],
+)
+def test_what_is_asked_for_is_taken(asked, found):
+    assert choose(problem(), **asked, may_measure=False) == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"kernels": "triton"},
+            r"kernels='triton' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu; use auto",
+        ),
+        ({"kernels": "native"}, r"kernels='native' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu: "),
+        (
+            {"schedule": "fused", "kernels": "products"},
+            "schedule='fused' with kernels='products' cannot compute",
+        ),
+        ({"kernels": "tritton"}, "unknown kernels 'tritton'; did you mean triton?"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(asked, message):
+    x, *weights, geometry, _ = problem(dtype=torch.float64)
+    with pytest.raises(UserError, match=message) as caught:
+        two_level_conv2d(x, *weights, geometry, **asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "forms.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"forms.json is not a file of measured choices; delete it"):
+        Store(tmp_path / "forms.json")

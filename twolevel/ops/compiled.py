@@ -1,0 +1,139 @@
+"""The two-level convolution as one operation of a compiled graph, exchange included.
+
+torch.compile sees one operator forward and one backward, and does not break its graph there; inside them
+everything runs as in eager mode: schedule, kernels, the exchange under the local convolution.
+"""
+
+import torch
+from torch import Tensor
+
+from twolevel.ops import schedules
+from twolevel.ops.choice import Problem, choose, schedule_of
+from twolevel.ops.exchange import Exchange, registered
+from twolevel.ops.geometry import Geometry
+from twolevel.ops.parts import in_strides_of
+
+
+def two_level_conv2d(
+    x: Tensor,
+    local: Tensor,
+    restriction: Tensor,
+    coarse: Tensor,
+    geometry: Geometry,
+    schedule: str,
+    kernels: str,
+    exchange: Exchange,
+) -> Tensor:
+    """As `twolevel.ops.two_level_conv2d`, for a trace."""
+    number = exchange.key
+    return _forward(
+        x,
+        local,
+        restriction,
+        coarse,
+        *map(list, geometry),
+        schedule,
+        kernels,
+        exchange.ranks,
+        number,
+        torch.is_grad_enabled(),
+    )[0]
+
+
+@torch.library.custom_op("twolevel::two_level_conv2d", mutates_args=())
+def _forward(
+    x: Tensor,
+    local: Tensor,
+    restriction: Tensor,
+    coarse: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    schedule: str,
+    kernels: str,
+    ranks: int,
+    exchange: str,
+    may_measure: bool,
+) -> tuple[Tensor, Tensor]:
+    geometry = _geometry(stride, padding, dilation)
+    problem = Problem(x, local, restriction, coarse, geometry, ranks)
+    return _schedule(problem, schedule, kernels, may_measure).forward(
+        x, local, restriction, coarse, geometry, registered(exchange)
+    )
+
+
+@_forward.register_fake
+def _(x, local, restriction, coarse, stride, padding, dilation, *how):
+    batch, _, *size = x.shape
+    taps = zip(size, stride, padding, dilation, local.shape[2:], strict=True)
+    height, width = ((s + 2 * p - d * (k - 1) - 1) // by + 1 for s, by, p, d, k in taps)
+    last = torch.channels_last if _is_last(x) else torch.contiguous_format
+    y = x.new_empty(batch, len(local), height, width).to(memory_format=last)
+    return y, x.new_empty(coarse.shape[1], batch, height, width)
+
+
+@torch.library.custom_op("twolevel::two_level_conv2d_backward", mutates_args=())
+def _backward(
+    gy: Tensor,
+    x: Tensor,
+    local: Tensor,
+    restriction: Tensor,
+    coarse: Tensor,
+    z: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    schedule: str,
+    kernels: str,
+    ranks: int,
+    exchange: str,
+    may_measure: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    geometry = _geometry(stride, padding, dilation)
+    problem = Problem(x, local, restriction, coarse, geometry, ranks)
+    gradients = _schedule(problem, schedule, kernels, may_measure).backward(
+        gy, x, local, restriction, coarse, z, geometry, registered(exchange), tuple(wanted)
+    )
+    # An operator returns tensors, in strides that the compiler knows beforehand.
+    likes = (x, local, restriction, coarse)
+    return tuple(
+        x.new_empty(0) if gradient is None else in_strides_of(gradient, like)
+        for gradient, like in zip(gradients, likes, strict=True)
+    )
+
+
+@_backward.register_fake
+def _(gy, x, local, restriction, coarse, z, *rest):
+    likes = zip((x, local, restriction, coarse), rest[-1], strict=True)
+    return tuple(torch.empty_like(like) if want else x.new_empty(0) for like, want in likes)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, local, restriction, coarse, *rest = inputs
+    ctx.save_for_backward(x, local, restriction, coarse, output[1])
+    ctx.rest = rest
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, gy, _):
+    wanted = [*ctx.needs_input_grad[:4]]
+    found = _backward(gy, *ctx.saved_tensors, *ctx.rest, wanted)
+    return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * len(ctx.rest)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _schedule(problem: Problem, schedule: str, kernels: str, may_measure: bool) -> schedules.Schedule:
+    # Not dense, which is a composition that the compiler itself is better at.
+    form = choose(problem, "overlapped" if schedule == "auto" else schedule, kernels, may_measure=may_measure)
+    return schedule_of(form)
+
+
+def _geometry(*pairs: list[int]) -> Geometry:
+    return Geometry(*(tuple(pair) for pair in pairs))
+
+
+def _is_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

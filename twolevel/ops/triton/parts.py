@@ -1,0 +1,98 @@
+"""The parts of a two-level convolution by Triton kernels, each in the configuration measured on its card."""
+
+import torch
+from torch import Tensor
+
+from twolevel.ops.parts import TorchParts
+from twolevel.ops.triton import grouped
+from twolevel.ops.triton.choices import Choices, tune
+from twolevel.ops.triton.configs import Config, Operation
+from twolevel.ops.triton.problem import problem_of
+
+# Configurations tried for an operation of a layer: each takes a second or two to compile.
+MOST = 4
+
+
+class TritonParts(TorchParts):
+    """Convolutions by the kernels of `twolevel.ops.triton`; the products of the coarse term are torch's, but where z
+    is there in time for the epilogue of the local convolution.
+
+    A problem's configurations are measured when it is first met, outside of CUDA graphs, and kept in `choices`.
+    """
+
+    def __init__(self, choices: Choices | None = None):
+        super().__init__("grouped")
+        self.choices = choices or Choices()
+
+    def restrict(self, x, weight, geometry):
+        return self.local(x, weight, geometry, len(weight)).transpose(0, 1).contiguous()
+
+    def restrict_backward(self, gz, x, weight, geometry, gx, want_weight):
+        wanted = (gx is not None, want_weight)
+        more, gw = self.local_backward(gz.transpose(0, 1), x, weight, geometry, len(weight), wanted)
+        if gx is not None:
+            gx.add_(more)
+        return gw
+
+    def local(self, x, weight, geometry, groups):
+        config = self._config("forward", x, weight, geometry, groups)
+        return grouped.forward(x, weight, geometry, groups, config=config, precision=_precision())
+
+    def local_backward(self, gy, x, weight, geometry, groups, wanted):
+        gy = gy.contiguous(memory_format=torch.channels_last)
+        gx = gw = None
+        if wanted[0]:
+            config = self._config("input_grad", x, weight, geometry, groups)
+            gx = grouped.input_grad(
+                gy, weight, x.shape, geometry, groups, config=config, precision=_precision()
+            )
+        if wanted[1]:
+            config = self._config("weight_grad", x, weight, geometry, groups)
+            gw = grouped.weight_grad(
+                gy, x, weight.shape, geometry, groups, config=config, precision=_precision()
+            )
+        return gx, gw
+
+    def local_and_restriction(self, x, local, restriction, geometry):
+        groups = len(restriction)
+        config = self._config("forward", x, local, geometry, groups, restriction)
+        return grouped.forward(x, local, geometry, groups, restriction, config=config, precision=_precision())
+
+    def local_and_restriction_backward(self, gy, gz, x, local, restriction, geometry, wanted):
+        gx, g_local = self.local_backward(gy, x, local, geometry, len(restriction), wanted[:2])
+        return gx, g_local, self.restrict_backward(gz, x, restriction, geometry, gx, wanted[2])
+
+    def local_and_coarse(self, x, weight, geometry, groups, z, coarse):
+        config = self._config("forward", x, weight, geometry, groups)
+        return grouped.forward(
+            x, weight, geometry, groups, coarse=coarse.flatten(1), z=z, config=config, precision=_precision()
+        )
+
+    def _config(
+        self, operation: Operation, x: Tensor, weight: Tensor, geometry, groups: int, restriction=None
+    ) -> Config | None:
+        """The measured configuration; None, the estimate, where none can be measured."""
+        if not x.is_cuda:
+            return None
+        problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
+        card, precision = torch.cuda.get_device_name(x.device), _precision()
+        known = self.choices.get(operation, problem, card, precision)
+        if known is not None or torch.cuda.is_current_stream_capturing():
+            return known
+        times = tune(
+            operation,
+            x,
+            weight,
+            geometry,
+            groups,
+            restriction,
+            choices=self.choices,
+            most=MOST,
+            precision=precision,
+        )
+        return next(iter(times))
+
+
+def _precision() -> str:
+    """Of products of float32 numbers: what torch's own convolutions are allowed."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
