@@ -104,6 +104,7 @@ def test_gradient_of_the_sum_of_logits_is_the_identity_and_of_the_shared_image_t
 KINDS = {
     "c10d::_allgather_base_": ("all-gather", 1),  # (result, own part, group, ...)
     "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
+    "c10d::alltoall_base_": ("reduce-scatter", 1),  # (received, parts, ...); ranks add up what they got
     "c10d::allreduce_": ("all-reduce", 0),  # (tensors, group, ...)
 }
 

@@ -142,4 +142,4 @@ def order_on_ranks(case):
 def test_collectives_of_ranks_run_under_the_local_convolution(pool, case):
     for forward, backward in pool.run(order_on_ranks, case, ranks=2):
         assert forward == forward_order(case[4], ["c10d::_allgather_base_"])
-        assert backward == backward_order(case[5], ["c10d::_reduce_scatter_base_"])
+        assert backward == backward_order(case[5], ["c10d::alltoall_base_"])

@@ -27,6 +27,16 @@ class _InFlight(NamedTuple):
         return self.result
 
 
+class _Unsummed(NamedTuple):
+    work: dist.Work
+    parts: Tensor  # one of every rank
+    ranks: int
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.parts.unflatten(0, (self.ranks, -1)).sum(0)
+
+
 class MeshAxis:
     """The ranks along one axis of the mesh, in order; the `ops.Exchange` of the layers along `group`."""
 
@@ -40,9 +50,15 @@ class MeshAxis:
         result = own.new_empty(self.ranks * len(own), *own.shape[1:])
         return _InFlight(dist.all_gather_into_tensor(result, own, self.group, async_op=True), result)
 
-    def scatter_sum(self, parts: Tensor) -> _InFlight:
+    def scatter_sum(self, parts: Tensor) -> _InFlight | _Unsummed:
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
         refuse_second_derivative(parts)
+        if parts.device.type == "cpu" and dist.get_backend(self.group) == "gloo":
+            # Gloo's own sends about as much as an all-reduce: of the parts each rank gets those that it adds up.
+            received = torch.empty_like(parts)
+            return _Unsummed(
+                dist.all_to_all_single(received, parts, group=self.group, async_op=True), received, self.ranks
+            )
         result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         work = dist.reduce_scatter_tensor(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
         return _InFlight(work, result)
