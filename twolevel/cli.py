@@ -76,18 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """Run a command and end the process with its status, at once where other ranks might be waited for."""
+    """Run a command and end the process with its status, without what Python does at exit where there are ranks."""
     try:
         code = main()
     except Exception:
         traceback.print_exc()
         code = 1
-    if code and "mpi4py.MPI" in sys.modules:
-        # mpi4py's MPI_Finalize, at exit, would wait for ranks that wait for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None and "torch.distributed" not in sys.modules:
+        sys.exit(code)
+    if mpi is not None and not code and not mpi.Is_finalized():
+        mpi.Finalize()  # after a failure it would wait for ranks that wait for this one
+    # Threads of Gloo may still let go of a tensor, which aborts the process while Python shuts down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # How Gloo, NCCL and the store say that another rank has gone.
