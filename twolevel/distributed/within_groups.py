@@ -59,7 +59,9 @@ PER_CHANNEL_METHODS = {
 SPATIAL = ({2, 3}, {-1, -2})
 
 
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
+    """Reads a network's operations, our convolutions and torch's layers as one each."""
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, TwoLevelConv2d | WholeConv2d | ChannelBias) or super().is_leaf_module(
             module, name
@@ -77,7 +79,7 @@ def check_within_groups(model: nn.Module, ranks: int) -> None:
         return
     stem, classifier = ends(model)
     try:
-        graph = _Tracer().trace(model)
+        graph = LayerTracer().trace(model)
     except Exception as error:
         raise UserError(
             f"{type(model).__name__} cannot be split over group={ranks} ranks: torch.fx cannot read its graph "
@@ -108,7 +110,7 @@ def check_within_groups(model: nn.Module, ranks: int) -> None:
             raise _refuse("a dropout of what is whole on every rank", ranks)
         elif split:
             flattens = node.target in (torch.mean, "mean", torch.flatten, "flatten")
-            if len(inputs) > 1 or not _is_per_channel(node):
+            if len(inputs) > 1 or not is_per_channel(node):
                 what = getattr(node.target, "__name__", node.target)
                 raise _refuse(f"the operation {what!r} ({node.name})", ranks)
             states[node] = "features" if flattens else split.pop()
@@ -125,7 +127,8 @@ def _check_module(name: str, module: nn.Module, ranks: int) -> None:
         raise _refuse(f"{name} ({type(module).__name__})", ranks)
 
 
-def _is_per_channel(node: fx.Node) -> bool:
+def is_per_channel(node: fx.Node) -> bool:
+    """Whether a function or method treats every channel alone."""
     arguments = (*node.args[1:], *node.kwargs.values())
     if node.target in (torch.mean, "mean"):
         dims = next((a for a in arguments if isinstance(a, tuple | list)), ())

@@ -46,6 +46,12 @@ class Layout:
             shape[self.dims[name]] *= self.parts
         return shape
 
+    def within(self, name: str) -> "Layout":
+        """The layout of the module called `name`, by the module's own names."""
+        start = f"{name}." if name else ""
+        dims = {key.removeprefix(start): dim for key, dim in self.dims.items() if key.startswith(start)}
+        return replace(self, dims=dims)
+
     def held_groups(self) -> range:
         """The channel groups of this part."""
         held = self.groups // self.parts
@@ -53,19 +59,24 @@ class Layout:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The layout of a network: as `parallelize` left it, else that of the whole.
+    """The layout of a network: as `parallelize` left it, else that of the whole."""
+    kept = getattr(model, "layout", None)
+    if kept is not None:
+        return kept
+    groups = channel_groups(model)
+    return Layout(groups, channel_dims(model) if groups > 1 else dict.fromkeys(model.state_dict()))
+
+
+def channel_dims(model: nn.Module) -> dict[str, int | None]:
+    """The dimension of every tensor of a network that divides by channel, None where none does.
 
     Convolutions, normalisations and the first, dense convolution (the stem) divide by output channel at
     dim 0; the first linear layer (the classifier) divides by input feature at dim 1, its bias not at all;
     what is defined after it does not divide.
     """
-    kept = getattr(model, "layout", None)
-    if kept is not None:
-        return kept
-    groups = channel_groups(model)
     dims: dict[str, int | None] = dict.fromkeys(model.state_dict())
     classifier = ends(model)[1]
-    for prefix, module in model.named_modules() if groups > 1 else ():
+    for prefix, module in model.named_modules():
         start = f"{prefix}." if prefix else ""
         if module is classifier:
             dims[start + "weight"] = 1
@@ -73,7 +84,7 @@ def layout_of(model: nn.Module) -> Layout:
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.dim() > 0:
                 dims[start + name] = 0
-    return Layout(groups, dims)
+    return dims
 
 
 def channel_groups(model: nn.Module) -> int:

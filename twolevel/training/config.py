@@ -13,8 +13,14 @@ from typing import Any, Literal, Self, get_args, get_origin
 from twolevel.data.config import DataConfig
 from twolevel.errors import UserError
 
+# What the ranks that data_parallel leaves can do, and the convolutions with which they can.
+Parallel = Literal["group", "channel", "fsdp", "naive", "gpipe", "1f1b"]
+PIPELINES = ("naive", "gpipe", "1f1b")
+CONVS = {"channel": ("sc", "gc"), "fsdp": ("sc", "gc", "gc2l")}
+CONVS |= dict.fromkeys(PIPELINES, ("sc", "gc", "gc2l", "shuffle"))
+
 # Settings that one kind of convolution alone has.
-CONV_OPTIONS = {"gc2l": ["schedule"], "shuffle": ["permutation_seed"], "dgc": ["xi", "threshold"]}
+CONV_OPTIONS = {"gc2l": ["schedule", "kernels"], "shuffle": ["permutation_seed"], "dgc": ["xi", "threshold"]}
 
 
 @dataclass
@@ -31,7 +37,10 @@ class ModelConfig:
     """channel groups, of dgc the heads; 4 unless given (32 for ResNeXt), 1 for sc; dgconv learns them"""
 
     schedule: Literal["auto", "overlapped", "fused", "dense"] = "auto"
-    """gc2l: how it is computed"""
+    """gc2l: when its parts are computed, and when the exchange; auto: what is fastest, by a measurement kept on disk"""
+
+    kernels: Literal["auto", "grouped", "products", "depthwise", "native", "narrow", "triton"] = "auto"
+    """gc2l: by what its parts are computed: torch (the first three), C on CPUs (native, narrow), Triton"""
 
     permutation_seed: int | None = None
     """shuffle: a fixed random permutation of the channels from this seed, instead of the shuffle"""
@@ -161,11 +170,17 @@ class RuleConfig:
 class MeshConfig:
     """The ranks: data_parallel x group_parallel of them."""
 
+    parallel: Parallel = "group"
+    """what ranks split: groups, filters of dense convolutions (channel), parameters (fsdp) or layers (others)"""
+
     data_parallel: int = 1
-    """replicas, each with its share of the batch"""
+    """replicas, each with its share of the batch; with fsdp all ranks, which need not be said"""
 
     group_parallel: int | None = None
-    """ranks over which each replica's channel groups are split; all that data_parallel leaves"""
+    """ranks over which each replica's groups, filters or layers are split; all that data_parallel leaves"""
+
+    microbatches: int | None = None
+    """gpipe, 1f1b: parts of a batch that follow each other through the layers; one a rank unless given"""
 
     sync_batch_norm: bool = False
     """take batch statistics over all replicas instead of each rank's own"""
@@ -178,6 +193,34 @@ class MeshConfig:
 
     timeout: float = 600.0
     """seconds after which a rank gives up waiting for the others"""
+
+    def __post_init__(self):
+        if self.microbatches is not None:
+            _check(self, "microbatches", self.microbatches >= 1, "1 or more")
+            if self.parallel not in ("gpipe", "1f1b"):
+                raise UserError(
+                    f"microbatches={self.microbatches} are of parallel=gpipe and 1f1b, not of "
+                    f"parallel={self.parallel}; leave them out"
+                )
+        if self.parallel == "fsdp" and self.group_parallel not in (None, 1):
+            raise UserError(
+                f"group_parallel={self.group_parallel} does not do with parallel=fsdp, which shards over all ranks; "
+                "leave it out"
+            )
+        if self.parallel in PIPELINES and self.data_parallel > 1:
+            raise UserError(
+                f"data_parallel={self.data_parallel} does not do with parallel={self.parallel}, which has no replicas "
+                "here; leave it out"
+            )
+
+    def check_conv(self, conv: str) -> None:
+        """Raise UserError for a kind of convolution that this way to share a network cannot take."""
+        convs = CONVS.get(self.parallel, (conv,))
+        if conv not in convs:
+            raise UserError(
+                f"parallel={self.parallel} takes conv={' or '.join(convs)}, not conv={conv}; "
+                "use one of these or parallel=group"
+            )
 
 
 @dataclass
@@ -250,6 +293,12 @@ class TrainConfig:
         if self.optimiser.warmup_epochs > self.optimiser.epochs:
             raise UserError(
                 f"warmup_epochs={self.optimiser.warmup_epochs} is more than epochs={self.optimiser.epochs}"
+            )
+        self.mesh.check_conv(self.model.conv)
+        if self.mesh.parallel == "fsdp" and self.optimiser.ema_decay is not None:
+            raise UserError(
+                f"ema_decay={self.optimiser.ema_decay} does not do with parallel=fsdp, whose parameters have no copy "
+                "on a rank; leave it out or use --data-parallel"
             )
         parts = self.mesh.data_parallel * self.optimiser.accumulate
         if self.data.batch_size % parts:

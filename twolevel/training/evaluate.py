@@ -1,12 +1,15 @@
 """Loss and error of a network over a test set."""
 
+from typing import TYPE_CHECKING
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
 from torch.nn import functional as F
 
 from twolevel.data.split import EvalSplit
+
+if TYPE_CHECKING:
+    from twolevel.training.strategies import Strategy
 
 EVAL_BATCH = 500
 
@@ -18,32 +21,25 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 def batch_sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     """[sum of losses, number right, number of images] of a batch with mean loss `loss`; no host wait."""
     right = (logits.argmax(1) == labels).sum()
-    return torch.stack(
-        [loss.detach().double() * len(labels), right.double(), right.new_tensor(len(labels)).double()]
-    )
+    # Filled on the device: a copy from the host would be waited for.
+    number = torch.full_like(loss, len(labels), dtype=torch.float64)
+    return torch.stack([loss.detach().double() * number, right.double(), number])
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, test: EvalSplit, mesh: DeviceMesh, precision: str, device: torch.device
-) -> tuple[float, float]:
-    """(mean cross-entropy, error in percent) over the test images, each counted once over all replicas."""
+def evaluate(model: nn.Module, test: EvalSplit, strategy: "Strategy") -> tuple[float, float]:
+    """(mean cross-entropy, error in percent) over the test images, each counted once over all ranks.
+
+    `model` is this rank's part of a network, as `strategy` placed it. Every rank must call this.
+    """
     training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in test.eval_batches(EVAL_BATCH):
-        with autocast(device, precision):
-            logits = model(images)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        sums += batch_sums(logits, labels, F.cross_entropy(logits, labels))
+    sums = torch.zeros(3, dtype=torch.float64, device=strategy.device)
+    for images, labels in strategy.eval_batches(model, test):
+        logits = strategy.logits(model, images)
+        if logits is not None and len(labels):
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            sums += batch_sums(logits, labels, F.cross_entropy(logits, labels))
     model.train(training)
-    loss, right, number = sum_over_data(sums, mesh)
+    loss, right, number = strategy.total(sums)
     return loss / number, 100 * (1 - right / number)
-
-
-def sum_over_data(sums: Tensor, mesh: DeviceMesh) -> list[float]:
-    """The sum over replicas, on the host."""
-    if mesh["data"].size() > 1:
-        sums = sums.clone()
-        dist.all_reduce(sums, group=mesh.get_group("data"))
-    return sums.tolist()

@@ -3,28 +3,33 @@
 import json
 import math
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twolevel.data import Data
-from twolevel.distributed import clip_gradients_, replicate, sync_buffers
+from twolevel.distributed import sync_buffers
 from twolevel.distributed.agreement import require_equal, together
 from twolevel.errors import UserError
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import TrainConfig
 from twolevel.training.display import Display
-from twolevel.training.evaluate import autocast, batch_sums, evaluate, sum_over_data
+from twolevel.training.evaluate import evaluate
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
 from twolevel.training.rules import copy_choices, rules_for
-from twolevel.training.setup import Context, check_resumable, claim_output, join, warn_of_ignored
+from twolevel.training.setup import (
+    Context,
+    check_kernels,
+    check_resumable,
+    claim_output,
+    join,
+    warn_of_ignored,
+)
 from twolevel.training.state import TrainState, seed_ranks
+from twolevel.training.step import TrainStep
 
 
 def train(config: TrainConfig) -> dict | None:
@@ -50,6 +55,7 @@ class Trainer:
         start = checkpoint.newest(run.output / "checkpoints") if run.resume else None
         require_equal("checkpoints to go on from", {"checkpoint": str(start)}, ranks.device)
         with together(ranks.device):
+            check_kernels(config, ranks.device)
             if ranks.first:
                 claim_output(config, start)
             if start is not None:
@@ -58,8 +64,11 @@ class Trainer:
 
         dtype = torch.float64 if run.precision == "float64" else torch.float32
         self.data: Data = ranks.load_data(config.data, run.seed, dtype)
+        self.strategy = ranks.strategy(run.precision)
+        self.strategy.check_batch(config.data.batch_size, rule.accumulate)
         options = config.model.create_options() | {"num_classes": self.data.num_classes}
-        model = ranks.build(options, run.seed, run.precision, sync_batch_norm=config.mesh.sync_batch_norm)
+        sync = config.mesh.sync_batch_norm
+        model = ranks.build(self.strategy, options, run.seed, self.data.image_shape, sync_batch_norm=sync)
         ema = None
         if rule.ema_decay is not None:
             average = get_ema_multi_avg_fn(rule.ema_decay)
@@ -71,8 +80,8 @@ class Trainer:
             self.state.load(start)
         self.rules = rules_for(model, config.rules)
         if run.compile:
-            model.compile()
-        self.network = replicate(model, mesh)
+            self.strategy.compile_(model)
+        self.train_step = TrainStep(self.strategy, model, self.state.optimiser, rule, self.rules)
         self.all_steps = rule.epochs * steps
         self.last_step = min(self.all_steps, run.max_steps or math.inf)
         self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -101,7 +110,7 @@ class Trainer:
         epoch, began = state.epoch, time.perf_counter()
         self.interval_began = began
         images_before = state.epoch_sums[2]
-        self.network.train()
+        state.model.train()
         for images, labels in self.data.train.batches(epoch, state.position):
             rate = self._step(images, labels)
             state.step += 1
@@ -136,7 +145,7 @@ class Trainer:
         for prefix, model in (("", state.model), ("ema_", state.ema)):
             if model is not None:
                 sync_buffers(model, state.mesh)
-                tested = evaluate(model, self.data.test, state.mesh, run.precision, self.ranks.device)
+                tested = evaluate(model, self.data.test, self.strategy)
                 record[f"{prefix}test_loss"], record[f"{prefix}test_error"] = tested
         if self.ranks.first:
             self.metrics.write(record)
@@ -146,42 +155,21 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
         """One optimiser step on this rank's share of a batch; returns the learning rate. No host wait."""
-        state, rule, run = self.state, self.config.optimiser, self.config.run
-        rate = learning_rate(rule, state.step, state.steps_per_epoch)
-        for group in state.optimiser.param_groups:
-            group["lr"] = rate
+        state = self.state
+        rate = learning_rate(self.config.optimiser, state.step, state.steps_per_epoch)
+        self.train_step.set_rate(rate)
         for r in self.rules:
             r.begin_step(state.step / self.all_steps)
-        state.optimiser.zero_grad(set_to_none=True)
-        parts = zip(images.chunk(rule.accumulate), labels.chunk(rule.accumulate), strict=True)
-        for index, (x, y) in enumerate(parts, start=1):
-            with self._synchronised(index == rule.accumulate):
-                with autocast(self.ranks.device, run.precision):
-                    logits = self.network(x)
-                    loss = F.cross_entropy(logits, y, label_smoothing=rule.label_smoothing)
-                    total = loss
-                    for r in self.rules:
-                        total = r.loss(total)
-                (total / rule.accumulate).backward()
-            self.sums += batch_sums(logits, y, loss)
-        if rule.clip_norm is not None:
-            clip_gradients_(state.model, state.mesh, rule.clip_norm)
-        state.optimiser.step()
+        self.sums += self.train_step(images, labels)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
             copy_choices(state.model, state.ema.module)
         return rate
 
-    def _synchronised(self, last_part: bool):
-        """Replicas add their gradients up once a step, with its last part."""
-        if isinstance(self.network, DistributedDataParallel) and not last_part:
-            return self.network.no_sync()
-        return nullcontext()
-
     def _log(self, epoch: int, rate: float) -> None:
         """Read the sums since the last record; waits for the device."""
         state = self.state
-        sums = sum_over_data(self.sums, state.mesh)
+        sums = self.strategy.total(self.sums)
         self.sums.zero_()
         loss, right, number = sums
         if not math.isfinite(loss):
@@ -206,13 +194,12 @@ class Trainer:
             self.display.step(record)
 
     def _headline(self) -> str:
-        config, mesh, state = self.config, self.state.mesh, self.state
-        held = sum(p.numel() for p in state.model.parameters())
+        config, state = self.config, self.state
         going_on = f", from step {state.step}" if state.step else ""
         return (
             f"{config.model.model} {config.model.conv} groups={config.model.groups} on {config.data.data}: "
-            f"{mesh['data'].size()} data x {mesh['group'].size()} group ranks on {self.ranks.device.type} "
-            f"({self.ranks.world.backend}), {held:,} parameters on this one, "
+            f"{self.strategy} on {self.ranks.device.type} ({self.ranks.world.backend}), "
+            f"{self.strategy.held(state.model):,} parameters on this one, "
             f"{config.optimiser.epochs} epochs of {state.steps_per_epoch} steps{going_on}"
         )
 

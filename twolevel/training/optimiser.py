@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from twolevel.training.config import OptimiserConfig
 from twolevel.training.rules import undecayed
@@ -13,7 +14,7 @@ def make_sgd(model: nn.Module, config: OptimiserConfig) -> torch.optim.SGD:
     """SGD over all parameters, with the weight decay that each is to have.
 
     Spared are those that a convolution's rule spares (gates), and without `decay_norm` those of one dimension
-    (norms, biases).
+    (norms, biases). DTensors have no fused form of it.
     """
     decay: dict[float, list[nn.Parameter]] = {}
     spared = undecayed(model)
@@ -22,7 +23,8 @@ def make_sgd(model: nn.Module, config: OptimiserConfig) -> torch.optim.SGD:
         decay.setdefault(0.0 if spare else config.weight_decay, []).append(parameter)
     groups = [{"params": parameters, "weight_decay": value} for value, parameters in decay.items()]
     rule = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
-    return torch.optim.SGD(groups, **rule, fused=True)
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return torch.optim.SGD(groups, **rule, **({"foreach": True} if sharded else {"fused": True}))
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps_per_epoch: int) -> float:

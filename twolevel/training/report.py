@@ -210,7 +210,8 @@ def _group_pictures(run: Run, ranks: Context) -> Iterator[Picture]:
 def _network(run: Run, ranks: Context) -> nn.Module:
     """The network with the run's newest weights, in their type."""
     precision = "float64" if run.weights.dtype == torch.float64 else "float32"
-    network = ranks.build(run.weights.options, 0, precision)
+    image_shape = DataConfig(**run.weights.data).image_shape
+    network = ranks.build(ranks.strategy(precision), run.weights.options, 0, image_shape)
     run.weights.load_into(network, ranks.mesh)
     return network
 

@@ -10,12 +10,13 @@ from torch.distributed import DeviceMesh
 
 from twolevel import data, models
 from twolevel.data.config import DataConfig
-from twolevel.distributed import init_mesh, parallelize
+from twolevel.distributed import init_mesh
 from twolevel.distributed.agreement import require_equal, together
 from twolevel.distributed.environment import World, start, stop
 from twolevel.errors import UserError
-from twolevel.nn import initialize
-from twolevel.training.config import MeshConfig, RuleConfig, TrainConfig
+from twolevel.ops import native
+from twolevel.training.config import PIPELINES, MeshConfig, RuleConfig, TrainConfig
+from twolevel.training.strategies import STRATEGIES, Strategy
 
 # Settings without which a checkpoint's state means something else.
 FIXED_ON_RESUME = ("model", "conv", "groups", "data", "batch_size", "seed")
@@ -28,16 +29,19 @@ FREE_ON_RESUME = (
     "keep_checkpoints",
     "log_steps",
     "device",
+    "compile",
 )
 FREE_ON_RESUME += (
     "timeout",
     "data_root",
     "download",
     "workers",
+    "parallel",
     "data_parallel",
     "group_parallel",
     "exchange",
     "schedule",
+    "kernels",
 )
 
 
@@ -66,18 +70,25 @@ class Context:
             place = {"data_rank": self.mesh.get_local_rank("data"), "data_size": self.mesh["data"].size()}
             return data.load(config, seed=seed, device=self.device, dtype=dtype, **place)
 
-    def build(self, options: dict, seed: int, precision: str, *, sync_batch_norm: bool = False) -> nn.Module:
+    def strategy(self, precision: str) -> Strategy:
+        """The way in which these ranks share a network that computes in `precision`."""
+        return STRATEGIES[self.config.parallel](self.config, self.mesh, self.device, precision)
+
+    def build(
+        self,
+        strategy: Strategy,
+        options: dict,
+        seed: int,
+        image_shape: tuple[int, int, int],
+        *,
+        sync_batch_norm: bool = False,
+    ) -> nn.Module:
         """This rank's part of `models.create(**options)`, drawn from `seed`; no rank builds the whole."""
         with together(self.device), torch.device("meta"):
+            self.config.check_conv(options["conv"])
             network = models.create(**options)
-        exchange = {"exchange": self.config.exchange, "timeout_s": self.config.timeout}
         # Outside `together`: it may hold a collective, and it fails on all ranks or on none.
-        parallelize(network, self.mesh, sync_batch_norm=sync_batch_norm, **exchange)
-        with together(self.device):
-            initialize(network, seed, self.device)
-        if precision == "float64":
-            network.double()
-        return network.to(memory_format=torch.channels_last)
+        return strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm)
 
     def close(self) -> None:
         stop(self.world)
@@ -88,10 +99,28 @@ def join(mesh: MeshConfig, settings: dict) -> Context:
     world = start(mesh.device, mesh.timeout)
     try:
         require_equal("configurations", settings, world.device)
-        return Context(world, init_mesh(mesh.data_parallel, mesh.group_parallel, device=mesh.device), mesh)
+        data, group = mesh.data_parallel, mesh.group_parallel
+        if mesh.parallel == "fsdp":
+            data, group = (world.size if data == 1 else data), 1
+        return Context(world, init_mesh(data, group, device=mesh.device), mesh)
     except BaseException:
         stop(world)
         raise
+
+
+def check_kernels(config: TrainConfig, device: torch.device) -> None:
+    """Raise UserError where the kernels that were asked for cannot compute on this device in this precision."""
+    asked, precision = config.model.kernels, config.run.precision
+    why = None
+    if asked in ("native", "narrow"):
+        fits = device.type == "cpu" and precision == "float32"
+        why = native.available() if fits else "it computes in float32 on CPUs"
+    elif asked == "triton" and (device.type != "cuda" or precision == "float64"):
+        why = "it computes in float32 or bf16 on GPUs"
+    if why is not None:
+        raise UserError(
+            f"kernels={asked} does not do for precision={precision} on {device.type}: {why}; use auto"
+        )
 
 
 def claim_output(config: TrainConfig, checkpoint: Path | None) -> None:
@@ -147,7 +176,13 @@ def warn_of_ignored(config: TrainConfig) -> None:
         if conv != config.model.conv and getattr(config.rules, name) != getattr(RuleConfig, name)
     ]
     why = f"conv={config.model.conv} has no such rule"
-    if config.mesh.sync_batch_norm and config.mesh.data_parallel == 1:
+    mesh = config.mesh
+    if mesh.sync_batch_norm and mesh.data_parallel == 1 and mesh.parallel != "fsdp":
         warnings.warn("sync_batch_norm=True is ignored: there is one replica", stacklevel=2)
+    if mesh.exchange != "auto" and mesh.parallel in ("fsdp", *PIPELINES):
+        warnings.warn(
+            f"exchange={mesh.exchange} is ignored: parallel={mesh.parallel} has no such exchange",
+            stacklevel=2,
+        )
     for name in ignored:
         warnings.warn(f"{name}={getattr(config.rules, name)!r} is ignored: {why}", stacklevel=2)

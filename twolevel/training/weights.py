@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from twolevel.data.config import DataConfig
 from twolevel.distributed.agreement import together
@@ -66,10 +67,18 @@ class Weights:
             return
         layout = layout_of(model)
         *_, tensors = files.read(self.path)
-        missing = model.state_dict().keys() ^ tensors.keys()
+        held = model.state_dict()  # of one stage of a pipeline a part of the names
+        missing = held.keys() - tensors.keys()
         if missing:
-            raise UserError(f"{self.path} does not hold what its network needs: {sorted(missing)[0]} differs")
-        model.load_state_dict({name: layout.cut(name, tensor) for name, tensor in tensors.items()})
+            raise UserError(
+                f"{self.path} does not hold what its network needs: {sorted(missing)[0]} is missing"
+            )
+        with torch.no_grad():
+            for name, tensor in held.items():
+                part = layout.cut(name, tensors[name]).to(tensor.device)
+                if isinstance(tensor, DTensor):
+                    part = distribute_tensor(part, tensor.device_mesh, tensor.placements)
+                tensor.copy_(part)
 
     def export(self, output: Path) -> None:
         """Write the whole network into one safetensors file. Raises UserError where `output` exists."""
@@ -105,7 +114,7 @@ def evaluate_weights(
             given = {"data": data, "data_root": data_root, "workers": workers}
             given = {name: value for name, value in given.items() if value is not None}
             # Training batches are not looked at: any size does that divides over the replicas.
-            config = DataConfig(**weights.data | given | {"batch_size": mesh.data_parallel})
+            config = DataConfig(**weights.data | given | {"batch_size": ranks.mesh["data"].size()})
         dtype = torch.float64 if precision == "float64" else torch.float32
         images = ranks.load_data(config, 0, dtype)
         if images.num_classes != weights.options["num_classes"]:
@@ -113,9 +122,10 @@ def evaluate_weights(
                 f"{config.data} has {images.num_classes} classes, the network of {path} "
                 f"{weights.options['num_classes']}"
             )
-        network = ranks.build(weights.options, 0, precision)
+        strategy = ranks.strategy(precision)
+        network = ranks.build(strategy, weights.options, 0, images.image_shape)
         weights.load_into(network, ranks.mesh)
-        loss, error = evaluate(network, images.test, ranks.mesh, precision, ranks.device)
+        loss, error = evaluate(network, images.test, strategy)
         return (loss, error, len(images.test)) if ranks.first else None
     finally:
         ranks.close()

@@ -1,0 +1,106 @@
+"""One optimiser step, whatever the way in which ranks share the network."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.nn import functional as F
+
+from twolevel import models
+from twolevel.distributed.agreement import together
+from twolevel.training.config import MeshConfig, OptimiserConfig
+from twolevel.training.evaluate import autocast, batch_sums
+from twolevel.training.optimiser import make_sgd
+from twolevel.training.rules import Rule
+from twolevel.training.strategies import STRATEGIES, Strategy
+
+
+class TrainStep:
+    """`step(images, labels)`: gradients of this rank's share of a batch, clipping, optimiser; no host wait.
+
+    Returns [sum of losses, number right, number of images] of the logits that this rank has; `strategy.total` sums
+    them over the ranks. `model` is this rank's part of the network.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        config: OptimiserConfig,
+        rules: Sequence[Rule] = (),
+    ):
+        self.strategy, self.model, self.optimiser = strategy, model, optimiser
+        self.config, self.rules = config, rules
+        strategy.connect(model, self._loss, config.accumulate)
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the steps to come."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimiser.zero_grad(set_to_none=True)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.strategy.device)
+        self.strategy.forward_backward(images, labels)
+        if self.config.clip_norm is not None:
+            self.strategy.clip_(self.model, self.config.clip_norm)
+        self.optimiser.step()
+        return self.sums
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What one part of a batch adds to the loss of which the gradient is taken."""
+        with autocast(self.strategy.device, self.strategy.precision):
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            total = loss
+            for rule in self.rules:
+                total = rule.loss(total)
+        self.sums += batch_sums(logits, labels, loss)
+        return total / self.strategy.parts
+
+
+def make_step(
+    model: str,
+    mesh: DeviceMesh,
+    device: torch.device | str,
+    *,
+    parallel: str = "group",
+    conv: str = "sc",
+    groups: int = 1,
+    image_shape: tuple[int, int, int] = (3, 32, 32),
+    num_classes: int = 10,
+    microbatches: int | None = None,
+    sync_batch_norm: bool = False,
+    exchange: str = "auto",
+    precision: str = "float32",
+    compile: bool = False,
+    seed: int = 0,
+    optimiser: OptimiserConfig | None = None,
+) -> TrainStep:
+    """The training step of a network by name, as `twolevel train` takes it, on the ranks of a mesh from `init_mesh`.
+
+    `step(images, labels)` takes this rank's share of a batch: with b images and D ranks of the `data` axis b / D, the
+    same on all ranks of the `group` axis. For fsdp all ranks are on the `data` axis, for the pipelines on `group`.
+    `optimiser` is that of `twolevel train` unless given: SGD, learning rate 0.1, momentum 0.9, weight decay 5e-4.
+    Every rank must call this.
+
+    Raises UserError, on every rank, for what cannot be combined.
+    """
+    config = MeshConfig(
+        parallel=parallel,
+        data_parallel=mesh["data"].size(),
+        group_parallel=mesh["group"].size(),
+        microbatches=microbatches,
+        sync_batch_norm=sync_batch_norm,
+        exchange=exchange,
+    )
+    config.check_conv(conv)
+    strategy = STRATEGIES[parallel](config, mesh, torch.device(device), precision)
+    with together(device), torch.device("meta"):
+        network = models.create(model, conv=conv, groups=groups, num_classes=num_classes)
+    part = strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm)
+    if compile:
+        strategy.compile_(part)
+    rule = optimiser or OptimiserConfig(weight_decay=5e-4)
+    return TrainStep(strategy, part.train(), make_sgd(part, rule), rule)
