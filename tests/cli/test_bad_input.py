@@ -59,6 +59,7 @@ def fresh(tmp_path, monkeypatch) -> Path:
         ("--learning-rate fast", "Error parsing --learning-rate: could not convert string to float: 'fast'"),
         ("--lerning-rate 0.1", "Unrecognized options: --lerning-rate, 0.1; did you mean --learning-rate?"),
         ("--precision half", "'half'"),
+        ("--cuda-graph", "cuda_graph=True needs a GPU, and ranks compute on the cpu; leave it out"),
         ("--kernels native --precision float64", "it computes in float32 on CPUs; use auto"),
         ("--kernels triton", "kernels=triton does not do for precision=float32 on cpu"),
         ("--kernels fast", "'fast'"),

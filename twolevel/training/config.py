@@ -242,6 +242,9 @@ class RunConfig:
     compile: bool = False
     """run the network through torch.compile"""
 
+    cuda_graph: bool = False
+    """launch a whole training step at once, as a CUDA graph; one replica on GPUs"""
+
     max_steps: int | None = None
     """stop after this many steps in all, in the middle of an epoch if need be"""
 

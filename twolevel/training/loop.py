@@ -17,6 +17,7 @@ from twolevel.training import checkpoint, metrics
 from twolevel.training.config import TrainConfig
 from twolevel.training.display import Display
 from twolevel.training.evaluate import evaluate
+from twolevel.training.graphed import GraphedStep, check_capturable
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
 from twolevel.training.rules import copy_choices, rules_for
@@ -56,6 +57,8 @@ class Trainer:
         require_equal("checkpoints to go on from", {"checkpoint": str(start)}, ranks.device)
         with together(ranks.device):
             check_kernels(config, ranks.device)
+            if run.cuda_graph:
+                check_capturable(config, ranks.device, ranks.world.backend)
             if ranks.first:
                 claim_output(config, start)
             if start is not None:
@@ -82,6 +85,8 @@ class Trainer:
         if run.compile:
             self.strategy.compile_(model)
         self.train_step = TrainStep(self.strategy, model, self.state.optimiser, rule, self.rules)
+        if run.cuda_graph:
+            self.train_step = GraphedStep(self.train_step)
         self.all_steps = rule.epochs * steps
         self.last_step = min(self.all_steps, run.max_steps or math.inf)
         self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)

@@ -30,6 +30,7 @@ FREE_ON_RESUME = (
     "log_steps",
     "device",
     "compile",
+    "cuda_graph",
 )
 FREE_ON_RESUME += (
     "timeout",
