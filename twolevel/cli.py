@@ -1,4 +1,4 @@
-"""The command line: `twolevel train | evaluate | export | report | count | doctor`.
+"""The command line: `twolevel train | evaluate | export | report | count | plan | doctor`.
 
 Commands import what they need when they run, so that help comes at once.
 """
@@ -18,13 +18,15 @@ COMMANDS = {
     "export": "write a run's whole network into one safetensors file",
     "report": "draw a run: its curve, and what learned or dynamic groups chose",
     "count": "count parameters, multiply-accumulates and bytes exchanged",
+    "plan": "list the ways to train a network on so many processors, their cost, and which to take",
     "doctor": "say what this machine has and what twolevel makes of it",
 }
 
 EXAMPLES = """examples:
   twolevel train --model wrn-16-2 --data sample --epochs 5
   torchrun --nproc-per-node 4 -m twolevel train --model wrn-28-10 --conv gc2l --groups 4 --data cifar10
-  twolevel count --model wrn-28-10 --conv gc2l --groups 16"""
+  twolevel count --model wrn-28-10 --conv gc2l --groups 16
+  twolevel plan --model wrn-28-80 --ranks 4 --machine titan-rtx"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -198,6 +198,82 @@ def count(argv: list[str]) -> None:
         count_table(counted, layers=config.layers)
 
 
+@dataclass
+class PlanConfig:
+    """List every way to train a network on so many ranks, with memory, communication and time, and choose one."""
+
+    model: str = "wrn-28-10"
+    """network, as for train"""
+
+    conv: Literal["gc2l", "gc"] = "gc2l"
+    """convolution that group parallelism splits; its rivals train the dense one"""
+
+    groups: tuple[int, ...] | None = None
+    """numbers of groups; all powers of two that divide the channels unless given"""
+
+    batch_size: int = 128
+    """images a step, over all data-parallel ranks together"""
+
+    ranks: int = 4
+    """processors"""
+
+    precision: Literal["float32", "bf16"] | None = None
+    """bf16 is autocast; that of a measured machine, else float32, unless given"""
+
+    machine: str | None = None
+    """titan-rtx, v100, a100-40, a100-80, h100, h200, rtx-4090, or a file of --calibrate; what was measured here last
+    unless given"""
+
+    link: str | None = None
+    """link within a node: nvlink-v100, nvlink-a100, nvlink-h100, pcie3, pcie4, loopback; the machine's unless given"""
+
+    internode: str | None = None
+    """link between nodes: infiniband-200g, infiniband-400g, infiniband-8x400g, ethernet-1g, -10g, -25g or -100g"""
+
+    ranks_per_node: int | None = None
+    """processors of a node; 8 unless given"""
+
+    num_classes: int | None = None
+    """classes; 10 for 32 x 32 images and 1000 for 224 x 224 unless given"""
+
+    image_size: int | None = None
+    """height and width of the images; that for which the network is made unless given"""
+
+    epoch_images: int = 50_000
+    """images of an epoch; CIFAR has 50,000, ImageNet 1,281,167"""
+
+    scaling: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """time against processors, 1 to ranks, instead of one number of ranks"""
+
+    wide_stem: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """wrn-D-k, on paper only: a stem of max(16, G) channels, so that more than 16 groups divide the network"""
+
+    figure: Path | None = None
+    """draw time against processors, 1 to ranks, into this file"""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print JSON"""
+
+    calibrate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """measure this machine first, in a minute or two; its links too where a launcher started two ranks or more"""
+
+    output: Path | None = None
+    """calibrate: the file to write; one in the user's cache unless given"""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """calibrate: what to measure"""
+
+    threads: int | None = None
+    """calibrate: threads of torch on a CPU; as train has them unless given"""
+
+
+def plan(argv: list[str]) -> None:
+    config = parse(PlanConfig, "plan", argv)
+    from twolevel.analysis.planning import run
+
+    run(config)
+
+
 def doctor(argv: list[str]) -> None:
     if argv:
         print("usage: twolevel doctor\n\nSay what this machine has and what twolevel makes of it.")

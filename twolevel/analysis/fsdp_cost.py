@@ -1,0 +1,71 @@
+"""Fully sharded data parallelism (FSDP2), block by block."""
+
+from dataclasses import replace
+
+from twolevel.analysis.collectives import Axis, Message, all_gather, axes
+from twolevel.analysis.cost import Cost, Setting, Walk, make, walk
+from twolevel.analysis.memory import Part, buffers, sharded
+from twolevel.analysis.workload import Layer, Workload
+
+
+def fsdp_cost(workload: Workload, setting: Setting, conv: str, ranks: int) -> Cost:
+    """Parameters sharded over all ranks: gathered a block at a time, one ahead, forward and again backward."""
+    batch, timing = setting.batch // ranks, setting.timing
+    axis, _ = axes(setting.machine, ranks, 1)
+    units: dict[str, list[Layer]] = {}
+    for layer in workload.layers:
+        units.setdefault(layer.block, []).append(layer)
+    sizes = {name: 4 * sum(layer.size for layer in layers) for name, layers in units.items()}
+    lines = {name: walk(workload, layers, batch, timing) for name, layers in units.items()}
+    messages = _messages(units, sizes, lines, axis) if ranks > 1 else []
+    whole = walk(workload, workload.layers, batch, timing)
+    shards = sharded(workload.layers, ranks)
+    # The optimiser works on the shards.
+    count = sum(len(layer.parameters) for layer in workload.layers)
+    line = replace(whole, optimiser=timing.optimiser(count, shards))
+    blocks = sorted((size for name, size in sizes.items() if name), reverse=True)
+    # Gathered at once: what is in no block, a block and the next one; and one block's gradients before they are
+    # reduced. With one rank nothing is gathered.
+    gathered = sizes.get("", 0) + sum(blocks[:2]) + sum(blocks[:1]) if ranks > 1 else 0
+    part = Part(workload, workload.layers, batch, 1, setting.precision)
+    static = buffers(workload, workload.layers, 1) + 4 * batch * workload.values[0].elements + gathered
+    return make(
+        "fsdp", conv, workload.groups, ranks, 1, setting, 4 * shards, static, part, line, messages,
+        gradients_persist=True,
+    )  # fmt: skip
+
+
+def _messages(
+    units: dict[str, list[Layer]], sizes: dict[str, int], lines: dict[str, Walk], axis: Axis
+) -> list[Message]:
+    """Gathers before forward, again before backward (not of what is in no block), reduce-scatters after it."""
+    others, names = (axis.ranks - 1) / axis.ranks, [name for name, size in sizes.items() if name and size]
+    order = (["", *names] if sizes.get("") else names, [*reversed(names), *([""] if sizes.get("") else [])])
+    messages = []
+    free = clock = began = 0.0  # of the link; of the compute; when the compute of the unit before began
+    for index, name in enumerate(order[0]):
+        seconds = all_gather(axis, sizes[name])
+        arrived = max(free, began if index else 0.0) + seconds
+        start = max(clock, arrived)
+        messages.append(
+            Message("all-gather", sizes[name] // axis.ranks, others * sizes[name], seconds, start - clock)
+        )
+        free, began, clock = arrived, start, start + lines[name].forward
+    free = began = clock = 0.0
+    scatters = []
+    for name in order[1]:
+        seconds = all_gather(axis, sizes[name])
+        if name:
+            arrived = max(free, began) + seconds
+            start = max(clock, arrived)
+            messages.append(
+                Message("all-gather", sizes[name] // axis.ranks, others * sizes[name], seconds, start - clock)
+            )
+            free = arrived
+        else:
+            start = clock
+        began, clock = start, start + lines[name].backward
+        free = max(free, clock) + seconds if name == order[1][-1] else free + seconds
+        scatters.append(Message("reduce-scatter", sizes[name], others * sizes[name], seconds))
+    scatters[-1] = replace(scatters[-1], exposed=max(0.0, free - clock))
+    return messages + scatters

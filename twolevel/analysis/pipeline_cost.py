@@ -1,0 +1,129 @@
+"""Layers in stages, one a rank: where a network is cut, and what the schedules cost.
+
+naive   one batch passes through all stages: a rank works while the others wait
+gpipe   M microbatches forward, then all backward; a rank waits for P - 1 of them
+1f1b    the same waiting, but stage i (from 0) keeps the activations of P - i microbatches at most
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+
+from twolevel.analysis.collectives import Message, axes, send
+from twolevel.analysis.cost import Cost, Setting, walk
+from twolevel.analysis.memory import Part, buffers, held
+from twolevel.analysis.workload import Layer, Workload
+from twolevel.errors import UserError
+
+
+def pipeline_cost(
+    workload: Workload, setting: Setting, schedule: str, stages: int, microbatches: int
+) -> Cost:
+    """The cost of SC in `stages` stages by `schedule`.
+
+    Raises UserError where the network has fewer places to cut.
+    """
+    microbatches = 1 if schedule == "naive" else microbatches
+    size, timing = setting.batch // microbatches, setting.timing
+    _, axis = axes(setting.machine, 1, stages)
+    parts = cut(workload, stages)
+    lines = [walk(workload, layers, size, timing) for layers in parts]
+    slowest = max(line.forward + line.backward for line in lines)
+    passing = sum(line.forward + line.backward for line in lines)
+    optimiser = max(line.optimiser for line in lines)
+    work = microbatches * slowest
+    messages, exposed = [], 0.0
+    for layers in parts[:-1]:
+        crossing = Part(workload, layers, size, 1, setting.precision).bytes_of(layers[-1].output)
+        taken = send(axis, crossing)
+        exposed += 2 * taken  # the first microbatch forward and the last backward; others pass under compute
+        messages += [Message("send", crossing, crossing, taken) for _ in range(microbatches)]
+    if messages:
+        # One stage in the middle sends forward and backward.
+        messages = messages[:microbatches] * (2 if stages > 2 else 1)
+        messages[0] = replace(messages[0], exposed=exposed, seconds=max(exposed, messages[0].seconds))
+    fullest = max(
+        (_memory(workload, layers, setting, size, _in_flight(schedule, index, stages, microbatches))
+         for index, layers in enumerate(parts)),
+        key=lambda memory: memory[2],
+    )  # fmt: skip
+    parameter_bytes, activations, peak = fullest
+    return Cost(
+        schedule, "sc", 1, 1, stages, setting.batch, parameter_bytes // 4, parameter_bytes, parameter_bytes,
+        parameter_bytes, activations, peak, peak <= setting.machine.usable, work + optimiser, passing - slowest,
+        tuple(messages), microbatches,
+    )  # fmt: skip
+
+
+def _in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:
+    return min(microbatches, stages - stage) if schedule == "1f1b" else microbatches
+
+
+def _memory(
+    workload: Workload, layers: tuple[Layer, ...], setting: Setting, size: int, in_flight: int
+) -> tuple[int, int, int]:
+    parameters = 4 * sum(held(layer, 1) for layer in layers)
+    part = Part(workload, layers, size, 1, setting.precision)
+    images = 4 * setting.batch * workload.values[0].elements if layers[0].inputs[0] == 0 else 0
+    activations = in_flight * part.activations()
+    more = max(0, in_flight - 1) * part.activations()
+    peak = 2 * parameters + buffers(workload, layers, 1) + images + more + part.peak()
+    return parameters, activations, max(peak, 3 * parameters)
+
+
+def cut(workload: Workload, stages: int) -> list[tuple[Layer, ...]]:
+    """The layers in so many stages; the multiply-accumulates of the largest are the fewest possible.
+
+    It is cut only where a single value crosses, that no operation in place changes afterwards; of places with the
+    same work before them after the smallest value.
+
+    Raises UserError where there are fewer places than stages need.
+    """
+    layers, places = workload.layers, _places(workload)
+    work = [0]
+    for layer in layers:
+        work.append(work[-1] + workload.work(layer, 1).macs)
+    ends = [*(place for place in places), len(layers)]
+    least = {end: (work[end], work[end] ** 2, (end,)) for end in ends}
+    for _ in range(stages - 1):
+        following = {}
+        for end in ends:
+            options = [
+                (
+                    max(most, work[end] - work[cuts[-1]]),
+                    squares + (work[end] - work[cuts[-1]]) ** 2,
+                    (*cuts, end),
+                )
+                for before, (most, squares, cuts) in least.items()
+                if before < end
+            ]
+            if options:
+                following[end] = min(options)
+        least = following
+    if len(layers) not in least:
+        raise UserError(
+            f"stages={stages}: the network can be cut in {len(places)} places; use {len(places) + 1} or fewer"
+        )
+    cuts = (0, *least[len(layers)][2])
+    return [layers[first:last] for first, last in pairwise(cuts)]
+
+
+def _places(workload: Workload) -> list[int]:
+    """The numbers of layers after which one value alone is read later."""
+    layers, values = workload.layers, workload.values
+    last = {value: index for index, layer in enumerate(layers) for value in layer.inputs}
+    total = sum(workload.work(layer, 1).macs for layer in layers)
+    best: dict[int, int] = {}
+    done = 0
+    for index, layer in enumerate(layers[:-1]):
+        done += workload.work(layer, 1).macs
+        made = {0, *(earlier.output for earlier in layers[: index + 1])}
+        alive = {value for value in made if last.get(value, -1) > index}
+        if alive != {layer.output} or not 0 < done < total:
+            continue
+        readers = [later for later in layers[index + 1 :] if layer.output in later.inputs]
+        if any(values[later.output].storage == values[layer.output].storage for later in readers):
+            continue
+        there = best.get(done)
+        if there is None or values[layer.output].elements <= values[layers[there - 1].output].elements:
+            best[done] = index + 1
+    return list(best.values())
