@@ -9,11 +9,12 @@ medians over the turns.
     sc                  dense convolutions
     gc                  group convolutions
     gc2l                twolevel.nn.TwoLevelConv2d
-    stock               two-level by stock layers as in its paper (benchmarks/stock.py)
-    stock three         two-level by three stock convolutions
-    stock compiled      `stock` under torch.compile
+    stock               two-level by stock layers, as its paper has it (benchmarks/stock.py)
+    stock tuned         the same without a copy; stock three: by three stock convolutions
     one rank of P       gc2l cut for P ranks, what rank 0 computes; NOTHING CROSSES: copies of its own
                         representatives stand for the others', so it is a bound for P devices, not their time
+    ... compiled        under torch.compile: on the CPU stock and gc2l, on a GPU all but the variants of stock
+    ... graph           forward, backward and SGD of the compiled network replayed as one CUDA graph (a GPU alone)
 """
 
 import math
@@ -30,9 +31,10 @@ from torch.nn import functional as F
 
 from benchmarks import report
 from benchmarks.report import Device
-from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, to_stock
+from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
 from twolevel.distributed import parallelize
+from twolevel.ops import Copies
 
 WARM_UP = 2  # steps of each peer before the first timed one: memory, choices of algorithms, optimiser state
 
@@ -77,27 +79,8 @@ class Settings:
         self.output = self.output or report.RESULTS / ("step-gpu.json" if on_gpu else "step.json")
 
 
-class NothingCrosses:
-    """The exchange of one of `ranks` ranks with itself alone: tensors of the right shape, and no other rank.
-
-    Stands for the axis of the stem and the classifier as well.
-    """
-
-    def __init__(self, ranks: int):
-        self.ranks = ranks
-
-    class _Done:
-        def __init__(self, value: Tensor):
-            self.value = value
-
-        def wait(self) -> Tensor:
-            return self.value
-
-    def gather(self, own: Tensor) -> _Done:
-        return self._Done(own.repeat(self.ranks, *[1] * (own.dim() - 1)))
-
-    def scatter_sum(self, parts: Tensor) -> _Done:
-        return self._Done(parts[: len(parts) // self.ranks])
+class NothingCrosses(Copies):
+    """The exchange of one of `ranks` ranks with itself alone, for the stem and the classifier as well."""
 
     def sum_logits(self, partial: Tensor) -> Tensor:
         return partial
@@ -137,12 +120,16 @@ def networks(settings: Settings) -> dict[tuple[str, int], Callable[[], nn.Module
         builders["gc", groups] = lambda create=create: create("gc")
         builders["gc2l", groups] = create
         builders["stock", groups] = lambda create=create: to_stock(create(), StockTwoLevelConv2d)
+        builders["stock tuned", groups] = lambda create=create: to_stock(create(), TunedTwoLevelConv2d)
         builders["stock three", groups] = lambda create=create: to_stock(create(), ThreeConvolutions)
-        if settings.compile:
-            builders["stock compiled", groups] = lambda create=create: torch.compile(to_stock(create()))
         builders[rank_name(settings.ranks), groups] = lambda groups=groups: one_rank(
             name, groups, settings.ranks
         )
+    if settings.compile:
+        on_cpu = settings.device == "cpu"
+        for (peer, groups), build in [*builders.items()]:
+            if peer in ("stock", "gc2l") if on_cpu else peer not in ("stock tuned", "stock three"):
+                builders[f"{peer} compiled", groups] = lambda build=build: torch.compile(build())
     return builders
 
 
@@ -167,6 +154,25 @@ class Step:
         return loss.detach()
 
 
+class GraphedStep:
+    """A warm step captured in a CUDA graph: one launch, without the host's part in it."""
+
+    def __init__(self, step: Step):
+        self.network = step.network
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # as capture asks: the last step before it on a stream of its own
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = step()
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.loss
+
+
 def ready(settings: Settings) -> tuple[dict[tuple[str, int], Step], dict[tuple[str, int], float], dict]:
     """Steps that are warm, seconds that each one's warming took, and those that cannot run here, with why."""
     size = models.image_size(settings.model)
@@ -175,19 +181,26 @@ def ready(settings: Settings) -> tuple[dict[tuple[str, int], Step], dict[tuple[s
     images = images.to(settings.device, memory_format=torch.channels_last)
     labels = torch.randint(10, (settings.batch,), generator=generator).to(settings.device)
     steps, warming, skipped = {}, {}, {}
-    for key, build in networks(settings).items():
+
+    def warm(key: tuple[str, int], make: Callable[[], Step]) -> None:
         start = time.perf_counter()
         try:
-            step = Step(build(), images, labels)
+            step = make()
             losses = [float(step()) for _ in range(WARM_UP)]
         except Exception as error:
-            if key[0] != "stock compiled":
+            if "compiled" not in key[0]:
                 raise
-            # A compiler that is missing or broken should not cost the other peers' times.
+            # A compiler that is missing or broken, or a capture that fails, should not cost the other peers' times.
             skipped["{}, G={}".format(*key)] = str(error).strip().partition("\n")[0]
-            continue
+            return
         assert all(map(math.isfinite, losses)), (key, losses)
         steps[key], warming[key] = step, time.perf_counter() - start
+
+    for key, build in networks(settings).items():
+        warm(key, lambda build=build: Step(build(), images, labels))
+    if settings.device == "cuda":
+        for peer, groups in [key for key in steps if key[0].endswith(" compiled")]:
+            warm((f"{peer} graph", groups), lambda key=(peer, groups): GraphedStep(steps[key]))
     return steps, warming, skipped
 
 
@@ -203,17 +216,24 @@ def measure(settings: Settings) -> dict:
         for key, step in steps.items():
             taken[key].append(seconds(step))
     times = {key: report.summary(of_peer) for key, of_peer in taken.items()}
+    # Of dense convolutions the fastest way to run them, compiled or not.
+    dense = min(found["median_ms"] for (name, _), found in times.items() if name.split()[0] == "sc")
     peers = []
     for (name, groups), found in times.items():
-        stock = times.get(("stock", groups))
+        ratios = {}
+        for stock in ("stock", "stock tuned", "stock compiled"):
+            other = times.get((stock, groups))
+            ratios[f"to_{stock.replace(' ', '_')}"] = (
+                found["median_ms"] / other["median_ms"] if other else None
+            )
         peers.append(
             {
                 "peer": name,
                 "groups": groups,
                 **found,
                 "images_per_second": 1e3 * settings.batch / found["median_ms"],
-                "to_sc": found["median_ms"] / times["sc", 1]["median_ms"],
-                "to_stock": found["median_ms"] / stock["median_ms"] if stock else None,
+                "to_sc": found["median_ms"] / dense,
+                **ratios,
                 "warm_up_s": warming[name, groups],
             }
         )
@@ -222,7 +242,7 @@ def measure(settings: Settings) -> dict:
 
 def table(found: dict) -> str:
     """One line for each peer."""
-    rows = [["", "G", "ms", "quartiles", "/ sc", "/ stock"]]
+    rows = [["", "G", "ms", "quartiles", "/ sc", "/ stock", "/ tuned", "/ compiled"]]
     for peer in found["peers"]:
         low, _, high = peer["quartiles_ms"]
         rows.append(
@@ -232,16 +252,19 @@ def table(found: dict) -> str:
                 f"{peer['median_ms']:.1f}",
                 f"{low:.1f} to {high:.1f}",
                 f"{peer['to_sc']:.3f}",
-                f"{peer['to_stock']:.3f}" if peer["to_stock"] else "",
+                *(
+                    f"{peer[to]:.3f}" if peer[to] else ""
+                    for to in ("to_stock", "to_stock_tuned", "to_stock_compiled")
+                ),
             ]
         )
-    return report.table(rows, width=18)
+    return report.table(rows, first=26, width=16)
 
 
 def draw(found: dict, settings: Settings, path: Path) -> None:
     """Ratios to the dense network, of every peer, by number of groups."""
     ratios = {(peer["peer"], peer["groups"]): peer["to_sc"] for peer in found["peers"]}
-    names = [name for name in dict.fromkeys(name for name, _ in ratios) if name != "sc"]
+    names = [name for name in dict.fromkeys(name for name, _ in ratios) if name.split()[0] != "sc"]
     series = {
         name + (" (nothing crosses)" if name == rank_name(settings.ranks) else ""): [
             ratios.get((name, groups)) for groups in settings.groups

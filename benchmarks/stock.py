@@ -1,7 +1,6 @@
 """The two-level layer as one writes it with the layers of PyTorch alone: what ours is to be compared with.
 
-Both forms are written as well as stock layers allow: no tensor is copied to undo an interleaving, and
-channels_last inputs give channels_last outputs.
+`StockTwoLevelConv2d` is the plain way; the two others are what one comes to after looking at where the time goes.
 """
 
 from torch import Tensor, nn
@@ -30,6 +29,17 @@ class StockTwoLevelConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.fused(x).unflatten(1, (self.groups, -1))  # [B, G, m/G + 1, H', W']
+        return out[:, :, :-1].flatten(1, 2) + self.coarse(out[:, :, -1])
+
+
+class TunedTwoLevelConv2d(StockTwoLevelConv2d):
+    """The same, added group by group: of four ways to slice and add the fastest on CPUs.
+
+    No tensor is copied to undo the interleaving, and channels_last inputs give channels_last outputs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.fused(x).unflatten(1, (self.groups, -1))
         coarse = self.coarse(out[:, :, -1])
         return (coarse.unflatten(1, (self.groups, -1)) + out[:, :, :-1]).flatten(1, 2)
 

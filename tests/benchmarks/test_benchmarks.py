@@ -11,13 +11,13 @@ from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import inference, layers, report, step
-from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, to_stock
+from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
 from twolevel.analysis import count
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
 
-FORMS = [StockTwoLevelConv2d, ThreeConvolutions]
+FORMS = [StockTwoLevelConv2d, TunedTwoLevelConv2d, ThreeConvolutions]
 # The same sums of at most some hundred float64 products, in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 TINY_STEP = ["--device", "cpu", "--model", "wrn-10-1", "--batch", "2", "--turns", "2", "--groups", "4"]
@@ -64,8 +64,8 @@ def test_stock_layers_own_their_weights(form):
     assert sum(w.numel() for w in theirs.parameters()) == sum(w.numel() for w in ours.parameters())
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_stock_layers_stay_in_channels_last_memory(form):
+@pytest.mark.parametrize("form", [TunedTwoLevelConv2d, ThreeConvolutions])
+def test_tuned_stock_layers_stay_in_channels_last_memory(form):
     layer = form(two_level(8, 8, 3, groups=4)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
@@ -114,16 +114,16 @@ def test_peers_take_turns_and_ratios_are_of_medians(monkeypatch):
 
     def fake(call, repeats=1):
         asked.append(call)
-        turn, place = divmod(len(asked) - 1, 6)
+        turn, place = divmod(len(asked) - 1, 7)
         return place + 1 if turn else 100.0
 
     monkeypatch.setattr(report, "stopwatch", lambda device, threads: fake)
     arguments = [*TINY_STEP, "--no-compile", "--turns", "3"]
     found = step.measure(report.parse(step.Settings, "step", arguments))
-    assert len(set(asked)) == 6
-    assert asked == asked[:6] * 3
+    assert len(set(asked)) == 7
+    assert asked == asked[:7] * 3
     by_name = {peer["peer"]: peer for peer in found["peers"]}
-    assert [*by_name] == ["sc", "gc", "gc2l", "stock", "stock three", "one rank of 4"]
+    assert [*by_name] == ["sc", "gc", "gc2l", "stock", "stock tuned", "stock three", "one rank of 4"]
     assert by_name["gc2l"]["median_ms"] == 3000
     assert by_name["gc2l"]["to_sc"] == 3
     assert by_name["gc2l"]["to_stock"] == 3 / 4
@@ -146,8 +146,8 @@ def test_a_compiler_that_fails_is_skipped_with_its_reason(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", Broken)
     found = step.measure(report.parse(step.Settings, "step", TINY_STEP))
-    assert found["skipped"] == {"stock compiled, G=4": "no compiler found"}
-    assert len(found["peers"]) == 6
+    assert found["skipped"] == {f"{peer} compiled, G=4": "no compiler found" for peer in ("gc2l", "stock")}
+    assert len(found["peers"]) == 7
 
 
 def test_any_other_peer_that_fails_is_an_error(monkeypatch):
