@@ -7,15 +7,19 @@ BENCHMARKS = {
     "inference": "convolutions of a ResNet-18 in inference, every kind of group convolution, on the CPU",
     "layers": "every distinct convolution of a network, forward and its gradients, against the roofline",
     "step": "whole training steps: dense, group, our and stock two-level convolutions",
+    "input": "training steps fed by the input pipeline against steps on a batch that is there",
+    "predict": "the cost model of `twolevel plan`, calibrated here, against measured steps",
+    "scaling": "GC-2L and its rivals over ranks, over emulated links, and projected to many ranks",
 }
 HELP = """usage: python -m benchmarks [NAME [OPTIONS]]
 
-Without a name: all of them with their defaults, on the CPU and on a GPU where there is one.
+Without a name: all of them with their defaults, on the CPU and on a GPU where there is one; about half an hour.
+Some ranks of your own, under mpirun or torchrun: python -m benchmarks.exchange
 
 {names}
 
 python -m benchmarks NAME --help shows the options of one. Results go to benchmarks/results/."""
-ON_A_GPU = ("layers", "step")
+ON_A_GPU = ("layers", "step", "input", "scaling")
 
 
 def run_one(name: str, argv: list[str]) -> None:
@@ -24,7 +28,7 @@ def run_one(name: str, argv: list[str]) -> None:
 
 def run_all() -> None:
     """Every benchmark on the CPU, then on a GPU those that have something to do there; says what it skips."""
-    runs = [("inference", []), *((name, ["--device", "cpu"]) for name in ON_A_GPU)]
+    runs = [(name, ["--device", "cpu"] if name in ON_A_GPU else []) for name in BENCHMARKS]
 
     import torch
 

@@ -231,11 +231,11 @@ def test_all_benchmarks_run_where_they_can_and_the_rest_is_named(there, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(command, "run_one", lambda name, argv: ran.append((name, *argv)))
     command.main([])
-    on_cpu = [("inference",), ("layers", "--device", "cpu"), ("step", "--device", "cpu")]
-    on_gpu = [("layers", "--device", "cuda"), ("step", "--device", "cuda")]
-    assert ran == on_cpu + on_gpu * there
+    able = ("layers", "step", "input", "scaling")
+    on_cpu = [(name, *["--device", "cpu"] * (name in able)) for name in command.BENCHMARKS]
+    assert ran == on_cpu + [(name, "--device", "cuda") for name in able] * there
     out = capsys.readouterr().out
-    for name in ("layers", "step"):
+    for name in able:
         line = f"skipped {name} on a GPU: torch {torch.__version__} finds no GPU on this machine"
         assert (line in out) != there
 
