@@ -31,6 +31,7 @@ from twolevel.training.setup import (
 )
 from twolevel.training.state import TrainState, seed_ranks
 from twolevel.training.step import TrainStep
+from twolevel.training.stopping import StopRequest
 
 
 def train(config: TrainConfig) -> dict | None:
@@ -87,6 +88,7 @@ class Trainer:
         self.train_step = TrainStep(self.strategy, model, self.state.optimiser, rule, self.rules)
         if run.cuda_graph:
             self.train_step = GraphedStep(self.train_step)
+        self.alone = ranks.world.size == 1  # asks nobody, so it can at every step
         self.all_steps = rule.epochs * steps
         self.last_step = min(self.all_steps, run.max_steps or math.inf)
         self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -100,7 +102,7 @@ class Trainer:
                 (run.output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
                 self.metrics = MetricsLog(run.output, state.step)
         last = None
-        with self.display as display:
+        with self.display as display, StopRequest(self.ranks.device) as self.stop:
             display.say(self._headline())
             while state.step < self.last_step:
                 last = self._epoch() or last
@@ -122,12 +124,16 @@ class Trainer:
             saving = run.checkpoint_steps is not None and state.step % run.checkpoint_steps == 0
             stopping = state.step == self.last_step
             ending = state.position == 0
-            if saving or stopping or ending or state.step % run.log_steps == 0:
+            logging = saving or stopping or ending or state.step % run.log_steps == 0
+            asked = (logging or self.alone) and self.stop.agreed()
+            if logging or asked:
                 self._log(epoch, rate)
             if ending:
                 break
-            if saving or stopping:
+            if saving or stopping or asked:
                 state.save()
+            if asked:
+                raise KeyboardInterrupt
             if stopping:
                 return None
         loss, right, number = state.epoch_sums
@@ -156,6 +162,8 @@ class Trainer:
             self.metrics.write(record)
             self.display.epoch(record, self.config.optimiser.epochs)
         state.save()
+        if state.step < self.last_step and self.stop.agreed():
+            raise KeyboardInterrupt
         return record
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
