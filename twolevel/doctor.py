@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torchvision
 
 from twolevel import __version__
+from twolevel.distributed.environment import usable_cores
 from twolevel.distributed.launchers import discover
+from twolevel.ops import native
 
 
 def examine() -> Iterator[tuple[str, str]]:
@@ -21,8 +23,9 @@ def examine() -> Iterator[tuple[str, str]]:
     yield "twolevel", __version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, torchvision {torchvision.__version__}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "cpu", f"{cores} cores, {torch.get_num_threads()} threads for torch"
+    yield "cpu", f"{len(usable_cores())} cores, {torch.get_num_threads()} threads for torch"
+    missing = native.available()
+    yield "c kernels", f"none: {missing}" if missing else "compiled for this processor"
     number = torch.cuda.device_count()
     for index in range(number):
         properties = torch.cuda.get_device_properties(index)

@@ -186,12 +186,17 @@ def _first_line(error: Exception) -> str:
 # ---- which device and backend --------------------------------------------------------------------
 
 
+def usable_cores() -> list[int]:
+    """The processor cores that this process may use, by number."""
+    bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return bound or list(range(os.cpu_count() or 1))
+
+
 def _probe(ranks: Ranks, device: str) -> dict:
     """What the others must know of this rank: its GPU, and the processor cores it may use."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     report = {
         "host": socket.gethostname(),
-        "cores": cores or list(range(os.cpu_count() or 1)),
+        "cores": usable_cores(),
         "gpu": None,
         "index": None,
         "error": None,

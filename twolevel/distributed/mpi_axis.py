@@ -14,11 +14,15 @@ from torch.distributed import DeviceMesh
 
 from twolevel.distributed.agreement import together
 from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
+from twolevel.distributed.environment import usable_cores
 from twolevel.distributed.launchers import discover
 from twolevel.errors import UserError, unknown
 
-# What an exchange takes between ranks that are on time, each on its own core: benchmarks/exchange.py.
+# How long a rank looks whether an exchange is over before it sleeps. Where ranks share cores: what an exchange takes
+# between ranks that are on time, by benchmarks/exchange.py. Where each has its own nobody else wants it, and to be
+# woken takes longer than most exchanges; ranks are rarely further apart than this.
 POLL_S = 100e-6
+POLL_ALONE_S = 5e-3
 SLEEP_S = 50e-6
 EXCHANGES = ("auto", "group", "mpi")
 SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)  # MPI has no sum of them
@@ -69,6 +73,8 @@ class MPIAxis(MeshAxis):
     def __init__(self, group: dist.ProcessGroup, timeout_s: float = 600):
         super().__init__(group)
         self.timeout_s = timeout_s
+        alone = discover().local_world_size * torch.get_num_threads() <= len(usable_cores())
+        self.poll_s = POLL_ALONE_S if alone else POLL_S
         with together():
             self._mpi = _mpi_of_this_world()
         world = self._mpi.COMM_WORLD
@@ -84,7 +90,7 @@ class MPIAxis(MeshAxis):
         result = own.new_empty(self.ranks * len(own), *own.shape[1:])
         # As bytes: nothing is computed, so MPI need not know the type.
         buffers = [[_memory(t.view(-1).view(torch.uint8)), self._mpi.BYTE] for t in (own, result)]
-        return _InFlight(self._comm.Iallgather(*buffers), own, result, own.dtype, self.timeout_s)
+        return _InFlight(self._comm.Iallgather(*buffers), own, result, own.dtype, self)
 
     def scatter_sum(self, parts: Tensor) -> "_InFlight":
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
@@ -92,14 +98,14 @@ class MPIAxis(MeshAxis):
         wide = _widened(_plain(parts))
         result = wide.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         request = self._comm.Ireduce_scatter_block(_memory(wide), _memory(result), self._mpi.SUM)
-        return _InFlight(request, wide, result, parts.dtype, self.timeout_s)
+        return _InFlight(request, wide, result, parts.dtype, self)
 
     def all_reduce_(self, tensor: Tensor) -> None:
         """The sum over ranks, in place and without a gradient; `tensor` is contiguous."""
         plain = tensor.detach()
         wide = _widened(plain)
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, _memory(wide), self._mpi.SUM)
-        total = _InFlight(request, wide, wide, plain.dtype, self.timeout_s).wait()
+        total = _InFlight(request, wide, wide, plain.dtype, self).wait()
         if total is not plain:
             plain.copy_(total)
 
@@ -114,7 +120,7 @@ class _InFlight(NamedTuple):
     sent: Tensor
     result: Tensor
     dtype: torch.dtype
-    timeout_s: float
+    axis: MPIAxis
 
     def wait(self) -> Tensor:
         # Not MPI's own wait: it has no end, where a peer has failed, and it keeps the core busy, which costs
@@ -122,12 +128,12 @@ class _InFlight(NamedTuple):
         begin = time.monotonic()
         while not self.request.Test():
             waited = time.monotonic() - begin
-            if waited > self.timeout_s:
+            if waited > self.axis.timeout_s:
                 raise RuntimeError(
-                    f"an exchange over MPI was not over after timeout={self.timeout_s:g} s; look for a rank "
+                    f"an exchange over MPI was not over after timeout={self.axis.timeout_s:g} s; look for a rank "
                     "that failed or is late"
                 )
-            if waited > POLL_S:
+            if waited > self.axis.poll_s:
                 time.sleep(SLEEP_S)
         return self.result.to(self.dtype)
 
