@@ -162,9 +162,9 @@ class Choices:
             if kept is None:
                 times = measure(problem, able)
                 kept = self.store.keep(line, list(_best(times, able)), replace=False)
-                log.info("%s: %s of %s", line, " ".join(kept), _in_words(times))
+                log.info("%s by %s: %s", _title(problem), " ".join(kept), _in_words(times))
             else:
-                log.info("%s: %s, measured before", line, " ".join(kept))
+                log.debug("%s by %s, measured before", _title(problem), " ".join(kept))
             form = self._seen[key] = Form(*kept)
         return form
 
@@ -258,6 +258,14 @@ def _sizes(problem: Problem) -> tuple:
     last = x.is_contiguous(memory_format=torch.channels_last)
     shapes = (batch, *x.shape[1:], *problem.local.shape, len(problem.restriction), problem.coarse.shape[1])
     return (*shapes, *problem.geometry, problem.ranks, x.dtype, last, x.device, torch.get_num_threads())
+
+
+def _title(problem: Problem) -> str:
+    """A layer in a few words."""
+    (rows, _, *kernel), groups = problem.local.shape, len(problem.restriction)
+    image, taps = "x".join(map(str, problem.x.shape)), "x".join(map(str, kernel))
+    ranks = f" on one of {problem.ranks} ranks" if problem.ranks > 1 else ""
+    return f"{image} to {rows} channels, {taps}, {groups} groups{ranks}"
 
 
 def _line(problem: Problem, able: list[Form]) -> str:

@@ -1,5 +1,6 @@
 """What a person sees of a run: a live bar on a terminal, lines elsewhere."""
 
+import logging
 import os
 import sys
 import time
@@ -42,9 +43,11 @@ class Display:
 
     def __enter__(self) -> "Display":
         self.progress.start()
+        self.choices = _Choices(self)
         return self
 
     def __exit__(self, *_) -> None:
+        self.choices.close()
         self.progress.stop()
 
     def say(self, text: str) -> None:
@@ -72,3 +75,22 @@ class Display:
             f"{record['images_per_second']:,.0f} images/s"
         )
         self.last_line = time.monotonic()
+
+
+class _Choices(logging.Handler):
+    """Says by what layers are computed, as that is measured: it takes the first steps some seconds more."""
+
+    def __init__(self, display: Display):
+        super().__init__(logging.INFO)
+        self.display, self.log = display, logging.getLogger("twolevel.ops")
+        self.level_before = self.log.level
+        self.log.addHandler(self)
+        self.log.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.display.say(f"fastest here: {record.getMessage()}")
+
+    def close(self) -> None:
+        self.log.removeHandler(self)
+        self.log.setLevel(self.level_before)
+        super().close()
