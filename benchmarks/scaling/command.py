@@ -7,6 +7,8 @@ python -m benchmarks scaling --ranks --projection 1 16 1024     projections alon
 """
 
 import shlex
+import signal
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -186,6 +188,8 @@ def add_memory(rows: list[dict], jobs: list[tuple[Job, list[Case]]], settings: S
 
 def main(argv: list[str]) -> None:
     settings = report.parse(Settings, "scaling", argv)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the ranks
     facts = report.machine(settings.device)
     torch.set_num_threads(settings.threads)
     report.steady_memory()
