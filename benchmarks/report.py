@@ -162,7 +162,7 @@ def bars(
             shown = [(x, v) for x, v in zip(at, values, strict=True) if v is not None]
             drawn = axes.bar(*zip(*shown, strict=True), width, label=name)
             if not marks:
-                axes.bar_label(drawn, fmt="%.2f", fontsize=8)
+                axes.bar_label(drawn, fmt=lambda value: f"{value:.{0 if value >= 10 else 2}f}", fontsize=8)
             else:
                 half = width / 2
                 roof = marks[panel][name]
