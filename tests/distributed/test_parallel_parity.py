@@ -14,6 +14,7 @@ from twolevel.distributed import parallelize, replicate
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d, convert, initialize, layout_of
+from twolevel.ops import native
 
 # Float64, and only the order of some sums differs between 1 and P ranks.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -43,12 +44,24 @@ def join(parts: list[dict], whole: dict) -> dict:
 # One layer.
 
 
-def run_layer(stride, size, schedule, memory_format, groups, mesh=None) -> dict:
+def run_layer(
+    stride,
+    size,
+    schedule,
+    memory_format,
+    groups,
+    mesh=None,
+    *,
+    kernels="auto",
+    dtype=torch.float64,
+    n=16,
+    m=24,
+) -> dict:
     """Output, and gradients of the input and of every weight, of this rank's channels or of all."""
     torch.manual_seed(0)
-    conv = TwoLevelConv2d(16, 24, 3, stride, 1, groups=groups, schedule=schedule, dtype=torch.float64)
-    x, pixels = torch.randn(3, 16, *size, dtype=torch.float64), [(s - 1) // stride + 1 for s in size]
-    gy = torch.randn(3, 24, *pixels, dtype=torch.float64)
+    conv = TwoLevelConv2d(n, m, 3, stride, 1, groups=groups, schedule=schedule, kernels=kernels).to(dtype)
+    x, pixels = torch.randn(3, n, *size, dtype=dtype), [(s - 1) // stride + 1 for s in size]
+    gy = torch.randn(3, m, *pixels, dtype=dtype)
     if mesh is not None:
         parallelize(conv, mesh)
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -79,6 +92,29 @@ def test_layer(pool, groups, ranks, schedule):
     for case, *parts in zip(cases, *held, strict=True):
         whole = run_layer(*case)
         torch.testing.assert_close(join(parts, whole), whole, **CLOSE, msg=lambda m, c=case: f"{c}: {m}")
+
+
+def layer_by_kernels(kernels, dtype):
+    # So many channels that a vector of the narrow kernels is full on each of 4 ranks.
+    options = {"kernels": kernels, "dtype": dtype, "n": 64, "m": 128}
+    return [run_layer(s, (7, 8), "overlapped", torch.channels_last, 8, mesh_of(), **options) for s in (1, 2)]
+
+
+@pytest.mark.parametrize("kernels", ["grouped", "products", "depthwise", "native", "narrow"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_layer_by_every_kind_of_kernel(pool, ranks, kernels):
+    """Each against torch's group convolutions on one process."""
+    in_c = kernels in ("native", "narrow")
+    if in_c and native.available():
+        pytest.skip(native.available())
+    dtype = torch.float32 if in_c else torch.float64
+    held = pool.run(layer_by_kernels, kernels, dtype, ranks=ranks)
+    options = {"kernels": "grouped", "dtype": dtype, "n": 64, "m": 128}
+    # float32: sums of some hundred products of normal numbers, in another order.
+    close = {"rtol": 1e-4, "atol": 2e-4} if in_c else CLOSE
+    for stride, *parts in zip((1, 2), *held, strict=True):
+        whole = run_layer(stride, (7, 8), "overlapped", torch.channels_last, 8, **options)
+        torch.testing.assert_close(join(parts, whole), whole, **close)
 
 
 # Whole networks, trained.
