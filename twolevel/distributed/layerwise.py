@@ -1,4 +1,4 @@
-"""What the ways to spread a network besides `parallelize` share."""
+"""What the ways to spread a network over ranks share."""
 
 import torch
 from torch import fx, nn

@@ -4,9 +4,9 @@ from torch import nn
 from torch.distributed import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from twolevel.distributed.batch_norm import SyncedBatchNorm2d
 from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.layers import SplitClassifier, SplitStem
+from twolevel.distributed.layerwise import synchronise_batch_norm
 from twolevel.distributed.mpi_axis import exchange_of
 from twolevel.distributed.within_groups import check_within_groups
 from twolevel.errors import UserError
@@ -47,11 +47,8 @@ def parallelize(
         layout = layout.part(mesh.get_local_rank("group"), ranks)
         _cut(model, layout, exchange_of(mesh, exchange, timeout_s))
     model.layout = layout
-    if sync_batch_norm and mesh["data"].size() > 1:
-        for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SyncedBatchNorm2d
-                module.axis = MeshAxis(mesh.get_group("data"))
+    if sync_batch_norm:
+        synchronise_batch_norm(model, mesh)
     return model
 
 
