@@ -269,7 +269,7 @@ class PlanConfig:
 
 def plan(argv: list[str]) -> None:
     config = parse(PlanConfig, "plan", argv)
-    from twolevel.analysis.planning import run
+    from twolevel.analysis.planning.command import run
 
     run(config)
 

@@ -9,12 +9,12 @@ from torch import nn
 
 from twolevel import models
 from twolevel.analysis import count
-from twolevel.analysis.channel_cost import channel_cost
-from twolevel.analysis.cost import Setting, group_cost
-from twolevel.analysis.fsdp_cost import fsdp_cost
-from twolevel.analysis.machine import Link, Machine
-from twolevel.analysis.pipeline_cost import pipeline_cost
-from twolevel.analysis.workload import trace
+from twolevel.analysis.planning.channel_cost import channel_cost
+from twolevel.analysis.planning.cost import Setting, group_cost
+from twolevel.analysis.planning.fsdp_cost import fsdp_cost
+from twolevel.analysis.planning.machine import Link, Machine
+from twolevel.analysis.planning.pipeline_cost import pipeline_cost
+from twolevel.analysis.planning.workload import trace
 from twolevel.errors import UserError
 
 CURVES = {"float32": ((1, 1.0), (2, 1.0)), "bf16": ((1, 1.0), (2, 1.0))}

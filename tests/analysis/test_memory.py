@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_iter
 from benchmarks.collectives import counting
 from twolevel import models
 from twolevel.analysis import count
-from twolevel.analysis.channel_cost import channel_cost
-from twolevel.analysis.cost import Setting, group_cost
-from twolevel.analysis.fsdp_cost import fsdp_cost
-from twolevel.analysis.machine import Link, Machine
-from twolevel.analysis.memory import Part, buffers, held
-from twolevel.analysis.pipeline_cost import cut
-from twolevel.analysis.workload import trace
+from twolevel.analysis.planning.channel_cost import channel_cost
+from twolevel.analysis.planning.cost import Setting, group_cost
+from twolevel.analysis.planning.fsdp_cost import fsdp_cost
+from twolevel.analysis.planning.machine import Link, Machine
+from twolevel.analysis.planning.memory import Part, buffers, held
+from twolevel.analysis.planning.pipeline_cost import cut
+from twolevel.analysis.planning.workload import trace
 from twolevel.distributed import parallelize
 from twolevel.distributed.channel import split_channels
 from twolevel.distributed.fsdp import shard_parameters

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from twolevel.analysis import presets
-from twolevel.analysis.cost import Setting, group_cost
-from twolevel.analysis.pipeline_cost import pipeline_cost
-from twolevel.analysis.plan import Networks, Request, gigabytes, meshes, plan, seconds, title
-from twolevel.analysis.plan_report import draw_study, plan_json, study_json
-from twolevel.analysis.scaling import study
+from twolevel.analysis.planning import presets
+from twolevel.analysis.planning.cost import Setting, group_cost
+from twolevel.analysis.planning.pipeline_cost import pipeline_cost
+from twolevel.analysis.planning.plan import Networks, Request, gigabytes, meshes, plan, seconds, title
+from twolevel.analysis.planning.plan_report import draw_study, plan_json, study_json
+from twolevel.analysis.planning.scaling import study
 from twolevel.errors import UserError
 
 TITAN = presets.machine("titan-rtx")

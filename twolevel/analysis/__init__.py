@@ -1,4 +1,4 @@
-"""Counting, the cost of a step, and figures."""
+"""Counting, the cost model (`planning`), and figures."""
 
 from twolevel.analysis.count import Collective, Count, LayerCount, count
 

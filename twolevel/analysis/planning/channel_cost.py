@@ -2,11 +2,11 @@
 
 from collections import Counter
 
-from twolevel.analysis.collectives import Message, all_gather, axes
-from twolevel.analysis.cost import Cost, Setting, group_messages, make, replica_messages, walk
-from twolevel.analysis.memory import Part, buffers, held
-from twolevel.analysis.timing import Seconds
-from twolevel.analysis.workload import Layer, Workload
+from twolevel.analysis.planning.collectives import Message, all_gather, axes
+from twolevel.analysis.planning.cost import Cost, Setting, group_messages, make, replica_messages, walk
+from twolevel.analysis.planning.memory import Part, buffers, held
+from twolevel.analysis.planning.timing import Seconds
+from twolevel.analysis.planning.workload import Layer, Workload
 
 
 def channel_cost(workload: Workload, setting: Setting, data: int, ranks: int) -> Cost:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from twolevel.analysis.machine import Link, Machine
+from twolevel.analysis.planning.machine import Link, Machine
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "broadcast", "send"]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from twolevel.analysis import calibrate, presets
-from twolevel.analysis.calibrate_links import measure_link
-from twolevel.analysis.cost import Setting
-from twolevel.analysis.machine import Link, Machine
-from twolevel.analysis.plan import Request, plan
-from twolevel.analysis.plan_report import draw_study, plan_json, print_plan, print_study, study_json
-from twolevel.analysis.scaling import study
+from twolevel.analysis.planning import calibrate, presets
+from twolevel.analysis.planning.calibrate_links import measure_link
+from twolevel.analysis.planning.cost import Setting
+from twolevel.analysis.planning.machine import Link, Machine
+from twolevel.analysis.planning.plan import Request, plan
+from twolevel.analysis.planning.plan_report import draw_study, plan_json, print_plan, print_study, study_json
+from twolevel.analysis.planning.scaling import study
 from twolevel.distributed.environment import World, start, stop
 from twolevel.distributed.mpi_axis import MPIAxis, exchange_of
 from twolevel.errors import UserError

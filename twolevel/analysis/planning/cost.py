@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from twolevel.analysis.collectives import (
+from twolevel.analysis.planning.collectives import (
     Axis,
     Message,
     all_gather,
@@ -25,10 +25,10 @@ from twolevel.analysis.collectives import (
     buckets,
     drain,
 )
-from twolevel.analysis.machine import Machine
-from twolevel.analysis.memory import Part, buffers, held
-from twolevel.analysis.timing import ITEMSIZE, Seconds, Timing
-from twolevel.analysis.workload import Layer, Workload
+from twolevel.analysis.planning.machine import Machine
+from twolevel.analysis.planning.memory import Part, buffers, held
+from twolevel.analysis.planning.timing import ITEMSIZE, Seconds, Timing
+from twolevel.analysis.planning.workload import Layer, Workload
 
 Strategy = Literal["group", "ddp", "fsdp", "channel", "naive", "gpipe", "1f1b"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from twolevel.analysis.collectives import Axis, Message, all_gather, axes
-from twolevel.analysis.cost import Cost, Setting, Walk, make, walk
-from twolevel.analysis.memory import Part, buffers, sharded
-from twolevel.analysis.workload import Layer, Workload
+from twolevel.analysis.planning.collectives import Axis, Message, all_gather, axes
+from twolevel.analysis.planning.cost import Cost, Setting, Walk, make, walk
+from twolevel.analysis.planning.memory import Part, buffers, sharded
+from twolevel.analysis.planning.workload import Layer, Workload
 
 
 def fsdp_cost(workload: Workload, setting: Setting, conv: str, ranks: int) -> Cost:

@@ -8,10 +8,10 @@ gpipe   M microbatches forward, then all backward; a rank waits for P - 1 of the
 from dataclasses import replace
 from itertools import pairwise
 
-from twolevel.analysis.collectives import Message, axes, send
-from twolevel.analysis.cost import Cost, Setting, walk
-from twolevel.analysis.memory import Part, buffers, held
-from twolevel.analysis.workload import Layer, Workload
+from twolevel.analysis.planning.collectives import Message, axes, send
+from twolevel.analysis.planning.cost import Cost, Setting, walk
+from twolevel.analysis.planning.memory import Part, buffers, held
+from twolevel.analysis.planning.workload import Layer, Workload
 from twolevel.errors import UserError
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from twolevel import models
-from twolevel.analysis.channel_cost import channel_cost
-from twolevel.analysis.cost import Cost, Setting, group_cost
-from twolevel.analysis.fsdp_cost import fsdp_cost
-from twolevel.analysis.pipeline_cost import pipeline_cost
-from twolevel.analysis.workload import Workload, trace
+from twolevel.analysis.planning.channel_cost import channel_cost
+from twolevel.analysis.planning.cost import Cost, Setting, group_cost
+from twolevel.analysis.planning.fsdp_cost import fsdp_cost
+from twolevel.analysis.planning.pipeline_cost import pipeline_cost
+from twolevel.analysis.planning.workload import Workload, trace
 from twolevel.errors import UserError
 from twolevel.models.wide_resnet import WideResNet
 from twolevel.nn import make_conv

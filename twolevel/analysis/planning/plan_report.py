@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from twolevel.analysis.machine import Machine
-from twolevel.analysis.plan import Plan, Request, gigabytes, seconds, title
-from twolevel.analysis.scaling import SERIES, Point
+from twolevel.analysis.planning.machine import Machine
+from twolevel.analysis.planning.plan import Plan, Request, gigabytes, seconds, title
+from twolevel.analysis.planning.scaling import SERIES, Point
 
 PROJECTION = "These are projections of the cost model, not measurements."
 
