@@ -162,9 +162,9 @@ class Choices:
             if kept is None:
                 times = measure(problem, able)
                 kept = self.store.keep(line, list(_best(times, able)), replace=False)
-                log.info("%s by %s: %s", _title(problem), " ".join(kept), _in_words(times))
+                log.info("%s: %s (%s)", _title(problem), " ".join(kept), _in_words(times))
             else:
-                log.debug("%s by %s, measured before", _title(problem), " ".join(kept))
+                log.debug("%s: %s, measured before", _title(problem), " ".join(kept))
             form = self._seen[key] = Form(*kept)
         return form
 

@@ -88,7 +88,7 @@ class _Choices(logging.Handler):
         self.log.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.display.say(f"fastest here: {record.getMessage()}")
+        self.display.say(f"measured {record.getMessage()}")
 
     def close(self) -> None:
         self.log.removeHandler(self)
