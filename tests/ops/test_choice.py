@@ -139,3 +139,15 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "forms.json").write_text("[1]")
     with pytest.raises(UserError, match=r"forms.json is not a file of measured choices; delete it"):
         Store(tmp_path / "forms.json")
+
+
+def test_without_a_compiler_torch_computes_and_that_is_said_once(monkeypatch, caplog):
+    for place in ("native", "native.parts"):
+        monkeypatch.setattr(f"twolevel.ops.{place}.available", lambda: "no C compiler")
+    choice._say_if_without_c.cache_clear()
+    with caplog.at_level(logging.WARNING, "twolevel.ops"):
+        found = [forms(problem()), forms(problem()), forms(problem(dtype=torch.float64))]
+    assert not any(form.kernels in ("native", "narrow") for able in found for form in able)
+    said = "two-level convolutions are computed without the C kernels: no C compiler"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    choice._say_if_without_c.cache_clear()

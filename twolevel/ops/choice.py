@@ -90,7 +90,9 @@ def forms(problem: Problem) -> list[Form]:
     """All that can compute this problem here, the best estimate first. Triton comes last: it is never a guess."""
     x, local, restriction = problem.x, problem.local, problem.restriction
     found = [Form("overlapped", way) for way in ways(x, restriction)]
-    if x.device.type == "cpu" and why_not(x) is None:
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        _say_if_without_c()
+    if why_not(x) is None:
         found.insert(0, Form("overlapped", "native"))
         if native.local_supports(x, local, problem.geometry, len(restriction)):
             wins = native.local_wins(x, local, problem.geometry, len(restriction))
@@ -101,6 +103,13 @@ def forms(problem: Problem) -> list[Form]:
     if triton_kernels.supports(x, local, problem.geometry, len(restriction), restriction):
         found += [Form("overlapped", "triton"), Form("fused", "triton")]
     return found
+
+
+@cache
+def _say_if_without_c() -> None:
+    """Once a process: that torch computes what C kernels would compute faster, and why."""
+    if (why := native.available()) is not None:
+        log.warning("two-level convolutions are computed without the C kernels: %s", why)
 
 
 def choose(

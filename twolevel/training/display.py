@@ -88,7 +88,8 @@ class _Choices(logging.Handler):
         self.log.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.display.say(f"measured {record.getMessage()}")
+        what = "measured " if record.levelno == logging.INFO else ""
+        self.display.say(what + record.getMessage())
 
     def close(self) -> None:
         self.log.removeHandler(self)
