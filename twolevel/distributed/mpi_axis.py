@@ -22,7 +22,7 @@ from twolevel.errors import UserError, unknown
 # between ranks that are on time, by benchmarks/exchange.py. Where each has its own nobody else wants it, and to be
 # woken takes longer than most exchanges; ranks are rarely further apart than this.
 POLL_S = 100e-6
-POLL_ALONE_S = 5e-3
+POLL_ALONE_S = 1e-3
 SLEEP_S = 50e-6
 EXCHANGES = ("auto", "group", "mpi")
 SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)  # MPI has no sum of them
