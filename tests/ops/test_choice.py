@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from twolevel.errors import UserError
 from twolevel.ops import Geometry, choice, two_level_conv2d
@@ -151,3 +152,12 @@ def test_without_a_compiler_torch_computes_and_that_is_said_once(monkeypatch, ca
     said = "two-level convolutions are computed without the C kernels: no C compiler"
     assert [record.getMessage() for record in caplog.records] == [said]
     choice._say_if_without_c.cache_clear()
+
+
+def test_c_kernels_are_kept_from_memory_that_is_not_what_they_read():
+    """Weights of another type, and tensors without memory."""
+    one = problem()
+    with FakeTensorMode() as mode:
+        fake = one._replace(x=mode.from_tensor(one.x))
+    for other in (one._replace(local=one.local.double()), fake):
+        assert not any(form.kernels in ("native", "narrow") for form in forms(other))

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from twolevel.distributed.batch_norm import SyncedBatchNorm2d
 from twolevel.distributed.collectives import MeshAxis
-from twolevel.distributed.within_groups import LayerTracer
+from twolevel.distributed.within_groups import trace_layers
 from twolevel.errors import UserError
 from twolevel.nn import Layout, initialize
 
@@ -35,14 +35,8 @@ def synchronise_batch_norm(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def read_graph(model: nn.Module, parallel: str) -> fx.Graph:
-    """The operations of a network, our convolutions and torch's layers as one each. Raises UserError if it has none."""
-    try:
-        graph = LayerTracer().trace(model)
-    except Exception as error:
-        raise UserError(
-            f"{type(model).__name__} cannot be split by parallel={parallel}: torch.fx cannot read its graph "
-            f"({type(error).__name__}: {error}); replicate it with --data-parallel".replace("\n", " ")
-        ) from error
+    """The operations of a network that is to be split by `parallel`. Raises UserError where it cannot be read."""
+    graph = trace_layers(model, f"by parallel={parallel}", "replicate it with --data-parallel")
     if any(node.target is F.dropout for node in graph.nodes):
         raise UserError(
             f"{type(model).__name__} calls F.dropout, which parallel={parallel} cannot split; use the module nn.Dropout"

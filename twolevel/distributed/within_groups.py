@@ -59,13 +59,25 @@ PER_CHANNEL_METHODS = {
 SPATIAL = ({2, 3}, {-1, -2})
 
 
-class LayerTracer(fx.Tracer):
-    """Reads a network's operations, our convolutions and torch's layers as one each."""
-
+class _LayerTracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, TwoLevelConv2d | WholeConv2d | ChannelBias) or super().is_leaf_module(
             module, name
         )
+
+
+def trace_layers(model: nn.Module, how: str, instead: str) -> fx.Graph:
+    """The operations of a network, our convolutions and torch's layers as one each.
+
+    Raises UserError, which says `how` it was to be split and what to do `instead`, where torch.fx cannot read it.
+    """
+    try:
+        return _LayerTracer().trace(model)
+    except Exception as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be split {how}: torch.fx cannot read its graph "
+            f"({type(error).__name__}: {error}); {instead}".replace("\n", " ")
+        ) from error
 
 
 def check_within_groups(model: nn.Module, ranks: int) -> None:
@@ -78,13 +90,7 @@ def check_within_groups(model: nn.Module, ranks: int) -> None:
     if isinstance(model, (TwoLevelConv2d, *PER_CHANNEL)):
         return
     stem, classifier = ends(model)
-    try:
-        graph = LayerTracer().trace(model)
-    except Exception as error:
-        raise UserError(
-            f"{type(model).__name__} cannot be split over group={ranks} ranks: torch.fx cannot read its graph "
-            f"({type(error).__name__}: {error}); replicate it with data={ranks}, group=1".replace("\n", " ")
-        ) from error
+    graph = trace_layers(model, f"over group={ranks} ranks", f"replicate it with data={ranks}, group=1")
     states: dict[fx.Node, Literal["maps", "features", "whole"]] = {}
     for node in graph.nodes:
         inputs = {states[n] for n in node.all_input_nodes}

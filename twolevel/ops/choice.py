@@ -26,7 +26,7 @@ from twolevel.ops import native, schedules
 from twolevel.ops import triton as triton_kernels
 from twolevel.ops.exchange import LOCAL, Copies
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.native.two_level import NarrowParts, NativeParts, why_not
+from twolevel.ops.native.two_level import NarrowParts, NativeParts
 from twolevel.ops.parts import Parts, TorchParts
 from twolevel.ops.restriction import WAYS, ways
 from twolevel.ops.store import Store, cache_folder
@@ -92,7 +92,7 @@ def forms(problem: Problem) -> list[Form]:
     found = [Form("overlapped", way) for way in ways(x, restriction)]
     if x.device.type == "cpu" and x.dtype == torch.float32:
         _say_if_without_c()
-    if why_not(x) is None:
+    if native.why_not(x, local, restriction, problem.coarse) is None:
         found.insert(0, Form("overlapped", "native"))
         if native.local_supports(x, local, problem.geometry, len(restriction)):
             wins = native.local_wins(x, local, problem.geometry, len(restriction))
@@ -131,7 +131,9 @@ def choose(
     if len(able) == 1 or problem.macs < WORTH_MACS or problem.x.device.type not in ("cpu", "cuda"):
         return able[0]
     capturing = problem.x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return _choices().get(problem, able, may_measure and not capturing)
+    # Others, such as fakes, compute nothing or something else.
+    timed = type(problem.x) in (Tensor, torch.nn.Parameter)
+    return _choices().get(problem, able, may_measure and timed and not capturing)
 
 
 def _asked(form: Form, schedule: str, kernels: str) -> bool:
@@ -146,7 +148,8 @@ def _cannot(problem: Problem, schedule: str, kernels: str) -> str:
     if schedule == "dense" and problem.ranks > 1:
         return f"schedule='dense' needs every channel on one rank: this one of {problem.ranks}; use auto"
     if kernels == "native":
-        return f"kernels='native' cannot compute {where}: {why_not(x)}"
+        why = native.why_not(x, problem.local, problem.restriction, problem.coarse)
+        return f"kernels='native' cannot compute {where}: {why}"
     able = ", ".join(sorted({" ".join(form) for form in forms(problem)}))
     return (
         f"schedule={schedule!r} with kernels={kernels!r} cannot compute {where}; use auto, or one of {able}"

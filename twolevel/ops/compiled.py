@@ -11,7 +11,7 @@ from twolevel.ops import schedules
 from twolevel.ops.choice import Problem, choose, schedule_of
 from twolevel.ops.exchange import Exchange, registered
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.parts import in_strides_of
+from twolevel.ops.parts import in_strides_of, memory_format_of
 
 
 def two_level_conv2d(
@@ -67,8 +67,7 @@ def _(x, local, restriction, coarse, stride, padding, dilation, *how):
     batch, _, *size = x.shape
     taps = zip(size, stride, padding, dilation, local.shape[2:], strict=True)
     height, width = ((s + 2 * p - d * (k - 1) - 1) // by + 1 for s, by, p, d, k in taps)
-    last = torch.channels_last if _is_last(x) else torch.contiguous_format
-    y = x.new_empty(batch, len(local), height, width).to(memory_format=last)
+    y = x.new_empty(batch, len(local), height, width).to(memory_format=memory_format_of(x))
     return y, x.new_empty(coarse.shape[1], batch, height, width)
 
 
@@ -133,7 +132,3 @@ def _schedule(problem: Problem, schedule: str, kernels: str, may_measure: bool) 
 
 def _geometry(*pairs: list[int]) -> Geometry:
     return Geometry(*(tuple(pair) for pair in pairs))
-
-
-def _is_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -105,14 +105,14 @@ class TorchParts:
     def local_and_restriction(self, x, local, restriction, geometry):
         groups = len(restriction)
         out = self.local(x, _joined(local, restriction), geometry, groups).unflatten(1, (groups, -1))
-        y = out[:, :, :-1].flatten(1, 2).contiguous(memory_format=_memory_format(x))
+        y = out[:, :, :-1].flatten(1, 2).contiguous(memory_format=memory_format_of(x))
         return y, out[:, :, -1].transpose(0, 1).contiguous()
 
     def local_and_restriction_backward(self, gy, gz, x, local, restriction, geometry, wanted):
         want_x, want_local, want_restriction = wanted
         groups = len(restriction)
         gout = torch.cat([gy.unflatten(1, (groups, -1)), gz.transpose(0, 1)[:, :, None]], 2).flatten(1, 2)
-        gout = gout.contiguous(memory_format=_memory_format(x))
+        gout = gout.contiguous(memory_format=memory_format_of(x))
         wanted = (want_x, want_local or want_restriction)
         gx, gw = self.local_backward(gout, x, _joined(local, restriction), geometry, groups, wanted)
         if gw is None:
@@ -151,7 +151,8 @@ def _joined(local: Tensor, restriction: Tensor) -> Tensor:
     return torch.cat([local.unflatten(0, (len(restriction), -1)), restriction[:, None]], 1).flatten(0, 1)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last, or contiguous where x is both or neither."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 

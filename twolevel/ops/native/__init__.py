@@ -15,6 +15,7 @@ from twolevel.ops.native.parts import (
     restrict_backward,
     supports,
     version,
+    why_not,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "restrict_backward",
     "supports",
     "version",
+    "why_not",
 ]

@@ -35,18 +35,24 @@ def version() -> str:
     return library().key if available() is None else ""
 
 
-def supports(x: Tensor, restriction: Tensor, geometry: Geometry) -> bool:
-    """Whether the kernels compute this layer: plain float32 tensors on the CPU, x in channels_last memory.
+def why_not(x: Tensor, *weights: Tensor) -> str | None:
+    """Why the kernels cannot compute a layer of these, None where they can.
 
-    Any sizes, strides, paddings and dilations will do.
+    They read plain float32 tensors on the CPU, x in channels_last memory, of any sizes and geometry.
     """
-    tensors = (x, restriction)
-    return (
-        all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-        and x.is_contiguous(memory_format=LAST)
-        and available() is None
-    )
+    for t in (x, *weights):
+        if t.device.type != "cpu" or t.dtype != torch.float32:
+            return f"they are for float32 on CPUs, not {t.dtype} on {t.device}"
+        if type(t) not in (Tensor, torch.nn.Parameter):  # whose memory is not what it seems
+            return f"they are for plain tensors, not {type(t).__name__}"
+    if not x.is_contiguous(memory_format=LAST):
+        return "they are for channels_last memory"
+    return available()
+
+
+def supports(x: Tensor, restriction: Tensor, geometry: Geometry) -> bool:
+    """Whether the kernels compute this layer; see `why_not`."""
+    return why_not(x, restriction) is None
 
 
 def restrict(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -1,20 +1,10 @@
 """The C kernels as the parts of a two-level convolution."""
 
 import torch
-from torch import Tensor
 
 from twolevel.ops.native import parts
 from twolevel.ops.native.local import local, local_backward
 from twolevel.ops.parts import TorchParts
-
-
-def why_not(x: Tensor) -> str | None:
-    """Why the kernels cannot compute a layer of this input, None where they can."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return f"they are for float32 on CPUs, not {x.dtype} on {x.device}"
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return "they are for channels_last memory"
-    return parts.available()
 
 
 class NativeParts(TorchParts):
