@@ -28,7 +28,7 @@ def agree(error: Exception | None, device: torch.device | str | None = None) -> 
         UserError: some rank passed an error.
     """
     own = None if error is None else _describe(error)
-    reports = _all_gather(own, device)
+    reports = all_gather(own, device)
     if error is not None and not isinstance(error, UserError):
         raise error
     for rank, report in enumerate(reports):
@@ -63,7 +63,7 @@ def require_equal(what: str, value: Mapping[str, object], device: torch.device |
         UserError: naming the settings that differ, on which rank, and both values.
     """
     own = {name: json.dumps(setting, default=str) for name, setting in value.items()}
-    reports = _all_gather(own, device)
+    reports = all_gather(own, device)
     for rank, report in enumerate(reports):
         if report != reports[0]:
             raise UserError(
@@ -93,13 +93,14 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _all_gather(value: object, device: torch.device | str | None) -> list:
-    """Every rank's JSON value, in the order of ranks: lengths first, then bytes padded to one."""
+def all_gather(value: object, device: torch.device | str | None = None) -> list:
+    """Every rank's JSON value, in the order of ranks; a collective. `device` is as in `agree`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     if device is None:
         serves_cpu = "cpu" in dist.get_backend_config()
         device = "cpu" if serves_cpu else f"cuda:{torch.cuda.current_device()}"
+    # Lengths first, then bytes padded to one length.
     own = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, torch.tensor([len(own)], dtype=torch.int64, device=device))

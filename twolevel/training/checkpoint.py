@@ -1,14 +1,15 @@
 """Checkpoints that any number of ranks writes and any other number reads.
 
 A checkpoint is a folder of safetensors shards, written and resharded by torch.distributed.checkpoint, and a
-`state.json` with everything that is not a tensor. It appears under its name only when it is complete.
+`state.json` with everything that is not a tensor. It appears under its name only when every rank's shard is in it.
 
     step-00000042/
         shard-00001-model-00001-of-00001.safetensors   one a rank
-        state.json                                     {"config": ..., "step": 42, ...}
+        state.json                                     {"config": ..., "step": 42, "shards": {name: bytes}, ...}
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from twolevel.distributed.agreement import together
+from twolevel.distributed.agreement import all_gather, together
 from twolevel.errors import UserError
 from twolevel.nn import Layout
 
@@ -45,15 +46,26 @@ def folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def complete(root: Path) -> dict[int, Path]:
+    """The complete checkpoints under `root` by their step, rising. Folders of other names are not ours."""
+    found = {
+        int(match[1]): path.parent
+        for path in root.glob(f"step-*/{STATE}")
+        if (match := re.fullmatch(r"step-(\d+)", path.parent.name))
+    }
+    return dict(sorted(found.items()))
+
+
 def newest(root: Path) -> Path | None:
     """The complete checkpoint of the highest step under `root`."""
-    return max((p.parent for p in root.glob(f"step-*/{STATE}")), default=None)
+    return next(reversed(complete(root).values()), None)
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> None:
-    """Write a checkpoint; every rank calls it. Removes all but the `keep` newest beside it.
+    """Write a checkpoint; every rank calls it. Of those of earlier steps beside it, keeps the `keep` - 1 newest.
 
-    Raises UserError, on every rank, where it cannot be written; what was there before is untouched.
+    Raises UserError, on every rank, where it cannot be written or rank 0 does not find every rank's shard; what was
+    there before is untouched.
     """
     rank = dist.get_rank()
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -65,16 +77,37 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
     except CheckpointException as error:
         raise UserError(f"cannot write checkpoint {path}: {_cause(error)}") from error
+    own = {file.name: file.stat().st_size for file in unfinished.glob(f"shard-{rank + 1:05d}-*")}
+    by_rank: list[dict[str, int]] = all_gather(own)
     with together():
         if rank == 0:
+            _check_shards(unfinished, path, by_rank)
+            state = state | {"shards": {name: size for shards in by_rank for name, size in shards.items()}}
             try:
-                (unfinished / STATE).write_text(json.dumps(state, indent=1))
-                shutil.rmtree(path, ignore_errors=True)
+                (unfinished / STATE).write_text(json.dumps(state, indent=1, allow_nan=False))
+                replaced = path.with_name(f".{path.name}.replaced")
+                shutil.rmtree(replaced, ignore_errors=True)
+                if path.exists():
+                    path.rename(replaced)
                 unfinished.rename(path)
+                shutil.rmtree(replaced, ignore_errors=True)
             except OSError as error:
                 raise UserError(f"cannot write checkpoint {path}: {error.strerror}") from error
-            for old in sorted(p.parent for p in path.parent.glob(f"step-*/{STATE}"))[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            step = int(path.name.removeprefix("step-"))
+            earlier = [folder for number, folder in complete(path.parent).items() if number < step]
+            for folder in earlier[: max(0, len(earlier) + 1 - keep)]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_shards(unfinished: Path, path: Path, by_rank: list[dict[str, int]]) -> None:
+    """Raise UserError unless all that ranks say they wrote is in rank 0's folder."""
+    for rank, shards in enumerate(by_rank):
+        there = {name: (unfinished / name).stat().st_size for name in shards if (unfinished / name).exists()}
+        if not shards or there != shards:
+            raise UserError(
+                f"cannot write checkpoint {path}: the shard of rank {rank} is not in rank 0's folder, so the ranks "
+                "do not share a file system; give an --output that all of them share"
+            )
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -93,7 +126,15 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The names and whole shapes of a checkpoint's tensors."""
+    """The names and whole shapes of a checkpoint's tensors. Raises UserError where a shard is missing or damaged."""
+    for name, size in read_state(path).get("shards", {}).items():
+        file = path / name
+        if not file.exists():
+            raise UserError(f"checkpoint {path} is damaged: {name} is missing, one of its shards")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, {size} were written"
+            )
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata()
         return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}

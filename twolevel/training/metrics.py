@@ -32,7 +32,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """A record of kind "step" or "epoch"; both have `step`, the number of steps done."""
-        self.lines.write(json.dumps(record) + "\n")
+        self.lines.write(json.dumps(record, allow_nan=False) + "\n")
         if record["kind"] == "epoch":
             self.table.writerow(record)
         if self.board is not None:

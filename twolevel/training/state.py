@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from twolevel.distributed import sync_buffers
+from twolevel.distributed.agreement import together
+from twolevel.errors import UserError
 from twolevel.nn import layout_of
 from twolevel.streams import stream
 from twolevel.training import checkpoint
@@ -21,7 +25,8 @@ class TrainState:
     """The network and what training has made of it. `step` counts from the start of the run.
 
     Batches, crops and learning rate are functions of the step, so the position in the epoch is all that
-    has to be kept of them. `epoch_sums` are the sums (loss, correct, images) of the epoch so far.
+    has to be kept of them. `epoch_sums` are the sums (loss, correct, images) of the epoch so far; `untested` is the
+    record of an epoch that was trained and not tested yet.
     """
 
     config: TrainConfig
@@ -33,6 +38,9 @@ class TrainState:
     ema: AveragedModel | None = None
     step: int = 0
     epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    untested: dict[str, Any] | None = None
+    saved: int | None = None
+    """The step of the checkpoint that this process wrote or read last, in which all of this state is."""
 
     @property
     def epoch(self) -> int:
@@ -56,8 +64,12 @@ class TrainState:
             parts |= named_parts("ema", self.ema.module, self.mesh)
         return parts | {f"random.{dist.get_rank()}.{k}": t for k, t in self._random_states().items()}
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step; every rank calls it."""
+    def save(self) -> None:
+        """Write a checkpoint of this step; every rank calls it.
+
+        Raises UserError, on every rank, where a tensor is not finite or the checkpoint cannot be written.
+        """
+        self.require_finite()
         for model in (self.model, self.ema):
             if model is not None:
                 sync_buffers(model, self.mesh)
@@ -69,10 +81,24 @@ class TrainState:
             "epoch": self.epoch,
             "position": self.position,
             "epoch_sums": self.epoch_sums,
+            "untested": self.untested,
             "ranks": dist.get_world_size(),
         }
         checkpoint.save(path, self.tensors(), state, keep=self.config.run.keep_checkpoints)
-        return path
+        self.saved = self.step
+
+    def require_finite(self) -> None:
+        """Raise UserError, on every rank, where weights or momentum are not finite on any; waits for the device."""
+        with together(self._device()), torch.no_grad():
+            floating = {name: t for name, t in self.tensors().items() if t.is_floating_point()}
+            parts = [t.to_local() if isinstance(t, DTensor) else t for t in floating.values()]
+            finite = torch.stack([part.isfinite().all() for part in parts]).tolist()
+            bad = [name for name, good in zip(floating, finite, strict=True) if not good]
+            if bad:
+                raise UserError(
+                    f"{len(bad)} tensors are not finite after step {self.step}, {bad[0]} among them, and were not "
+                    "saved; try a lower --learning-rate, a --warmup-epochs, or a --clip-norm"
+                )
 
     def load(self, path: Path) -> None:
         """Take up the state of a checkpoint, whatever the number of ranks that wrote it."""
@@ -92,8 +118,9 @@ class TrainState:
             self._restore_random(tensors)
         if self.ema is not None:
             self.ema.n_averaged.fill_(state["step"])
-        self.step = state["step"]
+        self.step = self.saved = state["step"]
         self.epoch_sums = state["epoch_sums"]
+        self.untested = state.get("untested")
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
