@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-from twolevel.errors import UserError, unknown
+from twolevel.errors import Stopped, UserError, unknown
 
 COMMANDS = {
     "train": "train a network on the ranks that a launcher started, or on one",
@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefix = f"[rank {_rank()}] " if "RANK" in os.environ or _rank() else ""
         print(f"{prefix}twolevel {name}: {error}", file=sys.stderr, flush=True)
         return 2
+    except Stopped as stopped:
+        if _rank() == 0:
+            print(f"twolevel {name}: {stopped}", file=sys.stderr, flush=True)
+        return 130
     except KeyboardInterrupt:
         print(
             f"twolevel {name}: interrupted; a run goes on from its newest checkpoint with --resume",

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """A run was asked to stop, and has: all that it did is in a checkpoint. The message says where."""
+
+
 def unknown(what: str, value: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not one of `known`, with the nearest names first."""
     known = sorted(known)

@@ -1,6 +1,7 @@
 """ImageNet as folders, train/<class>/<image> and val/<class>/<image>, decoded by workers."""
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def _decode(path: Path) -> Image.Image:
         raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from None
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    """Schedulers and terminals signal every process of a run: its last steps still need images.
+
+    A worker ends with its parent, or when the parent has no more work for it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Folder:
     """What both splits share: files, the processes that decode them, and the way to the device."""
 
@@ -128,6 +138,7 @@ class _Folder:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the process's global stream
+            worker_init_fn=_leave_signals_to_parent,
         )
         for batch in loader:
             if isinstance(batch, UserError):

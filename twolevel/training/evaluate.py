@@ -1,5 +1,7 @@
 """Loss and error of a network over a test set."""
 
+from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from twolevel.training.strategies import Strategy
 
 EVAL_BATCH = 500
+ALL_BATCHES = 1 << 32
+"""More batches than any test set has."""
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
@@ -27,19 +31,27 @@ def batch_sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, test: EvalSplit, strategy: "Strategy") -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, test: EvalSplit, strategy: "Strategy", pause: Callable[[int], None] | None = None
+) -> tuple[float, float]:
     """(mean cross-entropy, error in percent) over the test images, each counted once over all ranks.
 
-    `model` is this rank's part of a network, as `strategy` placed it. Every rank must call this.
+    `model` is this rank's part of a network, as `strategy` placed it. `pause` is called before each batch with its
+    number, and with ALL_BATCHES after the last; it may raise. Every rank must call this.
     """
     training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=strategy.device)
-    for images, labels in strategy.eval_batches(model, test):
-        logits = strategy.logits(model, images)
-        if logits is not None and len(labels):
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            sums += batch_sums(logits, labels, F.cross_entropy(logits, labels))
+    with closing(strategy.eval_batches(model, test)) as batches:
+        for number, (images, labels) in enumerate(batches):
+            if pause is not None:
+                pause(number)
+            logits = strategy.logits(model, images)
+            if logits is not None and len(labels):
+                logits = logits if logits.dtype == torch.float64 else logits.float()
+                sums += batch_sums(logits, labels, F.cross_entropy(logits, labels))
+    if pause is not None:
+        pause(ALL_BATCHES)
     model.train(training)
     loss, right, number = strategy.total(sums)
     return loss / number, 100 * (1 - right / number)

@@ -11,8 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twolevel.data import Data
 from twolevel.distributed import sync_buffers
-from twolevel.distributed.agreement import require_equal, together
-from twolevel.errors import UserError
+from twolevel.distributed.agreement import together
+from twolevel.errors import Stopped, UserError
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import TrainConfig
 from twolevel.training.display import Display
@@ -20,51 +20,49 @@ from twolevel.training.evaluate import evaluate
 from twolevel.training.graphed import GraphedStep, check_capturable
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
+from twolevel.training.output import claim
 from twolevel.training.rules import copy_choices, rules_for
-from twolevel.training.setup import (
-    Context,
-    check_kernels,
-    check_resumable,
-    claim_output,
-    join,
-    warn_of_ignored,
-)
+from twolevel.training.setup import Context, check_kernels, check_resumable, join, warn_of_ignored
 from twolevel.training.state import TrainState, seed_ranks
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest
+
+# A batch of test images is a unit of work between two steps; of both tests of an epoch there are fewer than this.
+UNITS = 1 << 20
 
 
 def train(config: TrainConfig) -> dict | None:
     """Carry out a run; every rank calls it with the same configuration.
 
     Leaves in the output folder `config.json`, `metrics.jsonl`, `epochs.csv`, `tensorboard/`,
-    `checkpoints/` and `curve.png`. Returns the record of the last epoch, None where the run stopped
+    `checkpoints/` and `curve.png`. Returns the record of the last epoch, None where `max_steps` ends the run
     before the end of one.
+
+    Raises UserError for what cannot be honoured, and Stopped where a signal asked for an end; both on every rank.
     """
     ranks = join(config.mesh, config.flat())
     try:
-        return Trainer(config, ranks).run()
+        with together(ranks.device):
+            check_kernels(config, ranks.device)
+            if config.run.cuda_graph:
+                check_capturable(config, ranks.device, ranks.world.backend)
+            warn_of_ignored(config)
+        run = config.run
+        with claim(run.output, resume=run.resume, first=ranks.first, device=ranks.device) as start:
+            return Trainer(config, ranks, start).run()
     finally:
         ranks.close()
 
 
 class Trainer:
-    """One run on this rank."""
+    """One run on this rank, which goes on from the checkpoint `start` unless that is None."""
 
-    def __init__(self, config: TrainConfig, ranks: Context):
+    def __init__(self, config: TrainConfig, ranks: Context, start: Path | None):
         self.config, self.ranks = config, ranks
         mesh, run, rule = ranks.mesh, config.run, config.optimiser
-        start = checkpoint.newest(run.output / "checkpoints") if run.resume else None
-        require_equal("checkpoints to go on from", {"checkpoint": str(start)}, ranks.device)
-        with together(ranks.device):
-            check_kernels(config, ranks.device)
-            if run.cuda_graph:
-                check_capturable(config, ranks.device, ranks.world.backend)
-            if ranks.first:
-                claim_output(config, start)
-            if start is not None:
+        if start is not None:
+            with together(ranks.device):
                 check_resumable(config, checkpoint.read_state(start)["config"])
-            warn_of_ignored(config)
 
         dtype = torch.float64 if run.precision == "float64" else torch.float32
         self.data: Data = ranks.load_data(config.data, run.seed, dtype)
@@ -88,7 +86,6 @@ class Trainer:
         self.train_step = TrainStep(self.strategy, model, self.state.optimiser, rule, self.rules)
         if run.cuda_graph:
             self.train_step = GraphedStep(self.train_step)
-        self.alone = ranks.world.size == 1  # asks nobody, so it can at every step
         self.all_steps = rule.epochs * steps
         self.last_step = min(self.all_steps, run.max_steps or math.inf)
         self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -102,43 +99,59 @@ class Trainer:
                 (run.output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
                 self.metrics = MetricsLog(run.output, state.step)
         last = None
-        with self.display as display, StopRequest(self.ranks.device) as self.stop:
-            display.say(self._headline())
-            while state.step < self.last_step:
-                last = self._epoch() or last
+        try:
+            with self.display as display, StopRequest() as self.stop:
+                display.say(self._headline())
+                while state.untested or state.step < self.last_step:
+                    last = self._epoch() or last
+        except Stopped:
+            if state.saved != state.step:
+                state.save()
+            raise
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
         if self.ranks.first:
-            self.metrics.close()
             self._closing_words(last)
         return last
 
     def _epoch(self) -> dict | None:
-        """Train to the end of the epoch, test, and write a checkpoint; or stop at the last step before."""
+        """Go on to the end of the epoch and test, or to the last step where that comes before."""
+        if not self.state.untested:
+            self._train()
+            if self.state.position:
+                return None
+        return self._test()
+
+    def _train(self) -> None:
         state, run = self.state, self.config.run
         epoch, began = state.epoch, time.perf_counter()
         self.interval_began = began
         images_before = state.epoch_sums[2]
         state.model.train()
+        logged, rate = True, 0.0
         for images, labels in self.data.train.batches(epoch, state.position):
+            if self.stop.due(state.step * UNITS):
+                if not logged:
+                    self._log(epoch, rate)
+                raise self._stopped()
             rate = self._step(images, labels)
             state.step += 1
             saving = run.checkpoint_steps is not None and state.step % run.checkpoint_steps == 0
             stopping = state.step == self.last_step
             ending = state.position == 0
-            logging = saving or stopping or ending or state.step % run.log_steps == 0
-            asked = (logging or self.alone) and self.stop.agreed()
-            if logging or asked:
+            logged = saving or stopping or ending or state.step % run.log_steps == 0
+            if logged:
                 self._log(epoch, rate)
             if ending:
                 break
-            if saving or stopping or asked:
+            if saving or stopping:
                 state.save()
-            if asked:
-                raise KeyboardInterrupt
             if stopping:
-                return None
+                return
         loss, right, number = state.epoch_sums
         seconds = time.perf_counter() - began
-        record = {
+        state.untested = {
             "kind": "epoch",
             "epoch": epoch + 1,
             "step": state.step,
@@ -150,21 +163,39 @@ class Trainer:
         }
         state.epoch_sums = [0.0, 0.0, 0.0]
         for r in self.rules:
-            record |= r.end_epoch()
+            state.untested |= r.end_epoch()
         if state.ema is not None:
             copy_choices(state.model, state.ema.module)
-        for prefix, model in (("", state.model), ("ema_", state.ema)):
-            if model is not None:
-                sync_buffers(model, state.mesh)
-                tested = evaluate(model, self.data.test, self.strategy)
-                record[f"{prefix}test_loss"], record[f"{prefix}test_error"] = tested
+
+    def _test(self) -> dict:
+        """Test what the epoch has trained, record it, and write a checkpoint."""
+        state = self.state
+        record = dict(state.untested)
+        unit = (state.step - 1) * UNITS  # of the epoch's last step
+        for index, (prefix, model) in enumerate((("", state.model), ("ema_", state.ema))):
+            if model is None:
+                continue
+            sync_buffers(model, state.mesh)
+            first = unit + 1 + index * UNITS // 2
+
+            def pause(batch: int, first: int = first) -> None:
+                if self.stop.due(first + min(batch, UNITS // 2 - 2)):  # ALL_BATCHES is the last
+                    raise self._stopped()
+
+            tested = evaluate(model, self.data.test, self.strategy, pause)
+            record[f"{prefix}test_loss"], record[f"{prefix}test_error"] = tested
         if self.ranks.first:
             self.metrics.write(record)
             self.display.epoch(record, self.config.optimiser.epochs)
+        state.untested = None
         state.save()
-        if state.step < self.last_step and self.stop.agreed():
-            raise KeyboardInterrupt
         return record
+
+    def _stopped(self) -> Stopped:
+        return Stopped(
+            f"stopped at step {self.state.step} of {self.all_steps}, which is saved in {self.config.run.output}; "
+            "go on with --resume"
+        )
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
         """One optimiser step on this rank's share of a batch; returns the learning rate. No host wait."""

@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -122,24 +121,6 @@ def check_kernels(config: TrainConfig, device: torch.device) -> None:
         raise UserError(
             f"kernels={asked} does not do for precision={precision} on {device.type}: {why}; use auto"
         )
-
-
-def claim_output(config: TrainConfig, checkpoint: Path | None) -> None:
-    """Raise UserError rather than write over an earlier run."""
-    output = config.run.output
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output={output} is a file; name a folder")
-    if (output / "config.json").exists() and not config.run.resume:
-        raise UserError(f"output={output} holds a run already; go on with --resume, or name another --output")
-    if config.run.resume and checkpoint is None:
-        warnings.warn(f"nothing to resume in {output}: starting from the beginning", stacklevel=2)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.write_bytes(bytes(2**16))
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output={output} cannot be written: {error.strerror}") from error
 
 
 def check_resumable(config: TrainConfig, written: dict) -> None:

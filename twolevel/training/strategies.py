@@ -181,14 +181,16 @@ class Sharded(Strategy):
             )
         most = -(-len(test) // ranks)
         number = 0
-        for images, labels in test.eval_batches(EVAL_BATCH):
-            yield images, labels
-            number += 1
-        for _ in range(number, -(-most // EVAL_BATCH)):
-            yield images[:1], labels[:0]
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the outermost keeps its parameters whole for a backward that does not come
+        try:
+            for images, labels in test.eval_batches(EVAL_BATCH):
+                yield images, labels
+                number += 1
+            for _ in range(number, -(-most // EVAL_BATCH)):
+                yield images[:1], labels[:0]
+        finally:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # the outermost keeps its parameters whole for a backward that does not come
 
     def held(self, model):
         return sum(parameter.to_local().numel() for parameter in model.parameters())

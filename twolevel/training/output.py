@@ -1,0 +1,142 @@
+"""The output folder of a run: one that all ranks see, and this run's alone until it ends."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from twolevel.distributed.agreement import all_gather, together
+from twolevel.errors import UserError
+from twolevel.training import checkpoint
+
+LOCK = ".lock"
+# What a run leaves; a new run does not begin among it.
+LEFTOVERS = ("config.json", "metrics.jsonl", "epochs.csv", "checkpoints")
+# A network file system may show a new file to other nodes only after some time.
+APPEARS_SECONDS, LOOK_SECONDS = 10.0, 0.1
+
+
+@contextlib.contextmanager
+def claim(output: Path, *, resume: bool, first: bool, device: torch.device) -> Iterator[Path | None]:
+    """Hold a run's folder for as long as the context lasts; every rank enters it. Rank 0 (`first`) locks it.
+
+    Gives the checkpoint to go on from, None for a new run. A crash releases the lock.
+
+    Raises UserError, on every rank: the folder cannot be written, another run holds it, it holds a run already and
+    `resume` is not asked for, or not all ranks see it.
+    """
+    with contextlib.ExitStack() as held:
+        start = mark = None
+        with together(device):
+            if first:
+                held.enter_context(_folder(output))
+                held.enter_context(_lock(output))
+                start = _start(output, resume)
+                mark = output / f".seen-{secrets.token_hex(8)}"
+                _write(mark)
+        start, mark = all_gather([start and str(start), mark and mark.name], device)[0]
+        try:
+            with together(device):
+                _look_for(output / mark)
+        finally:
+            if first:
+                (output / mark).unlink(missing_ok=True)
+        yield Path(start) if start else None
+
+
+@contextlib.contextmanager
+def _folder(output: Path) -> Iterator[None]:
+    """Make the folder; one that is new and stays empty is removed in the end."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={output} is a file; name a folder")
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # not empty: a run has begun there
+                output.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """The folder's lock. The system releases it with the process, whatever ends that; forks do not inherit it."""
+    path = output / LOCK
+    try:
+        file = _locked(path)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _locked(path: Path) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.pread(file, 1000, 0).decode(errors="replace") or "another process"
+            os.close(file)
+            raise UserError(
+                f"output={path.parent} is in use by a run ({owner}); wait until it ends, or name another --output"
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"output={path.parent} cannot be locked ({error.strerror}): start no second run in it",
+                stacklevel=2,
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):  # else its last owner has just removed it
+                os.ftruncate(file, 0)
+                os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return file
+        os.close(file)
+
+
+def _start(output: Path, resume: bool) -> Path | None:
+    start = checkpoint.newest(output / "checkpoints")
+    if resume:
+        if start is None:
+            warnings.warn(f"nothing to resume in {output}: starting from the beginning", stacklevel=2)
+        return start
+    left = [name for name in LEFTOVERS if (output / name).exists()]
+    if left:
+        raise UserError(
+            f"output={output} holds a run already; go on with --resume, or name another --output "
+            f"(found {', '.join(left)})"
+        )
+    return None
+
+
+def _write(mark: Path) -> None:
+    """A file that the other ranks look for, not so small that a full disk would take it."""
+    try:
+        mark.write_bytes(bytes(2**16))
+    except OSError as error:
+        raise UserError(f"output={mark.parent} cannot be written: {error.strerror}") from error
+
+
+def _look_for(mark: Path) -> None:
+    until = time.monotonic() + APPEARS_SECONDS
+    while not mark.exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"output={mark.parent}, {mark.parent.absolute()} on {socket.gethostname()}, is not the folder that "
+                "rank 0 writes; give an absolute --output on a file system that all ranks share"
+            )
+        time.sleep(LOOK_SECONDS)
