@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from itertools import count as count_from
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,8 +37,18 @@ def _take_config(argv: list[str]) -> tuple[list[str], TrainConfig | None]:
                 raise UserError(f"--config {path!r} cannot be read: {error}") from error
             if isinstance(settings, dict) and isinstance(settings.get("run"), dict):
                 settings["run"].pop("resume", None)  # how a run was started, not what it was
-            return argv[:index] + rest, TrainConfig.from_dict(settings, path)
+            config = TrainConfig.from_dict(settings, path)
+            rest = argv[:index] + rest
+            if Path(path).resolve().parent == config.run.output.resolve() and "--resume" not in rest:
+                config.run.output = _new_beside(config.run.output)  # the file is a run's own record
+            return rest, config
     return argv, None
+
+
+def _new_beside(folder: Path) -> Path:
+    """NAME-2 of a folder NAME, or the next number that is free."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count_from(2))
+    return next(path for path in numbered if not path.exists())
 
 
 @dataclass

@@ -9,7 +9,8 @@ from torch._subclasses import FakeTensorMode
 
 from twolevel.errors import UserError
 from twolevel.ops import Geometry, choice, two_level_conv2d
-from twolevel.ops.choice import Choices, Form, Problem, choose, forms
+from twolevel.ops.choice import Choices, Form, choose, forms
+from twolevel.ops.problem import Problem
 from twolevel.ops.store import Store
 
 GEOMETRY = Geometry(padding=(1, 1))
@@ -41,36 +42,36 @@ def test_the_fastest_is_taken_measured_once_and_kept_on_disk(tmp_path, clock, ca
     able = forms(one)
     choices = Choices(Store(file))
     with caplog.at_level(logging.INFO, "twolevel.ops"):
-        assert [choices.get(one, able, True) for _ in range(3)] == [able[2]] * 3
+        assert [choices.get(one, able, True).form for _ in range(3)] == [able[2]] * 3
     assert len(clock) == 1 and len(caplog.records) == 1
-    assert Choices(Store(file)).get(one, able, True) == able[2]  # as in the next run
+    assert Choices(Store(file)).get(one, able, True).form == able[2]  # as in the next run
     assert len(clock) == 1
     choices.get(problem(batch=3), able, True)  # another power of two
     assert len(clock) == 2
-    assert [*json.loads(file.read_text()).values()] == [[*able[2]]] * 2
+    assert [kept["form"] for kept in json.loads(file.read_text()).values()] == [[*able[2]]] * 2
 
 
 def test_ranks_that_measure_at_once_go_on_with_what_the_first_has_kept(tmp_path, clock, monkeypatch):
     one, file = problem(), tmp_path / "forms.json"
     able = forms(one)
     first, second = Choices(Store(file)), Choices(Store(file))
-    assert first.get(one, able, True) == able[2]
+    assert first.get(one, able, True).form == able[2]
     monkeypatch.setattr(choice, "measure", lambda problem, able: {form: 1.0 for form in able})
-    assert second.get(one, able, True) == able[2]
+    assert second.get(one, able, True).form == able[2]
 
 
 def test_a_gain_within_the_noise_changes_nothing(tmp_path, monkeypatch):
     one = problem()
     able = forms(one)
     monkeypatch.setattr(choice, "measure", lambda problem, able: {able[0]: 1.0, able[1]: 0.98})
-    assert Choices(Store(tmp_path / "forms.json")).get(one, able, True) == able[0]
+    assert Choices(Store(tmp_path / "forms.json")).get(one, able, True).form == able[0]
 
 
 def test_nothing_is_measured_without_leave_nor_for_a_small_problem(tmp_path, clock):
     one = problem()
     able = forms(one)
     choices = Choices(Store(tmp_path / "forms.json"))
-    assert choices.get(one, able, False) == able[0]
+    assert choices.get(one, able, False).form == able[0]
     assert choose(one, may_measure=True) == able[0]  # a few thousand multiplications
     assert clock == []
 
@@ -80,7 +81,7 @@ def test_a_file_that_cannot_be_written_costs_the_memory_alone(tmp_path, clock):
     one = problem()
     able = forms(one)
     choices = Choices(Store(tmp_path / "file" / "forms.json"))
-    assert [choices.get(one, able, True) for _ in range(2)] == [able[2]] * 2
+    assert [choices.get(one, able, True).form for _ in range(2)] == [able[2]] * 2
     assert len(clock) == 1
 
 

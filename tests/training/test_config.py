@@ -1,5 +1,7 @@
 """Configuration: the published recipe, round trips, and one line for what cannot be honoured."""
 
+from dataclasses import asdict
+
 import pytest
 
 from twolevel.data.config import DataConfig
@@ -35,7 +37,7 @@ def test_a_configuration_survives_its_file():
 
 
 def test_setting_names_are_unique_across_sections():
-    sections = TrainConfig().to_dict()
+    sections = asdict(TrainConfig())
     assert len(TrainConfig().flat()) == sum(len(section) for section in sections.values())
 
 

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import check_groups, geometry, pair
 from twolevel.ops import KERNELS, LOCAL, SCHEDULES, Exchange, Kernels, Schedule, two_level_conv2d
+from twolevel.ops.autocast import cast_for_convolution
+from twolevel.ops.problem import Problem
 
 
 class TwoLevelConv2d(nn.Module):
@@ -79,6 +81,11 @@ class TwoLevelConv2d(nn.Module):
             kernels=self.kernels,
             exchange=self.exchange,
         )
+
+    def problem(self, x: Tensor) -> Problem:
+        """What there is to compute for x here, as `twolevel.ops.choice` decides by what."""
+        weights = (self.local.weight, self.restriction.weight, self.coarse.weight)
+        return Problem(*cast_for_convolution(x, *weights), self.geometry, self.exchange.ranks)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "

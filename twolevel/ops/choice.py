@@ -12,7 +12,6 @@ A form is a schedule and a kind of kernel:
 """
 
 import logging
-import platform
 import time
 from collections.abc import Callable
 from functools import cache
@@ -25,9 +24,9 @@ from twolevel.errors import UserError, unknown
 from twolevel.ops import native, schedules
 from twolevel.ops import triton as triton_kernels
 from twolevel.ops.exchange import LOCAL, Copies
-from twolevel.ops.geometry import Geometry
 from twolevel.ops.native.two_level import NarrowParts, NativeParts
 from twolevel.ops.parts import Parts, TorchParts
+from twolevel.ops.problem import Problem
 from twolevel.ops.restriction import WAYS, ways
 from twolevel.ops.store import Store, cache_folder
 
@@ -52,21 +51,22 @@ class Form(NamedTuple):
     kernels: str
 
 
-class Problem(NamedTuple):
-    """One layer on one rank: tensors of its sizes, not necessarily its own."""
+class Decision(NamedTuple):
+    """A form and why: the milliseconds of each that was measured, none where the best estimate is taken."""
 
-    x: Tensor
-    local: Tensor
-    restriction: Tensor
-    coarse: Tensor
-    geometry: Geometry
-    ranks: int
+    form: Form
+    milliseconds: dict[str, float] = {}  # noqa: RUF012 (of a tuple: nothing writes to it)
+    new: bool = False
+    """Whether it was measured just now."""
 
-    @property
-    def macs(self) -> int:
-        """Multiplications of the local part, forward."""
-        (sh, sw), _, _ = self.geometry
-        return self.x.shape[0] * self.x.shape[2] * self.x.shape[3] * self.local.numel() // (sh * sw)
+    def why(self) -> str:
+        """The form, and the times in which it was found the best, in one line."""
+        if not self.milliseconds:
+            return f"{' '.join(self.form)}, too small to measure or the only one"
+        ranked = sorted(self.milliseconds.items(), key=lambda item: item[1])
+        times = ", ".join(f"{form} {milliseconds:.2f} ms" for form, milliseconds in ranked)
+        noise = "" if ranked[0][0] == " ".join(self.form) else f", less than {MARGIN:.0%} from the fastest"
+        return f"{' '.join(self.form)}{noise} ({times})"
 
 
 def schedule_of(form: Form) -> schedules.Schedule:
@@ -121,6 +121,11 @@ def choose(
     caller says so, and while a CUDA graph is captured. Raises UserError for an unknown name and for what cannot
     compute this problem here.
     """
+    return decide(problem, able_forms(problem, schedule, kernels), may_measure=may_measure).form
+
+
+def able_forms(problem: Problem, schedule: Schedule = "auto", kernels: Kernels = "auto") -> list[Form]:
+    """Those of `forms` that are asked for, one at least. Raises UserError as `choose` does."""
     if schedule not in SCHEDULES:
         raise unknown("schedule", schedule, SCHEDULES)
     if kernels not in KERNELS:
@@ -128,8 +133,13 @@ def choose(
     able = [form for form in forms(problem) if _asked(form, schedule, kernels)]
     if not able:
         raise UserError(_cannot(problem, schedule, kernels))
+    return able
+
+
+def decide(problem: Problem, able: list[Form], *, may_measure: bool) -> Decision:
+    """As `choose`, among `able`, and why."""
     if len(able) == 1 or problem.macs < WORTH_MACS or problem.x.device.type not in ("cpu", "cuda"):
-        return able[0]
+        return Decision(able[0])
     capturing = problem.x.is_cuda and torch.cuda.is_current_stream_capturing()
     # Others, such as fakes, compute nothing or something else.
     timed = type(problem.x) in (Tensor, torch.nn.Parameter)
@@ -161,29 +171,30 @@ class Choices:
 
     def __init__(self, store: Store):
         self.store = store
-        self._seen: dict[tuple, Form] = {}
+        self._seen: dict[tuple, Decision] = {}
 
-    def get(self, problem: Problem, able: list[Form], may_measure: bool) -> Form:
-        key = (*_sizes(problem), *able)
-        form = self._seen.get(key)
-        if form is None:
-            line = _line(problem, able)
-            kept = self.store.get(line)
+    def get(self, problem: Problem, able: list[Form], may_measure: bool) -> Decision:
+        key = (*problem.sizes(), *able)
+        found = self._seen.get(key)
+        if found is None:
+            line = problem.line(able)
+            kept, new = self.store.get(line), False
             if kept is None and not may_measure:
-                return able[0]
+                return Decision(able[0])
             if kept is None:
                 times = measure(problem, able)
-                kept = self.store.keep(line, list(_best(times, able)), replace=False)
-                log.info("%s: %s (%s)", _title(problem), " ".join(kept), _in_words(times))
-            else:
-                log.debug("%s: %s, measured before", _title(problem), " ".join(kept))
-            form = self._seen[key] = Form(*kept)
-        return form
+                best, new = _best(times, able), True
+                milliseconds = {" ".join(form): round(1e3 * seconds, 4) for form, seconds in times.items()}
+                kept = self.store.keep(line, {"form": [*best], "ms": milliseconds}, replace=False)
+            found = Decision(Form(*kept["form"]), kept["ms"], new)
+            log.log(logging.INFO if new else logging.DEBUG, "%s: %s", problem.title(), found.why())
+            self._seen[key] = found._replace(new=False)
+        return found
 
 
 @cache
 def _choices() -> Choices:
-    return Choices(Store(cache_folder() / "two_level.json"))
+    return Choices(Store(cache_folder() / "forms.json"))
 
 
 def measure(problem: Problem, able: list[Form]) -> dict[Form, float]:
@@ -255,45 +266,3 @@ def _best(times: dict[Form, float], able: list[Form]) -> Form:
     first = next(form for form in able if form in times)
     fastest = min(times, key=times.get)
     return fastest if times[fastest] < (1 - MARGIN) * times[first] else first
-
-
-def _in_words(times: dict[Form, float]) -> str:
-    ranked = sorted(times.items(), key=lambda item: item[1])
-    return ", ".join(f"{' '.join(form)} {1e3 * seconds:.2f} ms" for form, seconds in ranked)
-
-
-def _sizes(problem: Problem) -> tuple:
-    x = problem.x
-    batch = (
-        1 << max(0, x.shape[0] - 1).bit_length()
-    )  # up to the next power of two: last batches are not measured anew
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    shapes = (batch, *x.shape[1:], *problem.local.shape, len(problem.restriction), problem.coarse.shape[1])
-    return (*shapes, *problem.geometry, problem.ranks, x.dtype, last, x.device, torch.get_num_threads())
-
-
-def _title(problem: Problem) -> str:
-    """A layer in a few words."""
-    (rows, _, *kernel), groups = problem.local.shape, len(problem.restriction)
-    image, taps = "x".join(map(str, problem.x.shape)), "x".join(map(str, kernel))
-    ranks = f" on one of {problem.ranks} ranks" if problem.ranks > 1 else ""
-    return f"{image} to {rows} channels, {taps}, {groups} groups{ranks}"
-
-
-def _line(problem: Problem, able: list[Form]) -> str:
-    """Everything that a choice depends on, in one line."""
-    batch, *image = _sizes(problem)[:4]
-    x, threads = problem.x, torch.get_num_threads()
-    form = "channels last" if x.is_contiguous(memory_format=torch.channels_last) else "contiguous"
-    device = torch.cuda.get_device_name(x.device) if x.is_cuda else f"{_processor()}, {threads} threads"
-    candidates = " ".join("/".join(one) for one in able)
-    return (
-        f"x {[batch, *image]} A {[*problem.local.shape]} in {len(problem.restriction)} of {problem.coarse.shape[1]} "
-        f"groups {tuple(map(tuple, problem.geometry))} ranks {problem.ranks} | {x.dtype} {form} | {device} | "
-        f"torch {torch.__version__} {native.version()} | {candidates}"
-    )
-
-
-@cache
-def _processor() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

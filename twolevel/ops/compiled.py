@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from twolevel.ops import schedules
-from twolevel.ops.choice import Problem, choose, schedule_of
+from twolevel.ops.choice import choose, schedule_of
 from twolevel.ops.exchange import Exchange, registered
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.parts import in_strides_of, memory_format_of
+from twolevel.ops.problem import Problem
 
 
 def two_level_conv2d(

@@ -5,10 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twolevel.ops import compiled, schedules
-from twolevel.ops.choice import Form, Kernels, Problem, Schedule, choose, schedule_of
+from twolevel.ops.choice import Form, Kernels, Schedule, choose, schedule_of
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.parts import TorchParts, in_strides_of
+from twolevel.ops.problem import Problem
 
 
 def two_level_conv2d(

@@ -8,7 +8,9 @@ import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import tyro
 
 from twolevel.data.config import DataConfig
 from twolevel.errors import UserError
@@ -257,6 +259,12 @@ class RunConfig:
     log_steps: int = 20
     """steps between two records of loss and accuracy; reading them waits for the device"""
 
+    remeasure: bool = False
+    """gc2l: measure again by what each layer is computed best, instead of taking what the run has recorded"""
+
+    forms: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict)
+    """by what each size of two-level layer is computed ("schedule kernels"); of config.json, no option"""
+
     def __post_init__(self):
         self.output = self.output and Path(self.output).expanduser()
         for name in ("max_steps", "checkpoint_steps"):
@@ -264,6 +272,9 @@ class RunConfig:
         _check(self, "keep_checkpoints", self.keep_checkpoints >= 1, "1 or more")
         _check(self, "log_steps", self.log_steps >= 1, "1 or more")
 
+
+# Settings that say how a run is started, not what it is.
+STARTING = ("resume", "remeasure")
 
 # Epochs, milestones, weight decay: Lee, Park, Lee, "Two-level Group Convolution", section 4; the digits of
 # the decay are not in the paper and are the conventional ones.
@@ -311,12 +322,18 @@ class TrainConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as `config.json` holds them."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        """Nested plain values, as `config.json` holds them: what the run is, not how it was started."""
+        values = self._values()
+        for name in STARTING:
+            del values["run"][name]
+        return values
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its own name; names are unique across the sections."""
-        return {name: value for section in self.to_dict().values() for name, value in section.items()}
+        return {name: value for section in self._values().values() for name, value in section.items()}
+
+    def _values(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
     def from_dict(cls, sections: dict[str, Any], origin: str = "config") -> Self:
@@ -335,6 +352,8 @@ def _from_dict(cls, values: Any, origin: str):
                 f"{origin} has the setting {name!r}, which {cls.__name__} does not know; use {[*known]}"
             )
         kind = known[name]
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
         if not is_dataclass(kind) and not _fits(value, kind):
             raise UserError(f"{origin}: {name}={value!r} does not do; use {_words(kind)}")
         given[name] = _from_dict(kind, value, origin) if is_dataclass(kind) else value
@@ -347,6 +366,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is UnionType:
         return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is dict:
+        of, to = get_args(kind)
+        return isinstance(value, dict) and all(_fits(k, of) and _fits(v, to) for k, v in value.items())
     if get_origin(kind) is tuple:
         return isinstance(value, list | tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
     if kind is NoneType:

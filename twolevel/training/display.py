@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -43,11 +45,11 @@ class Display:
 
     def __enter__(self) -> "Display":
         self.progress.start()
-        self.choices = _Choices(self)
+        self.warnings = _Warnings(self)
         return self
 
     def __exit__(self, *_) -> None:
-        self.choices.close()
+        self.warnings.close()
         self.progress.stop()
 
     def say(self, text: str) -> None:
@@ -77,21 +79,25 @@ class Display:
         self.last_line = time.monotonic()
 
 
-class _Choices(logging.Handler):
-    """Says by what layers are computed, as that is measured: it takes the first steps some seconds more."""
+class _Warnings(logging.Handler):
+    """Says what the layers warn of, such as a C compiler that is missing."""
 
     def __init__(self, display: Display):
-        super().__init__(logging.INFO)
+        super().__init__(logging.WARNING)
         self.display, self.log = display, logging.getLogger("twolevel.ops")
-        self.level_before = self.log.level
         self.log.addHandler(self)
-        self.log.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        what = "measured " if record.levelno == logging.INFO else ""
-        self.display.say(what + record.getMessage())
+        self.display.say(record.getMessage())
 
     def close(self) -> None:
         self.log.removeHandler(self)
-        self.log.setLevel(self.level_before)
         super().close()
+
+
+@contextmanager
+def waiting(text: str, *, shown: bool) -> Iterator[None]:
+    """Shows on a terminal that there is something to wait for, for as long as the context lasts."""
+    console = Console(file=sys.stdout, quiet=not shown)
+    with console.status(text) if console.is_terminal and shown else nullcontext():
+        yield

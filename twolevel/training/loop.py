@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twolevel.data import Data
@@ -15,8 +15,9 @@ from twolevel.distributed.agreement import together
 from twolevel.errors import Stopped, UserError
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import TrainConfig
-from twolevel.training.display import Display
+from twolevel.training.display import Display, waiting
 from twolevel.training.evaluate import evaluate
+from twolevel.training.forms import ChosenForms, fix_forms
 from twolevel.training.graphed import GraphedStep, check_capturable
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
@@ -60,9 +61,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Context, start: Path | None):
         self.config, self.ranks = config, ranks
         mesh, run, rule = ranks.mesh, config.run, config.optimiser
+        recorded = run.forms
         if start is not None:
             with together(ranks.device):
-                check_resumable(config, checkpoint.read_state(start)["config"])
+                written = checkpoint.read_state(start)["config"]
+                check_resumable(config, written)
+                recorded = written["run"].get("forms", {})
 
         dtype = torch.float64 if run.precision == "float64" else torch.float32
         self.data: Data = ranks.load_data(config.data, run.seed, dtype)
@@ -71,6 +75,8 @@ class Trainer:
         options = config.model.create_options() | {"num_classes": self.data.num_classes}
         sync = config.mesh.sync_batch_norm
         model = ranks.build(self.strategy, options, run.seed, self.data.image_shape, sync_batch_norm=sync)
+        self.chosen = self._choose_forms(model, {} if run.remeasure else recorded)
+        run.forms = recorded | self.chosen.forms
         ema = None
         if rule.ema_decay is not None:
             average = get_ema_multi_avg_fn(rule.ema_decay)
@@ -90,6 +96,15 @@ class Trainer:
         self.last_step = min(self.all_steps, run.max_steps or math.inf)
         self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
 
+    def _choose_forms(self, model: nn.Module, recorded: dict[str, str]) -> ChosenForms:
+        batch = (
+            self.config.data.batch_size // self.ranks.mesh["data"].size() // self.config.optimiser.accumulate
+        )
+        with waiting("choosing kernels", shown=self.ranks.first):
+            return fix_forms(
+                model, self.strategy, batch // self.strategy.microbatches, self.data.image_shape, recorded
+            )
+
     def run(self) -> dict | None:
         state, run = self.state, self.config.run
         self.display = Display(self.last_step, state.step, shown=self.ranks.first)
@@ -97,11 +112,18 @@ class Trainer:
         with together(self.ranks.device):
             if self.ranks.first:
                 (run.output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+                if self.chosen.why:
+                    (run.output / "forms.json").write_text(json.dumps(self.chosen.why, indent=1) + "\n")
                 self.metrics = MetricsLog(run.output, state.step)
         last = None
         try:
             with self.display as display, StopRequest() as self.stop:
                 display.say(self._headline())
+                if self.chosen.measured:
+                    display.say(
+                        f"chose kernels for {len(self.chosen.forms)} sizes of layers in {self.chosen.seconds:.0f} s "
+                        f"({run.output / 'forms.json'})"
+                    )
                 while state.untested or state.step < self.last_step:
                     last = self._epoch() or last
         except Stopped:

@@ -23,6 +23,7 @@ FIXED_ON_RESUME = ("model", "conv", "groups", "data", "batch_size", "seed")
 FREE_ON_RESUME = (
     "output",
     "resume",
+    "forms",
     "max_steps",
     "checkpoint_steps",
     "keep_checkpoints",

@@ -34,6 +34,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Strategy:
     """parallel=group: replicas along `data`, each cut by channel group along `group`."""
 
+    microbatches = 1
+
     def __init__(self, config: MeshConfig, mesh: DeviceMesh, device: torch.device, precision: str):
         self.config, self.mesh, self.device, self.precision = config, mesh, device, precision
         self.dtype = torch.float64 if precision == "float64" else torch.float32
