@@ -17,4 +17,20 @@ fi
 # shellcheck disable=SC2206  # several flags in one variable
 flags+=(${MPIRUN_FLAGS:-})
 
-exec mpirun -n "$ranks" "${flags[@]}" python -m twolevel train "$@"
+# Asked to end, mpirun kills its ranks within half a second; SIGUSR1 it passes on, and the run stops with a checkpoint.
+# So mpirun gets a process group of its own, which Ctrl-C does not reach. A second Ctrl-C ends it at once.
+stop() {
+    kill -USR1 "$mpirun" 2>/dev/null || true
+    trap 'kill -TERM "$mpirun" 2>/dev/null || true' INT TERM
+}
+set -m
+mpirun -n "$ranks" "${flags[@]}" python -m twolevel train "$@" </dev/null &
+mpirun=$!
+trap stop INT TERM
+trap 'kill -USR1 "$mpirun" 2>/dev/null || true' USR1
+while true; do
+    status=0
+    wait "$mpirun" || status=$?
+    # A signal ends the wait, not mpirun.
+    kill -0 "$mpirun" 2>/dev/null || exit "$status"
+done

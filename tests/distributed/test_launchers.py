@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,21 @@ def test_a_recipe_gives_ranks_the_threads_that_torchrun_would_not(tmp_path):
     assert recorded(tmp_path, "torchrun.sh", "100000")[0] == "1"
     assert recorded(tmp_path, "torchrun.sh", "1", OMP_NUM_THREADS="7")[0] == "7"
     assert recorded(tmp_path, "slurm.sbatch", SLURM_CPUS_PER_TASK="5")[0] == "5"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_recipe_for_mpirun_asks_a_run_to_stop_instead_of_killing_it(tmp_path, number):
+    stub = tmp_path / "mpirun"
+    stub.write_text("#!/bin/bash\ntrap 'echo stopped; kill %1; exit 130' USR1\nsleep infinity &\necho ready\nwait\n")
+    stub.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    recipe = subprocess.Popen(
+        ["bash", LAUNCH / "mpirun.sh", "2"], env=environment(PATH=path), stdout=subprocess.PIPE, text=True
+    )
+    assert recipe.stdout.readline() == "ready\n"
+    recipe.send_signal(number)
+    assert recipe.communicate(timeout=60)[0] == "stopped\n"
+    assert recipe.returncode == 130
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "torchrun-multinode.sh", "mpirun.sh"])

@@ -26,8 +26,7 @@ class Display:
 
     def __init__(self, total: int, start: int, *, shown: bool):
         self.console = Console(file=sys.stdout, quiet=not shown, highlight=False, soft_wrap=True)
-        # mpirun gives ranks terminals of their own, whose bars it then mixes into one stream.
-        self.live = shown and self.console.is_terminal and "OMPI_COMM_WORLD_RANK" not in os.environ
+        self.live = shown and _is_live(self.console)
         self.total, self.start = total, start
         self.began = self.last_line = time.monotonic()
         self.progress = Progress(
@@ -79,6 +78,11 @@ class Display:
         self.last_line = time.monotonic()
 
 
+def _is_live(console: Console) -> bool:
+    # mpirun gives ranks terminals of their own, whose bars it then mixes into one stream.
+    return console.is_terminal and "OMPI_COMM_WORLD_RANK" not in os.environ
+
+
 class _Warnings(logging.Handler):
     """Says what the layers warn of, such as a C compiler that is missing."""
 
@@ -98,6 +102,6 @@ class _Warnings(logging.Handler):
 @contextmanager
 def waiting(text: str, *, shown: bool) -> Iterator[None]:
     """Shows on a terminal that there is something to wait for, for as long as the context lasts."""
-    console = Console(file=sys.stdout, quiet=not shown)
-    with console.status(text) if console.is_terminal and shown else nullcontext():
+    console = Console(file=sys.stdout)
+    with console.status(text) if shown and _is_live(console) else nullcontext():
         yield
