@@ -1,6 +1,7 @@
 """Counts against the published tables, against torch's own counter, and against arithmetic by hand."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from twolevel.analysis import Collective, count
+from twolevel.analysis.report import count_table
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
@@ -156,6 +158,12 @@ def test_collectives_of_a_layer_by_hand(dtype, size, logit_size):
 def test_collectives_of_wrn_28(conv, ranks, kinds):
     model = on_meta("wrn-28-10", conv=conv, groups=4)
     assert count(model, CIFAR, ranks=ranks).collectives_by_kind() == kinds
+
+
+def test_names_of_layers_are_printed_as_they_are(capsys):
+    model = nn.Sequential(OrderedDict({"stem[/red]:fire:": nn.Conv2d(3, 4, 3)}))
+    count_table(count(model, CIFAR))
+    assert "stem[/red]:fire: " in capsys.readouterr().out
 
 
 def test_model_is_left_as_it_was():

@@ -10,7 +10,7 @@ from twolevel.analysis.planning import presets
 from twolevel.analysis.planning.cost import Setting, group_cost
 from twolevel.analysis.planning.pipeline_cost import pipeline_cost
 from twolevel.analysis.planning.plan import Networks, Request, gigabytes, meshes, plan, seconds, title
-from twolevel.analysis.planning.plan_report import draw_study, plan_json, study_json
+from twolevel.analysis.planning.plan_report import draw_study, plan_json, print_plan, print_study, study_json
 from twolevel.analysis.planning.scaling import study
 from twolevel.errors import UserError
 
@@ -24,6 +24,13 @@ PAPER += [(80, "naive", 4, 255, 1), (80, "gc2l", 2, 73, 29), (80, "gc2l", 4, 20,
 
 def request(model="wrn-28-10", ranks=4, machine=TITAN, batch=128, precision="float32", **more):
     return Request(model, "gc2l", ranks, Setting(machine, batch, precision), **more)
+
+
+def test_the_name_of_a_machine_is_printed_as_it_is(capsys):
+    asked = request("wrn-16-2", machine=replace(TITAN, name="my[/red]:fire:machine"))
+    print_plan(plan(asked))
+    print_study(asked, study(asked))
+    assert capsys.readouterr().out.count("4 ranks of my[/red]:fire:machine ") == 2
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,14 @@ def test_a_run_leaves_records_curve_and_checkpoint(pool, tiny, tmp_path):
     assert (output / "checkpoints" / "step-00000009" / "state.json").exists()
 
 
+def test_the_name_of_an_output_is_printed_as_it_is(pool, tiny, tmp_path):
+    output = (
+        tmp_path / "mk[" / "red]:fire:"
+    )  # "[/red]" ends a colour that never began, and ":fire:" is an emoji
+    (outcome,) = run(pool, "train", *tiny, "--output", output)
+    assert f"twolevel evaluate {output}\n" in outcome.out
+
+
 def test_its_config_json_reproduces_a_run(pool, tiny, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     odd = ["--learning-rate", "0.03", "--lr-milestones", "1", "2", "--no-augment", "--seed", "5"]

@@ -8,7 +8,7 @@ from twolevel.analysis.count import Count
 
 def count_table(count: Count, *, layers: bool = True) -> None:
     """Print a row for each layer that computes or exchanges, and the sums."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.width = max(console.width, 120)  # cut names would be of no use in a pipe
     if layers:
         table = Table(box=None, header_style="bold")

@@ -25,7 +25,9 @@ class Display:
     """Shows a run of `total` steps from step `start` on rank 0; on other ranks nothing."""
 
     def __init__(self, total: int, start: int, *, shown: bool):
-        self.console = Console(file=sys.stdout, quiet=not shown, highlight=False, soft_wrap=True)
+        self.console = Console(
+            file=sys.stdout, quiet=not shown, highlight=False, soft_wrap=True, markup=False, emoji=False
+        )
         self.live = shown and _is_live(self.console)
         self.total, self.start = total, start
         self.began = self.last_line = time.monotonic()

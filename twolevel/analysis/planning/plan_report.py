@@ -18,7 +18,7 @@ PROJECTION = "These are projections of the cost model, not measurements."
 def print_plan(plan: Plan) -> None:
     """Every strategy by step time, then the choice and its reasons."""
     request = plan.request
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.width = max(console.width, 210)  # cut numbers would be of no use in a pipe
     console.print(headline(request), highlight=False)
     table = Table(box=None, header_style="bold")
@@ -69,7 +69,7 @@ def plan_json(plan: Plan) -> str:
 
 def print_study(request: Request, points: list[Point]) -> None:
     """A row for each number of ranks, a column for each strategy: step time, the exposed share of it in brackets."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.width = max(console.width, 230)
     console.print(headline(request), highlight=False)
     names = [name for name in SERIES if any(p.series == name for p in points)]
