@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from command import command, command_by_rank, run, write_image_folder
 
+import twolevel
+
 TRAIN = ["train", "--model", "wrn-10-1", "--max-steps", "1"]
 
 
@@ -153,6 +155,25 @@ def test_a_checkpoint_whose_tensors_are_of_another_model_is_refused(pool, finish
     (checkpoint / "state.json").write_text(json.dumps(state))
     line = refuse(pool, "evaluate", copy)
     assert "is of another network: model." in line and "this one needs" in line
+
+
+@pytest.mark.parametrize("section", ["model", "data", "rules"])
+@pytest.mark.parametrize("version", ["9.1.0", None])
+def test_a_setting_of_a_checkpoint_that_does_not_exist_is_named(finished, fresh, section, version):
+    copy, checkpoint = damage(finished, fresh)
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["version"] == twolevel.__version__
+    state["config"][section]["novelty"] = 1
+    state.pop("version")
+    state |= {"version": version} if version else {}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    for argv in (["evaluate", copy], ["export", copy, fresh / "out.safetensors"], ["report", copy]):
+        outcome = command(*argv)
+        assert outcome.code == 2
+        (line,) = outcome.err.splitlines()
+        assert f"checkpoint {checkpoint}" in line and "has the setting 'novelty'" in line
+        written = f"was written by twolevel 9.1.0, and this is {twolevel.__version__}"
+        assert (written in line) == (version is not None)
 
 
 @pytest.mark.parametrize("how", ["truncated", "missing", "scrambled header", "no json", "half a state"])

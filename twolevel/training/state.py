@@ -11,6 +11,7 @@ from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
+from twolevel import __version__
 from twolevel.distributed import sync_buffers
 from twolevel.distributed.agreement import together
 from twolevel.errors import UserError
@@ -75,6 +76,7 @@ class TrainState:
                 sync_buffers(model, self.mesh)
         path = checkpoint.folder(self.config.run.output / "checkpoints", self.step)
         state = {
+            "version": __version__,
             "config": self.config.to_dict(),
             "num_classes": self.num_classes,
             "step": self.step,

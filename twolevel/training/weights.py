@@ -9,13 +9,14 @@ from torch import nn
 from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from twolevel import __version__
 from twolevel.data.config import DataConfig
 from twolevel.distributed.agreement import together
 from twolevel.errors import UserError
 from twolevel.models import create, files
 from twolevel.nn import layout_of
 from twolevel.training import checkpoint
-from twolevel.training.config import MeshConfig, ModelConfig
+from twolevel.training.config import MeshConfig, TrainConfig
 from twolevel.training.evaluate import evaluate
 from twolevel.training.setup import join
 from twolevel.training.state import named_parts
@@ -53,12 +54,13 @@ class Weights:
             )
         path = newest or path
         state = checkpoint.read_state(path)
-        if which == "ema" and state["config"]["optimiser"]["ema_decay"] is None:
+        config = _config(path, state)
+        if which == "ema" and config.optimiser.ema_decay is None:
             raise UserError(f"{path} has no moving average of the weights: the run had no --ema-decay")
-        options = ModelConfig(**state["config"]["model"]).create_options()
+        options = config.model.create_options()
         options["num_classes"] = state["num_classes"]
-        wide = state["config"]["run"]["precision"] == "float64"
-        return cls(path, options, state["config"]["data"], which, torch.float64 if wide else torch.float32)
+        dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+        return cls(path, options, config.to_dict()["data"], which, dtype)
 
     def load_into(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Fill this rank's part of the network."""
@@ -91,6 +93,19 @@ class Weights:
         tensors = model.to(self.dtype).to_empty(device="cpu").state_dict()
         checkpoint.load(self.path, {f"{self.which}.{name}": tensor for name, tensor in tensors.items()})
         files.save(output, tensors, self.options, {name: self.data[name] for name in ("data", "image_size")})
+
+
+def _config(path: Path, state: dict[str, Any]) -> TrainConfig:
+    """The settings of the run that a checkpoint is of. Raises UserError where one of them does not exist here."""
+    try:
+        return TrainConfig.from_dict(state["config"], f"checkpoint {path}")
+    except UserError as error:
+        version = state.get("version", __version__)
+        if version == __version__:
+            raise
+        raise UserError(
+            f"{error}; it was written by twolevel {version}, and this is {__version__}"
+        ) from error
 
 
 def evaluate_weights(
