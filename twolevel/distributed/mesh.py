@@ -1,24 +1,42 @@
 """The mesh of ranks: `data` (replicas) by `group` (parts of one network), group innermost."""
 
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
 from torch.distributed import DeviceMesh
-from torch.distributed.device_mesh import init_device_mesh
 
 from twolevel.distributed.environment import start
 from twolevel.errors import UserError
 
 
-def init_mesh(data: int = 1, group: int | None = None, *, device: str = "auto") -> DeviceMesh:
+def init_mesh(
+    data: int = 1, group: int | None = None, *, device: str = "auto", timeout_s: float = 600
+) -> DeviceMesh:
     """A mesh of data x group ranks over the whole world, which torchrun, MPI or Slurm has started.
 
     `group` defaults to all ranks that `data` leaves; without a launcher there is one rank. Ranks that
-    follow each other share a `group` axis, so that it stays within a node where it fits.
+    follow each other share a `group` axis, so that it stays within a node where it fits. The ranks of an
+    axis wait for each other for `timeout_s` in a collective; an axis of all ranks has the default process
+    group, which keeps its own timeout if it exists already.
 
     Raises UserError where data x group is not the number of ranks.
     """
-    world = start(device)
+    world = start(device, timeout_s)
     check_mesh(data, group, world.size)
-    shape = (data, group or world.size // data)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("data", "group"))
+    ranks = torch.arange(world.size).view(data, -1)
+    axes = {"data": ranks.T, "group": ranks}
+    # Not by init_device_mesh, whose groups wait for torch's default of half an hour.
+    groups = [_own_group(name, lines.tolist(), timeout_s) for name, lines in axes.items()]
+    return DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=tuple(axes))
+
+
+def _own_group(axis: str, lines: list[list[int]], timeout_s: float) -> dist.ProcessGroup:
+    """The group of this rank's line of ranks along an axis; every rank makes those of all lines."""
+    if len(lines) == 1:
+        return dist.group.WORLD
+    timeout = timedelta(seconds=timeout_s)
+    return dist.new_subgroups_by_enumeration(lines, timeout=timeout, group_desc=f"mesh_{axis}")[0]
 
 
 def check_mesh(data: int, group: int | None, world_size: int) -> None:

@@ -103,7 +103,7 @@ def join(mesh: MeshConfig, settings: dict) -> Context:
         data, group = mesh.data_parallel, mesh.group_parallel
         if mesh.parallel == "fsdp":
             data, group = (world.size if data == 1 else data), 1
-        return Context(world, init_mesh(data, group, device=mesh.device), mesh)
+        return Context(world, init_mesh(data, group, device=mesh.device, timeout_s=mesh.timeout), mesh)
     except BaseException:
         stop(world)
         raise

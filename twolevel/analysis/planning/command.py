@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from twolevel.analysis.planning import calibrate, presets
 from twolevel.analysis.planning.calibrate_links import measure_link
@@ -15,6 +14,7 @@ from twolevel.analysis.planning.plan import Request, plan
 from twolevel.analysis.planning.plan_report import draw_study, plan_json, print_plan, print_study, study_json
 from twolevel.analysis.planning.scaling import study
 from twolevel.distributed.environment import World, start, stop
+from twolevel.distributed.mesh import init_mesh
 from twolevel.distributed.mpi_axis import MPIAxis, exchange_of
 from twolevel.errors import UserError
 from twolevel.ops.store import cache_folder
@@ -132,8 +132,7 @@ def _links(world: World) -> tuple[Link, Link]:
     link, internode = presets.link("loopback"), presets.link("ethernet-10g")
     if world.size == 1:
         return link, internode
-    mesh = init_device_mesh(world.device.type, (1, world.size), mesh_dim_names=("data", "group"))
-    axis = exchange_of(mesh, "auto")
+    axis = exchange_of(init_mesh(device=world.device.type), "auto")
     carrier = "MPI" if isinstance(axis, MPIAxis) else world.backend
     if world.local_size < world.size:
         return link, measure_link(axis, world.device, f"{carrier} between nodes")
