@@ -13,6 +13,7 @@ from twolevel.analysis.report import count_table
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
+from twolevel.nn.whole import WholeConv2d
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
@@ -188,3 +189,30 @@ def test_ranks_that_do_not_divide_the_groups_are_refused():
         count(model, CIFAR, ranks=3)
     with pytest.raises(UserError, match=r"^ranks=0 is not positive; use 1 or more$"):
         count(model, CIFAR, ranks=0)
+
+
+class Uncounted(WholeConv2d):
+    def forward(self, x):
+        return x.new_empty(len(x), self.out_channels, *x.shape[2:])
+
+
+class OfValues(nn.Module):
+    """Its shapes depend on what its input holds."""
+
+    def forward(self, x):
+        return x[x > 0]
+
+
+def test_a_kind_that_does_not_say_how_it_counts_is_named_with_what_it_lacks():
+    wanted = "1 is of Uncounted, whose work is unknown; define Uncounted.macs(pixels, *, nominal=False)"
+    with pytest.raises(UserError) as raised:
+        count(nn.Sequential(nn.Conv2d(3, 8, 1), Uncounted(8, 8, 1)), CIFAR)
+    assert str(raised.value) == wanted
+
+
+def test_a_network_whose_shapes_depend_on_values_is_refused_in_one_line():
+    with pytest.raises(
+        UserError, match=r"^Sequential cannot be counted from shapes alone: .*nonzero"
+    ) as raised:
+        count(nn.Sequential(nn.Conv2d(3, 8, 1), OfValues()), CIFAR)
+    assert "\n" not in str(raised.value)

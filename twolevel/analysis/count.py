@@ -126,7 +126,8 @@ def count(
     any device, the meta device included (but for FLGC and DGConv, whose groups are values): only shapes are
     computed. Multiply-accumulates are those of convolutions and linear layers, for one image, forward.
 
-    Raises UserError where `ranks` does not divide the groups, or for a model that is a part already.
+    Raises UserError where `ranks` does not divide the groups, for a model that is a part already or whose shapes
+    depend on values, and for a WholeConv2d without `macs`.
     """
     layout = layout_of(model)
     if layout.parts > 1:
@@ -148,7 +149,7 @@ def count(
         parameters = sum(t.numel() for t in tensors.values())
         held_whole_ends += parameters if module in whole_ends else held
         published += module.used_parameters(nominal=True) if isinstance(module, WholeConv2d) else parameters
-        macs, realised = _macs(module, outputs[name])
+        macs, realised = _macs(name, module, outputs[name])
         elementwise += module.selection_operations() if isinstance(module, WholeConv2d) else 0
         layers.append(
             LayerCount(
@@ -185,6 +186,9 @@ def _output_shapes(model: nn.Module, input_shape) -> tuple[dict[str, tuple[int, 
         with torch.no_grad(), ElementCounter() as counter:
             image = torch.empty(1, *input_shape, device="meta", dtype=dtype)
             functional_call(model.eval(), tensors, (image,))
+    except NotImplementedError as error:  # by torch, of an operation whose result's shape depends on values
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"{type(model).__name__} cannot be counted from shapes alone: {reason}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -193,11 +197,17 @@ def _output_shapes(model: nn.Module, input_shape) -> tuple[dict[str, tuple[int, 
     return shapes, counter.operations
 
 
-def _macs(module: nn.Module, output: tuple[int, ...]) -> tuple[int, int]:
+def _macs(name: str, module: nn.Module, output: tuple[int, ...]) -> tuple[int, int]:
     """(as papers count, as the module is now): every weight of a convolution is used once for each output pixel."""
     if isinstance(module, nn.Linear):
         return module.weight.numel(), module.weight.numel()
     if isinstance(module, WholeConv2d):
+        kind = type(module)
+        if kind.macs is WholeConv2d.macs:
+            raise UserError(
+                f"{name} is of {kind.__name__}, whose work is unknown; "
+                f"define {kind.__name__}.macs(pixels, *, nominal=False)"
+            )
         pixels = output[1] * output[2]
         return module.macs(pixels, nominal=True), module.macs(pixels)
     if isinstance(module, nn.Conv2d | TwoLevelConv2d):
