@@ -13,6 +13,7 @@ from twolevel.analysis.report import count_table
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
+from twolevel.nn.structure import ACTIVATIONS
 from twolevel.nn.whole import WholeConv2d
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
@@ -159,6 +160,12 @@ def test_collectives_of_a_layer_by_hand(dtype, size, logit_size):
 def test_collectives_of_wrn_28(conv, ranks, kinds):
     model = on_meta("wrn-28-10", conv=conv, groups=4)
     assert count(model, CIFAR, ranks=ranks).collectives_by_kind() == kinds
+
+
+@pytest.mark.parametrize("module", ACTIVATIONS.values())
+def test_every_activation_is_an_operation_an_element(module):
+    activation = module(*{nn.Threshold: (0.1, 0.2)}.get(module, ()))
+    assert count(nn.Sequential(nn.Conv2d(3, 8, 3), activation), CIFAR).elementwise == 8 * 30 * 30
 
 
 def test_names_of_layers_are_printed_as_they_are(capsys):

@@ -3,9 +3,11 @@
 import weakref
 from collections import Counter
 from dataclasses import replace
+from inspect import signature
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +29,7 @@ from twolevel.distributed.fsdp import shard_parameters
 from twolevel.distributed.parallelize import replicate
 from twolevel.distributed.stages import cut_stages
 from twolevel.errors import UserError
+from twolevel.nn.structure import ACTIVATIONS
 
 CURVES = {"float32": ((1, 1.0), (2, 1.0)), "bf16": ((1, 1.0), (2, 1.0))}
 # Everything by hand: 1 GFLOP/s, 1 GB/s, links of 1 ms and 1 MB/s (within) or 0.1 MB/s (between nodes).
@@ -112,6 +115,22 @@ def test_activation_bytes_are_what_autograd_saves(name, conv, groups, size, prec
     network = make(name, conv, groups)
     part = Part(traced := trace(network, (3, size, size)), traced.layers, 4, 1, precision)
     assert saved_bytes(network, *batch_of(4, size), autocast=precision == "bf16") == part.activations()
+
+
+# Without log_sigmoid, which keeps one more tensor on CPUs than on GPUs.
+@pytest.mark.parametrize("module", [m for name, m in ACTIVATIONS.items() if name != "logsigmoid"])
+def test_an_activation_keeps_what_autograd_saves_of_it(module):
+    able = [False, True] if "inplace" in signature(module).parameters else [False]
+    values = {nn.Threshold: (0.1, 0.2)}.get(module, ())
+    for in_place in able:
+        activation = module(*values, **({"inplace": True} if in_place else {}))
+        # Between what keeps nothing, or the classifier's input: one map more or less is seen.
+        network = nn.Sequential(
+            nn.BatchNorm2d(3), activation, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 10)
+        )
+        part = Part(traced := trace(network, (3, 8, 8)), traced.layers, 4)
+        assert [layer.kind for layer in traced.layers][1] == "activation"
+        assert saved_bytes(network, *batch_of(4, 8)) == part.activations(), in_place
 
 
 @pytest.mark.parametrize(("name", "conv", "groups", "size"), NETWORKS)

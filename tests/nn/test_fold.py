@@ -11,6 +11,7 @@ from twolevel.errors import UserError
 from twolevel.nn.channels import PermuteChannels
 from twolevel.nn.dgconv import DGConv2d
 from twolevel.nn.fold import fold_permutations
+from twolevel.nn.structure import ACTIVATIONS
 
 # The same sums of at most some hundred float64 products, in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -242,3 +243,11 @@ def test_loaded_permutation_is_the_one_that_runs():
     other.load_state_dict(states[0])
     assert torch.equal(shuffle(x), wanted[1])
     assert torch.equal(other(x), wanted[0])
+
+
+@pytest.mark.parametrize("module", ACTIVATIONS.values())
+def test_a_permutation_passes_every_activation(module):
+    activation = module(*{nn.Threshold: (0.1, 0.2)}.get(module, ()))
+    permutation = PermuteChannels(torch.arange(16).flip(0))
+    folding = check(nn.Sequential(permutation, activation, nn.Conv2d(16, 8, 1)))
+    assert folding.folded == {"0": ("2",)}

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-ACTIVATIONS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
-MEANS = {F.adaptive_avg_pool2d, torch.mean, Tensor.mean}
-POOLS = {F.max_pool2d, F.avg_pool2d, torch.max_pool2d}
+from twolevel.nn.structure import ACTIVATIONS, ADAPTIVE_POOLS, WINDOW_POOLS, functions_of
+
+READ_ONCE = functions_of((*ACTIVATIONS, *ADAPTIVE_POOLS, "mean"))
+READ_BY_WINDOW = functions_of(WINDOW_POOLS)
 
 
 class ElementCounter(TorchFunctionMode):
@@ -25,9 +23,9 @@ class ElementCounter(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function in ACTIVATIONS or function in MEANS:
+        if function in READ_ONCE:
             self.operations += args[0].numel()
-        elif function in POOLS:
+        elif function in READ_BY_WINDOW:
             window = args[1] if len(args) > 1 else kwargs["kernel_size"]
             height, width = (window, window) if isinstance(window, int) else window
             self.operations += result.numel() * height * width

@@ -3,7 +3,6 @@
 image --stem--> split by channel --grouped convolutions, norms, activations, pools--> classifier --> whole
 """
 
-import operator
 from typing import Literal
 
 import torch
@@ -14,48 +13,9 @@ from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
 from twolevel.nn.bias import ChannelBias
 from twolevel.nn.layout import ends
+from twolevel.nn.structure import DROPOUTS, PER_CHANNEL, PER_CHANNEL_FUNCTIONS, PER_CHANNEL_METHODS
 from twolevel.nn.whole import WholeConv2d
 
-# What treats every channel alone. A module of another type may do so too, but is not known to.
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Mish, nn.Softplus)
-ACTIVATIONS += (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
-POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-OTHERS = (nn.BatchNorm2d, ChannelBias, nn.Dropout, nn.Dropout2d, nn.Identity)
-PER_CHANNEL = (*ACTIVATIONS, *POOLS, *OTHERS)
-
-PER_CHANNEL_FUNCTIONS = {
-    F.relu,
-    F.relu6,
-    F.silu,
-    F.gelu,
-    F.hardtanh,
-    F.dropout,
-    torch.relu,
-    torch.sigmoid,
-    torch.tanh,
-}
-PER_CHANNEL_FUNCTIONS |= {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
-PER_CHANNEL_FUNCTIONS |= {
-    operator.add,
-    operator.iadd,
-    operator.sub,
-    operator.mul,
-    operator.imul,
-    torch.add,
-    torch.mul,
-}
-PER_CHANNEL_METHODS = {
-    "relu",
-    "relu_",
-    "sigmoid",
-    "tanh",
-    "add",
-    "add_",
-    "mul",
-    "mul_",
-    "clone",
-    "contiguous",
-}
 SPATIAL = ({2, 3}, {-1, -2})
 
 
@@ -105,7 +65,7 @@ def check_within_groups(model: nn.Module, ranks: int) -> None:
             elif split and not (module is classifier and split == {"features"}):
                 _check_module(node.target, module, ranks)
                 states[node] = "features" if isinstance(module, nn.Flatten) else split.pop()
-            elif not split and isinstance(module, nn.Dropout | nn.Dropout2d) and module.p > 0:
+            elif not split and isinstance(module, DROPOUTS) and module.p > 0:
                 raise UserError(
                     f"{node.target} would drop other values on each of group={ranks} ranks of what they all hold; "
                     "set its p to 0"

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from twolevel.errors import UserError
 from twolevel.nn.channels import PermuteChannels
+from twolevel.nn.structure import ACTIVATIONS, DROPOUTS, functions_of, methods_of
 from twolevel.nn.whole import WholeConv2d
 
 
@@ -67,15 +67,9 @@ def fold_permutations(model: nn.Module) -> Folding:
     return Folding(model, folded, {name: reason for name, reason in kept.items() if name not in folded})
 
 
-ELEMENTWISE = (
-    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU),
-    *(nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
-)
-ELEMENTWISE_FUNCTIONS = {
-    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid),
-    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
-}
-ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh"}
+ELEMENTWISE = (*ACTIVATIONS.values(), *DROPOUTS, nn.Identity)
+ELEMENTWISE_FUNCTIONS = functions_of(ACTIVATIONS)
+ELEMENTWISE_METHODS = methods_of(ACTIVATIONS)
 
 
 class _Stopped(Exception):

@@ -12,6 +12,7 @@ from math import prod
 
 from twolevel.analysis.planning.timing import ITEMSIZE
 from twolevel.analysis.planning.workload import KEEPS_INPUT, Layer, Workload
+from twolevel.nn.structure import KEEPS_RESULT_IN_PLACE
 
 Kept = tuple[Hashable, int]  # (which tensor, bytes)
 
@@ -59,12 +60,11 @@ class Part:
             statistics = 2 * 4 * out.shape[0] // (self.ranks if self.workload.is_map(layer.output) else 1)
             kept += [given, (("statistics", layer.output), statistics)]
         if layer.kind == "activation" or layer.operation in KEEPS_INPUT:
-            if layer.operation in KEEPS_INPUT and given[0] == made[0]:
-                kept.append(
-                    (("copy", layer.output), given[1])
-                )  # in place, so autograd copies the input first
-            else:
-                kept.append(given if layer.operation in KEEPS_INPUT else made)
+            in_place = given[0] == made[0]
+            if layer.operation not in KEEPS_INPUT or (in_place and layer.operation in KEEPS_RESULT_IN_PLACE):
+                kept.append(made)
+            else:  # in place autograd copies the input first
+                kept.append((("copy", layer.output), given[1]) if in_place else given)
         if layer.operation == "dropout":
             kept.append((("mask", layer.output), made[1]))
         if layer.operation == "max_pool2d":

@@ -19,16 +19,23 @@ from torch.overrides import TorchFunctionMode
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
 from twolevel.nn.layout import channel_groups, ends, named_layers
+from twolevel.nn.structure import ACTIVATIONS, KEEPS_RESULT, POOLS, functions_of
 from twolevel.nn.whole import WholeConv2d
 
 Kind = Literal["conv", "two-level", "norm", "activation", "add", "mean", "pool", "linear", "other"]
 Shape = tuple[int, ...]
-# By name: torch gives the same operation several functions (F.relu, Tensor.relu_, ...).
-KIND_OF: dict[str, Kind] = {"relu": "activation", "relu6": "activation", "hardtanh": "activation"}
+
+
+def _names(operations: object) -> set[str]:
+    """By name: torch gives the same operation several functions (F.relu, Tensor.relu_, ...)."""
+    return {function.__name__.rstrip("_") for function in functions_of(operations)}
+
+
+KIND_OF: dict[str, Kind] = dict.fromkeys(_names(ACTIVATIONS), "activation")
 KIND_OF |= {"add": "add", "__add__": "add", "__iadd__": "add", "mean": "mean"}
-KIND_OF |= dict.fromkeys(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat"), "pool")
+KIND_OF |= dict.fromkeys((*_names(POOLS), "cat"), "pool")
 VIEWS = {"flatten", "view", "reshape", "unflatten", "squeeze", "contiguous"}
-KEEPS_INPUT = {"hardtanh", "relu6", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}
+KEEPS_INPUT = _names((*ACTIVATIONS, *POOLS)) - _names(KEEPS_RESULT)
 
 
 @dataclass(frozen=True)
