@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import DeviceMesh
 from torch.nn import functional as F
 
-from twolevel.distributed import init_mesh, parallelize
+from twolevel.distributed import init_mesh, mpi_axis, parallelize
 from twolevel.distributed.environment import start, stop
 from twolevel.distributed.mpi_axis import MPIAxis, exchange_of
 from twolevel.errors import UserError
@@ -37,6 +37,24 @@ def odd_strides(axis: MPIAxis) -> torch.Tensor:
     """The gather of a tensor of one column, whose stride says nothing."""
     own = torch.full((9,), dist.get_rank() + 1.0).as_strided((2, 1), (1, 5))
     return axis.gather(own).wait()
+
+
+def beyond_what_mpi_counts(axis: MPIAxis) -> dict:
+    """Where MPI counts to 7: gathers of 60, 30 and 28 bytes a rank, and what sums of more numbers say."""
+    number, found = dist.get_rank() + 1, {"said": []}
+    limit, mpi_axis.MOST_ITEMS = mpi_axis.MOST_ITEMS, 7
+    try:
+        owns = [torch.full((3, 5), number, dtype=d) for d in (torch.float32, torch.bfloat16)]
+        owns.append(torch.full((7,), number, dtype=torch.float32))
+        found["gathered"] = [gathering.wait() for gathering in [axis.gather(own) for own in owns]]
+        for collective in (axis.scatter_sum, axis.all_reduce_):
+            try:
+                collective(torch.ones(8 * axis.ranks))
+            except UserError as error:
+                found["said"].append(str(error))
+    finally:
+        mpi_axis.MOST_ITEMS = limit
+    return found
 
 
 def gradients(axis: MPIAxis) -> dict:
@@ -119,6 +137,7 @@ def main(folder: Path) -> None:
     answers = {
         "numbers": {str(dtype): numbers(axis, dtype) for dtype in DTYPES},
         "odd strides": odd_strides(axis),
+        "beyond": beyond_what_mpi_counts(axis),
         "gradients": gradients(axis),
         "parity": {schedule: parity(mesh, schedule) for schedule in ("overlapped", "fused")},
         "choices": {name: type(exchange_of(mesh, name)).__name__ for name in ("auto", "group", "mpi")},

@@ -49,6 +49,18 @@ def test_gather_is_in_order_of_rank_and_scatter_sums(answers):
         assert answer["odd strides"].flatten().tolist() == [p + 1 for p in range(ranks) for _ in range(2)]
 
 
+def test_a_gather_of_more_than_mpi_counts_is_whole_and_a_sum_is_refused(answers):
+    ranks = len(answers)
+    for answer in answers:
+        for gathered in answer["beyond"]["gathered"]:
+            rows = gathered.view(ranks, -1)
+            assert [row.unique().tolist() for row in rows] == [[p + 1] for p in range(ranks)]
+        assert answer["beyond"]["said"] == [
+            f"exchange=mpi adds up 7 numbers a rank at most, not {number}; use group"
+            for number in (8, 8 * ranks)
+        ]
+
+
 def test_logits_pass_their_gradient_and_the_input_sums_it(answers):
     total = TOTAL[len(answers)]
     for rank, answer in enumerate(answers):

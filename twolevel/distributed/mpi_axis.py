@@ -24,6 +24,7 @@ from twolevel.errors import UserError, unknown
 POLL_S = 100e-6
 POLL_ALONE_S = 1e-3
 SLEEP_S = 50e-6
+MOST_ITEMS = 2**31 - 1  # of one collective and rank: counts are C ints before MPI 4
 EXCHANGES = ("auto", "group", "mpi")
 SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)  # MPI has no sum of them
 
@@ -89,14 +90,20 @@ class MPIAxis(MeshAxis):
         own = _plain(own)
         result = own.new_empty(self.ranks * len(own), *own.shape[1:])
         # As bytes: nothing is computed, so MPI need not know the type.
-        buffers = [[_memory(t.view(-1).view(torch.uint8)), self._mpi.BYTE] for t in (own, result)]
-        return _InFlight(self._comm.Iallgather(*buffers), own, result, own.dtype, self)
+        sent, received = (_memory(t.view(-1).view(torch.uint8)) for t in (own, result))
+        many = own.nbytes > MOST_ITEMS
+        item = self._item_of(own.nbytes) if many else self._mpi.BYTE
+        request = self._comm.Iallgather([sent, item], [received, item])
+        if many:
+            item.Free()  # once the request is done
+        return _InFlight(request, own, result, own.dtype, self)
 
     def scatter_sum(self, parts: Tensor) -> "_InFlight":
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
         refuse_second_derivative(parts)
         wide = _widened(_plain(parts))
         result = wide.new_empty(len(parts) // self.ranks, *parts.shape[1:])
+        _check_count(result)
         request = self._comm.Ireduce_scatter_block(_memory(wide), _memory(result), self._mpi.SUM)
         return _InFlight(request, wide, result, parts.dtype, self)
 
@@ -104,10 +111,20 @@ class MPIAxis(MeshAxis):
         """The sum over ranks, in place and without a gradient; `tensor` is contiguous."""
         plain = tensor.detach()
         wide = _widened(plain)
+        _check_count(wide)
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, _memory(wide), self._mpi.SUM)
         total = _InFlight(request, wide, wide, plain.dtype, self).wait()
         if total is not plain:
             plain.copy_(total)
+
+    def _item_of(self, size: int):
+        """An MPI type whose one item is so many bytes."""
+        blocks, rest = divmod(size, MOST_ITEMS)
+        block = self._mpi.BYTE.Create_contiguous(MOST_ITEMS)
+        types = [block, self._mpi.BYTE]
+        item = self._mpi.Datatype.Create_struct([blocks, rest], [0, blocks * MOST_ITEMS], types).Commit()
+        block.Free()
+        return item
 
 
 class _InFlight(NamedTuple):
@@ -165,6 +182,13 @@ def _plain(tensor: Tensor) -> Tensor:
 def _widened(tensor: Tensor) -> Tensor:
     """In a type that MPI can sum."""
     return tensor.float() if tensor.dtype in SUMMED_IN_FLOAT32 else tensor
+
+
+def _check_count(total: Tensor) -> None:
+    if total.numel() > MOST_ITEMS:
+        raise UserError(
+            f"exchange=mpi adds up {MOST_ITEMS} numbers a rank at most, not {total.numel()}; use group"
+        )
 
 
 def _memory(tensor: Tensor):
