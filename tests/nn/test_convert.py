@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 import twolevel
 from twolevel.errors import UserError
@@ -177,3 +178,124 @@ def test_a_class_of_its_own_is_left_and_named():
 
     model = twolevel.convert(nn.Sequential(nn.Conv2d(3, 8, 3), Scaled(8, 8, 1), nn.Conv2d(8, 8, 1)), "gc", 4)
     assert model.conversion.left["1"] == "a Scaled, which may do more than a Conv2d"
+
+
+def beside(*convolutions: nn.Module) -> nn.Sequential:
+    """A network of these between a stem and a convolution that is always replaced."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *convolutions, nn.Conv2d(8, 8, 1))
+
+
+def test_a_convolution_skipped_under_one_of_its_names_is_left_under_all():
+    for skip in ("1", "2.*"):
+        shared = nn.Conv2d(8, 8, 3, padding=1)
+        model = twolevel.convert(beside(shared, nn.Sequential(shared)), "gc", 4, skip=skip)
+        assert model[1] is shared and model[2][0] is shared
+        assert model.conversion.left == {"0": "the stem", "1": "skipped", "2.0": "skipped"}
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_convolutions_that_share_a_parameter_are_left_sharing_it(name):
+    first, second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    setattr(second, name, getattr(first, name))
+    model = twolevel.convert(beside(first, second), "gc", 4)
+    assert model[1] is first and model[2] is second
+    assert model.conversion.left["1"] == f"its {name} is shared with 2"
+    assert model.conversion.left["2"] == f"its {name} is shared with 1"
+
+
+def test_a_weight_that_the_network_itself_holds_too_is_left():
+    model = beside(conv := nn.Conv2d(8, 8, 1))
+    model.register_parameter("again", conv.weight)
+    twolevel.convert(model, "gc", 4)
+    assert model[1] is conv and model[1].weight is model.again
+    assert model.conversion.left["1"] == "its weight is shared with the network itself"
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda conv: conv.register_forward_hook(lambda *_: None),
+        lambda conv: conv.register_forward_pre_hook(lambda *_: None),
+        lambda conv: conv.register_full_backward_hook(lambda *_: None),
+        lambda conv: conv.register_full_backward_pre_hook(lambda *_: None),
+        lambda conv: conv.register_load_state_dict_post_hook(lambda *_: None),
+    ],
+    ids="forward pre backward backward_pre load".split(),
+)
+def test_hooks_stay_where_they_are(register):
+    hooked = nn.Conv2d(8, 8, 1)
+    register(hooked)
+    model = twolevel.convert(beside(hooked), "gc", 4)
+    assert model[1] is hooked
+    assert (
+        model.conversion.left["1"] == "it has hooks, which belong to it; register them after the conversion"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize(
+    ("compute", "said"),
+    [
+        (nn.utils.parametrizations.weight_norm, "its weight is parametrized"),
+        (nn.utils.parametrizations.spectral_norm, "its weight is parametrized"),
+        (nn.utils.weight_norm, "it has tensors of its own: weight_g, weight_v"),
+        (nn.utils.spectral_norm, "it has tensors of its own: weight_orig, weight_u, weight_v"),
+        (prune.identity, "it has tensors of its own: weight_mask, weight_orig"),
+    ],
+)
+def test_a_weight_that_is_computed_from_others_is_left(compute, said):
+    conv = nn.Conv2d(8, 8, 1)
+    compute(conv, "weight")
+    names = {*conv.state_dict()}
+    model = twolevel.convert(beside(conv), "gc", 4)
+    assert model[1] is conv and {*conv.state_dict()} == names
+    assert model.conversion.left["1"] == said
+
+
+@pytest.mark.parametrize(("before", "conv", "groups"), KEPT)
+def test_frozen_weights_that_are_kept_stay_frozen(before, conv, groups):
+    model = small(before, bias=True)
+    model[2].weight.requires_grad_(False)
+    twolevel.convert(model, conv, groups)
+    assert {name for name, p in model[2].named_parameters() if p.requires_grad} == {"1.bias"}
+    model = small(before, bias=True)
+    model[2].bias.requires_grad_(False)
+    twolevel.convert(model, conv, groups)
+    assert {name for name, p in model[2].named_parameters() if not p.requires_grad} == {"1.bias"}
+
+
+def test_frozen_weights_that_cannot_be_kept_are_left():
+    frozen = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    model = twolevel.convert(beside(frozen), "gc2l", 4)
+    assert model[1] is frozen
+    assert model.conversion.left["1"] == "its weight is frozen, and gc2l of groups=4 cannot represent it"
+
+
+def test_a_replaced_forward_is_left():
+    conv = nn.Conv2d(8, 8, 1)
+    conv.forward = lambda x: 2 * x
+    model = twolevel.convert(beside(conv), "gc", 4)
+    assert model[1] is conv and model.conversion.left["1"] == "its forward was replaced"
+
+
+def test_the_inference_forms_of_our_convolutions_are_not_converted():
+    """Whose convolutions lie deeper than their own children."""
+    form = FLGConv2d(16, 16, 3, padding=1, groups=2).eval().to_inference()
+    before, classes = form.state_dict(), [type(m) for m in form.modules()]
+    assert nn.Conv2d in classes
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), form, nn.Conv2d(16, 8, 1))
+    twolevel.convert(model, "gc", 1)
+    assert [*model.conversion.replaced] == ["2"] and [*model.conversion.left] == ["0"]
+    assert [type(m) for m in form.modules()] == classes
+    torch.testing.assert_close(form.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_memory_format_is_kept():
+    model = small().to(memory_format=torch.channels_last)
+    twolevel.convert(model, "gc2l", 4)
+    assert model[2].local.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_lone_convolution_is_refused_by_what_it_is():
+    with pytest.raises(UserError, match=r"groups=4: the network itself: the stem$"):
+        twolevel.convert(nn.Conv2d(8, 8, 1), "gc", 4)

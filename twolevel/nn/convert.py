@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.bias import ChannelBias
-from twolevel.nn.carry import carry_weights
+from twolevel.nn.carry import DRAWN, carry_weights
 from twolevel.nn.factory import KINDS, make_conv
 from twolevel.nn.init import initialize
 from twolevel.nn.layout import convolutions
@@ -44,11 +45,13 @@ def convert(
 ) -> nn.Module:
     """Replace, in place, every nn.Conv2d of a network by one of kind `conv`; what was done is in `model.conversion`.
 
-    Stride, padding, dilation, bias, device and type are copied. The weights are kept where the new form can
-    represent the old function, and drawn from (seed, name) elsewhere. Left as they are: the first
-    convolution (the stem), depthwise convolutions, those whose channels `groups` does not divide, those
-    with a padding other than zeros, and what `skip` names: patterns like "layer1.*", or a function of
-    (name, module).
+    Stride, padding, dilation, bias, device, type, memory format and training mode are copied. The weights are
+    kept where the new form can represent the old function, frozen if they were, and drawn from (seed, name)
+    elsewhere. A convolution under several names stays one. Left as they are: the first convolution (the stem),
+    depthwise convolutions, those whose channels `groups` does not divide, those with a padding other than
+    zeros; those that own what the new form cannot take over: a shared or a computed weight, hooks, a frozen
+    weight that would be drawn anew; and what `skip` names under one of its names: patterns like "layer1.*",
+    or a function of (name, module).
 
     Raises UserError for an unknown kind, or where nothing at all is replaced.
     """
@@ -56,60 +59,97 @@ def convert(
         raise unknown("conv", conv, KINDS)
     done = Conversion(conv, groups)
     skip = (skip,) if isinstance(skip, str) else skip
-    became: dict[nn.Module, nn.Module] = {}  # a module may stand under several names
-    stem = next(iter(convolutions(model)), None)
-    for name, module in [*model.named_modules(remove_duplicate=False)]:
-        if not isinstance(module, nn.Conv2d) or not _is_free(model, name):
-            continue
-        if module in became:
-            _put(model, name, became[module])
-            done.replaced[name] = "shared"
-            continue
-        why = _why_left(name, module, module is stem, skip)
-        try:
-            new = why or _same_geometry(module, conv, groups, options)
-        except UserError as error:
-            why = str(error)
+    stem, holders = next(iter(convolutions(model)), None), _holders(model)
+    for module, names in _free_convolutions(model).items():
+        why = "the stem" if module is stem else _why_left(module, names, holders, skip)
+        if not why:
+            try:
+                new, weights = _replacement(module, names[0], conv, groups, options, seed)
+            except UserError as error:
+                why = str(error)
         if why:
-            done.left[name] = why
+            done.left |= dict.fromkeys(names, why)
             continue
-        initialize(new, seed, prefix=name) if not module.weight.is_meta else None
-        done.replaced[name] = carry_weights(module, new)
-        if module.bias is not None:
-            bias = ChannelBias(module.out_channels, module.bias.device, module.bias.dtype)
-            bias.bias = module.bias
-            new = nn.Sequential(new, bias)
-        became[module] = new.train(module.training)
-        _put(model, name, new)
+        for name in names:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
+            done.replaced[name] = weights if name == names[0] else "shared"
     if not done.replaced:
-        reasons = "; ".join(f"{name}: {why}" for name, why in [*done.left.items()][:3]) or "it has none"
+        left = [f"{name or 'the network itself'}: {why}" for name, why in [*done.left.items()][:3]]
+        reasons = "; ".join(left) or "it has none"
         raise UserError(f"no convolution was replaced by conv={conv!r}, groups={groups}: {reasons}")
     model.conversion = done
     return model
 
 
-def _put(model: nn.Module, name: str, new: nn.Module) -> None:
-    setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
+def _free_convolutions(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
+    """The convolutions that stand for themselves, under all their names, and are not part of one of ours."""
+    names: dict[nn.Conv2d, list[str]] = {}
+    parts: set[nn.Conv2d] = set()
+    ours: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module).__module__.startswith("twolevel.nn"):
+            ours += (f"{name}." if name else "",)
+        elif isinstance(module, nn.Conv2d):
+            names.setdefault(module, []).append(name)
+            if name.startswith(ours):
+                parts.add(module)
+    return {module: found for module, found in names.items() if module not in parts}
 
 
-def _is_free(model: nn.Module, name: str) -> bool:
-    """Whether a convolution stands for itself, and is not part of one of ours."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return not type(parent).__module__.startswith("twolevel.nn")
+def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The names of the modules that hold each parameter."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name or "the network itself")
+    return holders
 
 
-def _why_left(name: str, module: nn.Conv2d, is_stem: bool, skip: Skip) -> str:
-    if is_stem:
-        return "the stem"
+def _why_left(module: nn.Conv2d, names: list[str], holders: dict[nn.Parameter, list[str]], skip: Skip) -> str:
+    if is_parametrized(module):
+        return f"its {' and '.join(module.parametrizations)} is parametrized"
     if type(module) is not nn.Conv2d:
         return f"a {type(module).__name__}, which may do more than a Conv2d"
+    # Weight normalisation of the old kind, pruning and their like compute the weight from other tensors.
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())} - {"weight", "bias"}
+    if own:
+        return f"it has tensors of its own: {', '.join(sorted(own))}"
+    if any(value for name, value in vars(module).items() if name.endswith("_hooks")):
+        return "it has hooks, which belong to it; register them after the conversion"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    for name, parameter in module.named_parameters():
+        others = [holder for holder in holders[parameter] if holder not in names]
+        if others:
+            return f"its {name} is shared with {', '.join(others)}"
     if module.groups > 1 and module.groups == module.in_channels:
         return "depthwise"
     if module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     if callable(skip):
-        return "skipped" if skip(name, module) else ""
-    return "skipped" if any(fnmatchcase(name, pattern) for pattern in skip) else ""
+        return "skipped" if any(skip(name, module) for name in names) else ""
+    return "skipped" if any(fnmatchcase(name, pattern) for name in names for pattern in skip) else ""
+
+
+def _replacement(
+    module: nn.Conv2d, name: str, conv: str, groups: int, options: dict, seed: int
+) -> tuple[nn.Module, str]:
+    """What takes a convolution's place, and what became of its weights. Raises UserError where nothing can."""
+    new = _same_geometry(module, conv, groups, options)
+    if not module.weight.is_meta:
+        initialize(new, seed, prefix=name)
+    weights = carry_weights(module, new)
+    if not module.weight.requires_grad:
+        if weights == DRAWN:
+            raise UserError(f"its weight is frozen, and {conv} of groups={groups} cannot represent it")
+        new.requires_grad_(False)
+    if not module.weight.is_contiguous():
+        new = new.to(memory_format=torch.channels_last)
+    if module.bias is not None:
+        bias = ChannelBias(module.out_channels, module.bias.device, module.bias.dtype)
+        bias.bias = module.bias
+        new = nn.Sequential(new, bias)
+    return new.train(module.training), weights
 
 
 def _same_geometry(module: nn.Conv2d, conv: str, groups: int, options: dict) -> nn.Module:
