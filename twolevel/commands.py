@@ -78,6 +78,7 @@ class EvaluateConfig:
 
 def evaluate(argv: list[str]) -> None:
     config = parse(EvaluateConfig, "evaluate", argv)
+    from twolevel.training.display import loss_text
     from twolevel.training.weights import evaluate_weights
 
     tested = evaluate_weights(
@@ -90,8 +91,11 @@ def evaluate(argv: list[str]) -> None:
         mesh=config.mesh,
     )
     if tested is not None:
-        loss, error, images = tested
-        print(f"test loss {loss:.4f}  error {error:.2f} %  accuracy {100 - error:.2f} %  ({images:,} images)")
+        loss, error, images, not_finite = tested
+        number = f"{images:,} images" + (f", {not_finite:,} of them not finite" if not_finite else "")
+        print(
+            f"test loss {loss_text(loss, 4)}  error {error:.2f} %  accuracy {100 - error:.2f} %  ({number})"
+        )
 
 
 @dataclass

@@ -73,8 +73,8 @@ class Display:
         ema = f" (EMA {100 - record['ema_test_error']:.2f} %)" if "ema_test_error" in record else ""
         self.say(
             f"epoch {record['epoch']}/{epochs}  train loss {record['train_loss']:.3f}  "
-            f"accuracy {100 - record['train_error']:.2f} %  test loss {record['test_loss']:.3f}  "
-            f"accuracy {100 - record['test_error']:.2f} %{ema}  lr {record['learning_rate']:.4g}  "
+            f"accuracy {100 - record['train_error']:.2f} %  test loss {loss_text(record['test_loss'])}  "
+            f"accuracy {100 - record['test_error']:.2f} %{ema}{_not_finite(record)}  lr {record['learning_rate']:.4g}  "
             f"{record['images_per_second']:,.0f} images/s"
         )
         self.last_line = time.monotonic()
@@ -83,6 +83,22 @@ class Display:
 def _is_live(console: Console) -> bool:
     # mpirun gives ranks terminals of their own, whose bars it then mixes into one stream.
     return console.is_terminal and "OMPI_COMM_WORLD_RANK" not in os.environ
+
+
+def loss_text(loss: float | None, digits: int = 3) -> str:
+    """A test's loss; there is none where it is not finite, and a huge one is not spelt out."""
+    if loss is None:
+        return "none"
+    return f"{loss:.{digits}f}" if loss < 1e6 else f"{loss:.{digits}e}"
+
+
+def _not_finite(record: dict[str, Any]) -> str:
+    """How many test images the epoch's network could not compute, where there are some."""
+    number, average = record["test_not_finite"], record.get("ema_test_not_finite")
+    if not number and not average:
+        return ""
+    ema = "" if average is None else f" (EMA {average})"
+    return f"  {number}{ema} of {record['test_images']} images not finite"
 
 
 class _Warnings(logging.Handler):

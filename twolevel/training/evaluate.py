@@ -1,8 +1,9 @@
 """Loss and error of a network over a test set."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +31,57 @@ def batch_sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     return torch.stack([loss.detach().double() * number, right.double(), number])
 
 
+class Tested(NamedTuple):
+    """What a network makes of a test set; an image is finite where its loss and all its logits are.
+
+    `loss` is the mean cross-entropy of the finite images: one that is not would make any mean say nothing of the
+    others. It is None where no image is finite, or their losses have no finite sum. `error`, in percent, is over
+    all `images`; those that are `not_finite` count as wrong.
+    """
+
+    loss: float | None
+    error: float
+    images: int
+    not_finite: int
+
+    def record(self, prefix: str = "") -> dict[str, Any]:
+        """As the record of an epoch holds it; `prefix` says of which weights."""
+        return {f"{prefix}test_{name}": value for name, value in self._asdict().items()}
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, test: EvalSplit, strategy: "Strategy", pause: Callable[[int], None] | None = None
-) -> tuple[float, float]:
-    """(mean cross-entropy, error in percent) over the test images, each counted once over all ranks.
+) -> Tested:
+    """Loss and error over the test images, each counted once over all ranks.
 
     `model` is this rank's part of a network, as `strategy` placed it. `pause` is called before each batch with its
     number, and with ALL_BATCHES after the last; it may raise. Every rank must call this.
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=strategy.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=strategy.device)
     with closing(strategy.eval_batches(model, test)) as batches:
         for number, (images, labels) in enumerate(batches):
             if pause is not None:
                 pause(number)
             logits = strategy.logits(model, images)
             if logits is not None and len(labels):
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                sums += batch_sums(logits, labels, F.cross_entropy(logits, labels))
+                sums += _sums(logits if logits.dtype == torch.float64 else logits.float(), labels)
     if pause is not None:
         pause(ALL_BATCHES)
     model.train(training)
-    loss, right, number = strategy.total(sums)
-    return loss / number, 100 * (1 - right / number)
+    loss, right, finite, number = strategy.total(sums)
+    mean = loss / finite if finite else math.inf
+    return Tested(
+        mean if math.isfinite(mean) else None, 100 * (1 - right / number), int(number), int(number - finite)
+    )
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """[sum of losses, number right, number finite] of the finite images of a batch, and its number; no host wait."""
+    losses = F.cross_entropy(logits, labels, reduction="none").double()
+    finite = losses.isfinite() & logits.isfinite().all(1)
+    right = finite & (logits.argmax(1) == labels)
+    number = torch.full_like(losses[0], len(labels))
+    return torch.stack([losses.where(finite, 0).sum(), right.sum().double(), finite.sum().double(), number])

@@ -205,7 +205,12 @@ class Trainer:
                     raise self._stopped()
 
             tested = evaluate(model, self.data.test, self.strategy, pause)
-            record[f"{prefix}test_loss"], record[f"{prefix}test_error"] = tested
+            if tested.not_finite == tested.images:
+                raise UserError(
+                    f"no output of the network is finite for any of {tested.images} test images after step "
+                    f"{state.step}; nothing of this epoch was saved; try a lower --learning-rate or a --clip-norm"
+                )
+            record |= tested.record(prefix)
         if self.ranks.first:
             self.metrics.write(record)
             self.display.epoch(record, self.config.optimiser.epochs)

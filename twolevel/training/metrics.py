@@ -2,12 +2,13 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-EPOCH_COLUMNS = ["epoch", "step", "train_loss", "train_error", "test_loss", "test_error", "ema_test_error"]
-EPOCH_COLUMNS += ["learning_rate", "images_per_second", "seconds"]
+EPOCH_COLUMNS = ["epoch", "step", "train_loss", "train_error", "test_loss", "test_error", "test_not_finite"]
+EPOCH_COLUMNS += ["ema_test_error", "ema_test_not_finite", "learning_rate", "images_per_second", "seconds"]
 
 
 class MetricsLog:
@@ -31,7 +32,11 @@ class MetricsLog:
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, record: dict[str, Any]) -> None:
-        """A record of kind "step" or "epoch"; both have `step`, the number of steps done."""
+        """A record of kind "step" or "epoch"; both have `step`, the number of steps done.
+
+        A number that is not finite becomes null: JSON has no other word for it.
+        """
+        record = {name: value if _is_json(value) else None for name, value in record.items()}
         self.lines.write(json.dumps(record, allow_nan=False) + "\n")
         if record["kind"] == "epoch":
             self.table.writerow(record)
@@ -43,6 +48,10 @@ class MetricsLog:
     def close(self) -> None:
         for file in (self.lines, self.table_file, self.board):
             file.close()
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def read(output: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from twolevel.models import create, files
 from twolevel.nn import layout_of
 from twolevel.training import checkpoint
 from twolevel.training.config import MeshConfig, TrainConfig
-from twolevel.training.evaluate import evaluate
+from twolevel.training.evaluate import Tested, evaluate
 from twolevel.training.setup import join
 from twolevel.training.state import named_parts
 
@@ -117,8 +117,8 @@ def evaluate_weights(
     workers: int | None = None,
     precision: str = "float32",
     mesh: MeshConfig,
-) -> tuple[float, float, int] | None:
-    """(loss, error in percent, images) of the weights at `path` on rank 0, None on the others; all ranks call it.
+) -> Tested | None:
+    """What the weights at `path` make of the test images, on rank 0; None on the others; all ranks call it.
 
     The data set is the one they were trained on, unless what is given says otherwise.
     """
@@ -140,7 +140,7 @@ def evaluate_weights(
         strategy = ranks.strategy(precision)
         network = ranks.build(strategy, weights.options, 0, images.image_shape)
         weights.load_into(network, ranks.mesh)
-        loss, error = evaluate(network, images.test, strategy)
-        return (loss, error, len(images.test)) if ranks.first else None
+        tested = evaluate(network, images.test, strategy)
+        return tested if ranks.first else None
     finally:
         ranks.close()
