@@ -49,6 +49,7 @@ def test_setting_names_are_unique_across_sections():
         (lambda: OptimiserConfig(momentum=0, nesterov=True), "nesterov=True"),
         (lambda: OptimiserConfig(ema_decay=1.5), "ema_decay=1.5"),
         (lambda: OptimiserConfig(accumulate=0), "accumulate=0"),
+        (lambda: OptimiserConfig(precise_batch_norm=-1), "precise_batch_norm=-1"),
         (lambda: OptimiserConfig(lr_milestones=(5, 3)), "lr_milestones"),
         (lambda: OptimiserConfig(lr_schedule="cosine", lr_milestones=(3,)), "leave them out with cosine"),
         (lambda: RunConfig(log_steps=0), "log_steps=0"),

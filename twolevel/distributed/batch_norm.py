@@ -32,22 +32,31 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         return y
 
 
+def batch_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance `[C]` of x `[B, C, H, W]` over all ranks, images and pixels, and the number of those."""
+    # In float32 at least, combined from each rank's own mean and variance: sums of squares would lose
+    # digits (Chan, Golub, LeVeque, 1979).
+    wide = x if x.dtype == torch.float64 else x.float()
+    own_var, own_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    own_count = own_mean.new_tensor([x.numel() / x.shape[1]])
+    if group.size() == 1:
+        return own_mean, own_var, own_count[0]
+    own = torch.cat([own_mean, own_var, own_count])
+    every = own.new_empty(group.size() * len(own))
+    dist.all_gather_into_tensor(every, own, group)
+    means, variances, counts = every.view(group.size(), -1).split([x.shape[1], x.shape[1], 1], 1)
+    count = counts.sum()
+    mean = (counts * means).sum(0) / count
+    var = (counts * (variances + (means - mean) ** 2)).sum(0) / count
+    return mean, var, count
+
+
 class _Normalise(torch.autograd.Function):
     """y = w (x - mean) / sqrt(var + eps) + b with mean and var over all ranks, images and pixels."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, group):
-        # Statistics in float32 at least, combined from each rank's own mean and variance: sums of
-        # squares would lose digits (Chan, Golub, LeVeque, 1979).
-        wide = x if x.dtype == torch.float64 else x.float()
-        own_var, own_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-        own = torch.cat([own_mean, own_var, own_mean.new_tensor([x.numel() / x.shape[1]])])
-        every = own.new_empty(group.size() * len(own))
-        dist.all_gather_into_tensor(every, own, group)
-        means, variances, counts = every.view(group.size(), -1).split([x.shape[1], x.shape[1], 1], 1)
-        count = counts.sum()
-        mean = (counts * means).sum(0) / count
-        var = (counts * (variances + (means - mean) ** 2)).sum(0) / count
+        mean, var, count = batch_statistics(x, group)
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps), count)
         ctx.group = group
         ctx.mark_non_differentiable(mean, var, count)

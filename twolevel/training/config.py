@@ -118,7 +118,11 @@ class OptimiserConfig:
     ema_decay: float | None = None
     """also keep and test an exponential moving average of the weights, with this decay a step"""
 
+    precise_batch_norm: int = 0
+    """before each test take batch norm's statistics anew, over this many training batches; 0 keeps running averages"""
+
     def __post_init__(self):
+        _check(self, "precise_batch_norm", self.precise_batch_norm >= 0, "0 or more")
         _check(self, "learning_rate", self.learning_rate > 0, "a positive number")
         _check(self, "epochs", self.epochs is None or self.epochs >= 1, "1 or more")
         _check(self, "accumulate", self.accumulate >= 1, "1 or more")

@@ -22,6 +22,7 @@ from twolevel.training.graphed import GraphedStep, check_capturable
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
 from twolevel.training.output import claim
+from twolevel.training.precise_batch_norm import check_number, recompute_statistics
 from twolevel.training.rules import copy_choices, rules_for
 from twolevel.training.setup import Context, check_kernels, check_resumable, join, warn_of_ignored
 from twolevel.training.state import TrainState, seed_ranks
@@ -70,6 +71,7 @@ class Trainer:
 
         dtype = torch.float64 if run.precision == "float64" else torch.float32
         self.data: Data = ranks.load_data(config.data, run.seed, dtype)
+        check_number(rule.precise_batch_norm, self.data.train)
         self.strategy = ranks.strategy(run.precision)
         self.strategy.check_batch(config.data.batch_size, rule.accumulate)
         options = config.model.create_options() | {"num_classes": self.data.num_classes}
@@ -198,6 +200,8 @@ class Trainer:
             if model is None:
                 continue
             sync_buffers(model, state.mesh)
+            if number := self.config.optimiser.precise_batch_norm:
+                recompute_statistics(model, self.data.train, record["epoch"] - 1, number, self.strategy)
             first = unit + 1 + index * UNITS // 2
 
             def pause(batch: int, first: int = first) -> None:

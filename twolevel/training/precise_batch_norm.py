@@ -1,0 +1,82 @@
+"""Batch norm's statistics for a test: of training batches and the present weights, not of the steps that led here."""
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from twolevel.data.split import TrainSplit
+from twolevel.distributed.batch_norm import batch_statistics
+from twolevel.errors import UserError
+
+if TYPE_CHECKING:
+    from twolevel.training.strategies import Strategy
+
+
+def check_number(number: int, train: TrainSplit) -> None:
+    """Raise UserError where an epoch does not have `number` batches."""
+    if number > train.steps_per_epoch:
+        raise UserError(
+            f"precise_batch_norm={number} is more than the {train.steps_per_epoch} batches of an epoch; "
+            f"use at most {train.steps_per_epoch}"
+        )
+
+
+@torch.no_grad()
+def recompute_statistics(
+    model: nn.Module, train: TrainSplit, epoch: int, number: int, strategy: "Strategy"
+) -> None:
+    """Set running mean and variance of every batch norm to those of the first `number` batches of `epoch`.
+
+        mean = E[mean_b]        var = E[var_b + mean_b²] - E[mean_b]²        over the batches b
+
+    Precise batch norm, Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3.1. A running
+    average lags behind: most of it comes from weights of earlier steps.
+
+    While a batch passes through, each batch norm normalises by it, as in training; all else is as in evaluation,
+    which is what the statistics are for: nothing is dropped out, and no training rule sees these batches. A batch is
+    that of all replicas, whole, whatever sync_batch_norm and accumulate make of it in training, so that the
+    statistics do not depend on the ranks, and all replicas get the same. No random stream moves, and nothing else
+    of the network changes.
+
+    `model` is this rank's part of a network, as `strategy` placed it. Every rank must call this.
+    """
+    training = model.training
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    populations = [_Population(norm, strategy.mesh.get_group("data")) for norm in norms]
+    # A graph that is compiled already would not call their hooks.
+    with torch.compiler.set_stance("force_eager"):
+        for images, _ in islice(train.batches(epoch), number):
+            strategy.logits(model, images)
+    for population in populations:
+        population.finish()
+    model.train(training)
+
+
+class _Population:
+    """Has a batch norm in evaluation normalise by the batch that it is given, and sums up over batches."""
+
+    def __init__(self, norm: nn.BatchNorm2d, group: ProcessGroup):
+        self.norm, self.group = norm, group
+        self.number = 0
+        self.mean, self.spread = (torch.zeros_like(norm.running_mean, dtype=torch.float64) for _ in range(2))
+        self.hook = norm.register_forward_pre_hook(self._see)
+
+    def _see(self, norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        mean, var, _ = batch_statistics(inputs[0], self.group)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        # Squares of differences instead of differences of squares, which lose digits (Welford, 1962).
+        self.number += 1
+        off = mean.double() - self.mean
+        self.mean += off / self.number
+        self.spread += var.double() + off * (mean.double() - self.mean)
+
+    def finish(self) -> None:
+        self.hook.remove()
+        if self.number:
+            self.norm.running_mean.copy_(self.mean)
+            self.norm.running_var.copy_(self.spread / self.number)
