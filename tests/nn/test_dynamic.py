@@ -74,7 +74,7 @@ def head_by_head(conv: DynamicGroupConv2d, x: torch.Tensor) -> torch.Tensor:
             hidden = (conv.squeeze[i * r : (i + 1) * r] @ p).relu()
             g = (conv.excite[i * n : (i + 1) * n] @ hidden + conv.offset[i]).relu()
             kept = g.argsort(stable=True)[int(conv.num_dropped()) :].sort().values
-            part = one[kept] * g[kept, None, None]
+            part = one[kept] * g[kept, None, None].clamp(max=conv.saliency_bound or torch.inf)
             weight = conv.weight[i * outputs : (i + 1) * outputs][:, kept]
             for j, channel in enumerate(F.conv2d(part[None], weight, None, *conv.geometry)[0]):
                 places[j * heads + i] = channel
@@ -82,10 +82,12 @@ def head_by_head(conv: DynamicGroupConv2d, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(images)
 
 
+@pytest.mark.parametrize("bound", [None, 0.5])
 @pytest.mark.parametrize("progress", [0, 0.4, 1])
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_layer_is_the_heads_one_by_one(arguments, progress):
-    conv = layer(**arguments, progress=progress)
+def test_layer_is_the_heads_one_by_one(arguments, progress, bound):
+    conv = layer(**arguments, progress=progress, saliency_bound=bound)
+    assert bound is None or (saliency(conv, image()) > bound)[conv.kept(image())].any()
     torch.testing.assert_close(conv(image()), head_by_head(conv, image()), **CLOSE)
 
 
@@ -146,10 +148,11 @@ def test_heads_and_images_keep_channels_of_their_own():
     assert len(kept.flatten(1).unique(dim=0)) == 3
 
 
+@pytest.mark.parametrize("bound", [None, 0.7])
 @pytest.mark.parametrize("training", [False, True])
-def test_gradients_are_those_of_the_formula(training):
+def test_gradients_are_those_of_the_formula(training, bound):
     """By finite differences, where no two saliencies tie: the mask is constant there, and takes no gradient."""
-    conv = layer(8, 4, groups=2, xi=0.5, reduction=4).train(training)
+    conv = layer(8, 4, groups=2, xi=0.5, reduction=4, saliency_bound=bound).train(training)
     x = image(8, (4, 3), batch=2)
     g = saliency(conv, x)
     assert 0 < conv.kept(x).sum() < conv.kept(x).numel()
@@ -163,6 +166,37 @@ def test_gradients_are_those_of_the_formula(training):
 
     inputs = [x, *(p.detach().clone() for p in conv.parameters())]
     assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in inputs])
+
+
+@pytest.mark.parametrize("threshold", ["head", "global"])
+def test_a_bound_moves_neither_what_is_kept_nor_what_a_hook_reads(threshold):
+    free, bounded = (layer(threshold=threshold, saliency_bound=bound) for bound in (None, 0.5))
+    for conv in (free, bounded):
+        if threshold == "global":
+            conv.threshold.fill_(1)
+    assert (saliency(free, image()) > 1).any()
+    assert torch.equal(bounded.kept(image()), free.kept(image()))
+    assert torch.equal(saliency(bounded, image()), saliency(free, image()))
+    assert not torch.equal(bounded(image()), free(image()))
+    assert bounded.state_dict().keys() == free.state_dict().keys()
+    loose = layer(threshold=threshold, saliency_bound=1e3)
+    if threshold == "global":
+        loose.threshold.fill_(1)
+    assert torch.equal(loose(image()), free(image()))
+
+
+@pytest.mark.parametrize(("bound", "power"), [(None, 2), (6.0, 1)])
+def test_output_grows_as_the_square_of_brightness_and_with_a_bound_as_itself(bound, power):
+    """Where saliencies are far above their offsets, and above the bound."""
+    conv, brighter = (layer(saliency_bound=bound) for _ in range(2))
+    with torch.no_grad():
+        for one, scale in ((conv, 1e8), (brighter, 1e12)):
+            one.excite.abs_()
+            one.squeeze.abs_()
+            one.norm.weight.mul_(scale)
+            one.norm.bias.mul_(scale)
+    # Offsets are 1e-8 of the saliencies.
+    torch.testing.assert_close(brighter(image()), conv(image()) * 1e4**power, rtol=1e-5, atol=0)
 
 
 def test_saliency_learns_through_kept_channels_alone():
@@ -392,6 +426,13 @@ def test_reduction_is_8_below_80_channels_and_16_above(n, options, hidden):
         ((16, 8, {"xi": 1}), "xi=1 keeps no channel of 16; use 0 <= xi < 1, such as 0.75"),
         ((4, 4, {"xi": 0.9}), "xi=0.9 keeps no channel of 4; use 0 <= xi < 1, such as 0.75"),
         ((16, 8, {"xi": -0.1}), "xi=-0.1 keeps no channel of 16; use 0 <= xi < 1, such as 0.75"),
+        *(
+            (
+                (16, 8, {"saliency_bound": bound}),
+                f"saliency_bound={bound} is invalid; use a positive number, such as 6, or None",
+            )
+            for bound in (0, -1.0, float("inf"), float("nan"))
+        ),
         ((16, 8, {"reduction": 0}), "reduction=0 is not positive; use 1 or more, such as 16"),
     ],
     ids=str,

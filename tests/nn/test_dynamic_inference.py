@@ -67,7 +67,7 @@ def all_agree(conv: DynamicGroupConv2d, x: torch.Tensor) -> None:
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_every_form_equals_the_layer(data):
-    """For any sizes, kernel, stride, padding, dilation, batch, share of kept channels, and either threshold."""
+    """For any sizes, kernel, stride, padding, dilation, batch, share of kept channels, threshold and bound."""
     draw = data.draw
     heads = draw(st.sampled_from([1, 2, 4]), "groups")
     n, m = (heads * draw(st.integers(1, 20), name) for name in ("n", "m"))
@@ -84,7 +84,8 @@ def test_every_form_equals_the_layer(data):
     if round(xi * n) == n:
         return
     threshold = draw(st.sampled_from(["head", "global"]), "threshold")
-    conv = layer(n, m, **arguments, groups=heads, xi=xi, threshold=threshold, progress=draw(st.floats(0, 1)))
+    choice = {"threshold": threshold, "saliency_bound": draw(st.none() | st.floats(0.1, 2), "saliency_bound")}
+    conv = layer(n, m, **arguments, groups=heads, xi=xi, **choice, progress=draw(st.floats(0, 1)))
     if threshold == "global":
         conv.threshold.fill_(draw(st.floats(0, 2)))
     sizes = [draw(st.integers(5, 9), "size") for _ in range(2)]
@@ -94,12 +95,13 @@ def test_every_form_equals_the_layer(data):
 @pytest.mark.parametrize(("n", "m", "arguments"), LAYERS, ids=ids)
 def test_layers_as_they_start_agree(n, m, arguments):
     """All offsets are 1: where no hidden unit fires, all channels tie at 1."""
-    torch.manual_seed(0)
-    conv = DynamicGroupConv2d(n, m, **arguments, dtype=torch.float64).eval()
-    conv.set_progress(1)
-    all_agree(conv, image(n))
-    nn.init.zeros_(conv.excite)
-    all_agree(conv, image(n))
+    for bound in (None, 0.5, 1.25):
+        torch.manual_seed(0)
+        conv = DynamicGroupConv2d(n, m, **arguments, saliency_bound=bound, dtype=torch.float64).eval()
+        conv.set_progress(1)
+        all_agree(conv, image(n))
+        nn.init.zeros_(conv.excite)
+        all_agree(conv, image(n))
 
 
 def test_scales_of_any_sign_and_zero_agree():

@@ -1,7 +1,11 @@
 """Every kind of convolution trains, alone and as replicas."""
 
 import pytest
+import torch
 from command import records, run
+
+import twolevel.models
+from twolevel.nn import DynamicGroupConv2d
 
 KINDS = {
     "sc": [],
@@ -36,6 +40,29 @@ def test_two_replicas_learn_what_one_process_learns_of_the_joined_batch(pool, ti
     one, two = ([r["loss"] for r in records(tmp_path / name, "step")] for name in ("one", "two"))
     # float64; sums over replicas are added in another order.
     assert one == pytest.approx(two, rel=1e-9)
+
+
+def test_a_bound_on_saliencies_is_in_the_run_its_export_and_the_inference_form(pool, tiny, tmp_path):
+    output, file = tmp_path / "run", tmp_path / "whole.safetensors"
+    options = [*tiny, "--conv", "dgc", "--learning-rate", 0.01]
+    run(pool, "train", *options, "--output", tmp_path / "free")
+    run(pool, "train", *options, "--saliency-bound", 0.5, "--output", output)
+    free, bounded = ([r["loss"] for r in records(o, "step")] for o in (tmp_path / "free", output))
+    assert free[0] != bounded[0]
+    run(pool, "export", output, file)
+    (outcome,) = run(pool, "evaluate", output, "--precision", "float64")
+    assert f"test loss {records(output, 'epoch')[-1]['test_loss']:.4f} " in outcome.out
+    model = twolevel.models.load(file).eval()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, DynamicGroupConv2d)}
+    assert len(layers) > 1
+    assert {layer.saliency_bound for layer in layers.values()} == {0.5}
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(images)
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.to_inference())
+        # float64; the kept channels are added up in another order.
+        torch.testing.assert_close(model(images), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_progress_and_gates_are_in_the_checkpoint(pool, tiny, tmp_path):

@@ -1,5 +1,6 @@
 """Dynamic group convolution (DGC): every image and head picks the input channels that it uses."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -63,10 +64,15 @@ class DynamicGroupConv2d(WholeConv2d):
     number in all layers of a network, for which the training rule takes a quantile of all saliencies. It
     starts at 0, and dropping what has saliency 0 changes nothing.
 
-    A forward hook on `saliency` reads g `[B, H, n]`.
+    `saliency_bound` multiplies kept channels by min(g, saliency_bound) instead of g. The paper has no bound: g
+    grows with t, so an image that is c times as bright as others comes out c² times, c⁴ after the next layer, and
+    infinite after a few more. With a bound it is c times. Which channels are kept does not depend on it.
+
+    A forward hook on `saliency` reads g `[B, H, n]`, without the bound.
 
     Raises UserError where groups does not divide both channel numbers, for a threshold of another name,
-    xi outside of [0, 1) or so near 1 that no channel stays, and reduction below 1.
+    xi outside of [0, 1) or so near 1 that no channel stays, reduction below 1, and a bound that is not positive
+    and finite.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class DynamicGroupConv2d(WholeConv2d):
         xi: float = 0.75,
         reduction: int | None = None,
         threshold: Threshold = "head",
+        saliency_bound: float | None = None,
         device=None,
         dtype=None,
     ):
@@ -93,12 +100,17 @@ class DynamicGroupConv2d(WholeConv2d):
             raise UserError(f"xi={xi} keeps no channel of {in_channels}; use 0 <= xi < 1, such as 0.75")
         if reduction is None:
             reduction = 8 if in_channels < NARROW else 16
+        if saliency_bound is not None and not 0 < saliency_bound < math.inf:
+            raise UserError(
+                f"saliency_bound={saliency_bound} is invalid; use a positive number, such as 6, or None"
+            )
         if reduction < 1:
             raise UserError(f"reduction={reduction} is not positive; use 1 or more, such as 16")
         self.groups = groups
         self.xi = xi
         self.most_dropped = round(xi * in_channels)
         self.by_threshold = threshold == "global"
+        self.saliency_bound = saliency_bound
         self.hidden = max(1, in_channels // reduction)
 
         options = {"device": device, "dtype": dtype}
@@ -137,7 +149,8 @@ class DynamicGroupConv2d(WholeConv2d):
         check_images(x, self.in_channels)
         t = self.norm(x).relu()
         g = self._saliency_of(t)
-        scale = (g * self._mask(g)).to(t.dtype)[..., None, None]
+        bounded = g if self.saliency_bound is None else g.clamp(max=self.saliency_bound)
+        scale = (bounded * self._mask(g)).to(t.dtype)[..., None, None]
         heads = self.weight.chunk(self.groups)
         # One convolution a head: in training they are faster than a group convolution of H n channels.
         pairs = zip(scale.unbind(1), heads, strict=True)
@@ -190,4 +203,5 @@ class DynamicGroupConv2d(WholeConv2d):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, groups={self.groups}, xi={self.xi}"
+        text += "" if self.saliency_bound is None else f", saliency_bound={self.saliency_bound}"
         return text + (", threshold='global'" if self.by_threshold else "")

@@ -3,7 +3,7 @@
                                 one image, H heads, K kept channels each
 t = ReLU(BN(x))                 [n, H, W]
 g = saliency(sum of t)          [H, n]           the mean's 1/(H W) goes past the ReLU, into a scalar
-top K of g: values, indices     [H, K]
+top K of g: values, indices     [H, K]           values no larger than the layer's bound, where it has one
 image   rows of t               [H K, H, W]      copies of long contiguous rows
 filters rows of weight, times g [H K, m/H k k]   scaled while they are copied
 convolve in H groups, shuffle   [m, H', W']
@@ -103,6 +103,7 @@ class DynamicGroupInference(nn.Module):
         self.convolve = CONVOLVE[self.form]
         self.transposed_padding = _transposed_padding(self.kernel_size, self.geometry)
         self.by_threshold = layer.by_threshold
+        self.bound = layer.saliency_bound
         self.used = self._used(kept)
         # Where no hidden unit fires, saliency is the offset: equal ones tie, and the cut must be the layer's.
         self.ties = bool((layer.offset.detach().sort(dim=-1).values.diff(dim=-1) == 0).any())
@@ -166,7 +167,8 @@ class DynamicGroupInference(nn.Module):
         # Without the last ReLU: in what order channels below 0 come changes nothing.
         g = torch.baddbmm(self.offset, hidden, self.excite, alpha=1 / (t.shape[2] * t.shape[3]))
         values, indices = g.topk(self.used, sorted=False) if self.simple else self._select(g)
-        values = values.relu_().view(-1)
+        values = values.relu_() if self.bound is None else values.clamp_(0, self.bound)
+        values = values.view(-1)
         rows = (indices + self.first_row).view(-1)
         # Sums of one row each: a gather that scales on the way and fetches rows ahead, as no other does.
         bags = self.bags if self.simple else self.bags[: len(rows)]

@@ -5,6 +5,7 @@ the data set; `TrainConfig` fills them in, so that the `config.json` of a run ho
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,7 +23,11 @@ CONVS = {"channel": ("sc", "gc"), "fsdp": ("sc", "gc", "gc2l")}
 CONVS |= dict.fromkeys(PIPELINES, ("sc", "gc", "gc2l", "shuffle"))
 
 # Settings that one kind of convolution alone has.
-CONV_OPTIONS = {"gc2l": ["schedule", "kernels"], "shuffle": ["permutation_seed"], "dgc": ["xi", "threshold"]}
+CONV_OPTIONS = {
+    "gc2l": ["schedule", "kernels"],
+    "shuffle": ["permutation_seed"],
+    "dgc": ["xi", "threshold", "saliency_bound"],
+}
 
 
 @dataclass
@@ -53,10 +58,15 @@ class ModelConfig:
     threshold: Literal["head", "global"] = "head"
     """dgc: at test time each head drops its least salient channels, or all heads those below one threshold"""
 
+    saliency_bound: float | None = None
+    """dgc: kept channels are multiplied by no more than this; the paper has no bound"""
+
     def __post_init__(self):
         if self.groups is None:
             default = 32 if self.model.startswith("resnext") else 4
             self.groups = 1 if self.conv in ("sc", "dgconv") else default
+        bound = self.saliency_bound
+        _check(self, "saliency_bound", bound is None or 0 < bound < math.inf, "a positive number, such as 6")
         _check(self, "xi", 0 <= self.xi < 1, "a number from 0 to below 1")
         for conv, names in CONV_OPTIONS.items():
             for name in names:
