@@ -17,6 +17,9 @@ from twolevel.training.rules import (
 
 
 def dynamic_layers(number: int = 2, **options) -> dict[str, DynamicGroupConv2d]:
+    torch.manual_seed(
+        0
+    )  # some draws leave channels whose saliencies all tie at 1, where no hidden unit fires
     return {f"layer{i}": DynamicGroupConv2d(16, 8, 3, padding=1, groups=4, **options) for i in range(number)}
 
 
