@@ -28,13 +28,14 @@ def make_sgd(model: nn.Module, config: OptimiserConfig) -> torch.optim.SGD:
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps_per_epoch: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then the schedule over the whole run.
+    """The rate of step `step` (from 0): linear warm-up, at most lr, then the schedule over the whole run.
 
     multistep: lr * gamma^(milestones passed); cosine: lr * (1 + cos(pi t)) / 2 for progress t after the warm-up.
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        # The last step passes the end of a warm-up that is not a whole number of steps.
+        return min(config.learning_rate, config.learning_rate * (step + 1) / warmup)
     if config.lr_schedule == "multistep":
         passed = sum(step >= m * steps_per_epoch for m in config.lr_milestones)
         return config.learning_rate * config.lr_gamma**passed
