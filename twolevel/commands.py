@@ -12,6 +12,7 @@ import tyro
 from twolevel.errors import UserError
 from twolevel.options import parse
 from twolevel.training.config import MeshConfig, ModelConfig, TrainConfig
+from twolevel.training.validation import check_least
 
 
 def train(argv: list[str]) -> None:
@@ -189,6 +190,9 @@ class CountConfig:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """print JSON"""
 
+    def __post_init__(self):
+        check_least(self, 1, "num_classes", "image_size", "batch_size")
+
 
 def count(argv: list[str]) -> None:
     config = parse(CountConfig, "count", argv)
@@ -280,6 +284,9 @@ class PlanConfig:
 
     threads: int | None = None
     """calibrate: threads of torch on a CPU; as train has them unless given"""
+
+    def __post_init__(self):
+        check_least(self, 1, "num_classes", "image_size")
 
 
 def plan(argv: list[str]) -> None:

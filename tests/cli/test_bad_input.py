@@ -8,6 +8,7 @@ import pytest
 from command import command, command_by_rank, run, write_image_folder
 
 import twolevel
+from twolevel.training.config import LONGEST_TIMEOUT
 
 TRAIN = ["train", "--model", "wrn-10-1", "--max-steps", "1"]
 
@@ -57,7 +58,11 @@ def fresh(tmp_path, monkeypatch) -> Path:
         ("--batch-size 5000", "batch_size=5000 is more than the 2000 training images"),
         ("--schedule dense", "schedule='dense' needs every channel on one rank"),
         ("--device cuda", "device=cuda"),
-        ("--learning-rate -1", "learning_rate=-1.0 does not do; use a positive number"),
+        ("--learning-rate -1", "learning_rate=-1.0 is invalid; use a positive number"),
+        ("--weight-decay inf", "weight_decay=inf is invalid; use a finite number"),
+        ("--timeout inf", "timeout=inf is invalid; use a finite number"),
+        ("--timeout -1", "timeout=-1.0 is invalid; use a positive number of seconds, at most 1e+09"),
+        ("--data-parallel 0", "data_parallel=0 is invalid; use 1 or more"),
         ("--learning-rate fast", "Error parsing --learning-rate: could not convert string to float: 'fast'"),
         ("--lerning-rate 0.1", "Unrecognized options: --lerning-rate, 0.1; did you mean --learning-rate?"),
         ("--precision half", "'half'"),
@@ -230,6 +235,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(pool, fresh):
         ("--ranks 3", "ranks=3 does not divide groups=4; use one of 1, 2, 4"),
         ("--model wrn-28", "unknown model"),
         ("--groups 5", "groups=5 does not divide"),
+        ("--batch-size 0", "batch_size=0 is invalid; use 1 or more"),
+        ("--image-size -32", "image_size=-32 is invalid; use 1 or more"),
+        ("--num-classes 0", "num_classes=0 is invalid; use 1 or more"),
     ],
 )
 def test_count_refuses_what_cannot_be(pool, options, message):
@@ -246,3 +254,7 @@ def test_settings_without_effect_are_warned_of(pool, fresh):
     (outcome,) = run(pool, *TRAIN, *options)
     for name in ("lasso=3", "complexity_divisor=32", "sync_batch_norm=True"):
         assert f"{name}" in outcome.err and "is ignored" in outcome.err
+
+
+def test_the_longest_timeout_is_one_that_torch_takes(pool, fresh):
+    run(pool, *TRAIN, "--batch-size", 16, "--timeout", LONGEST_TIMEOUT, ranks=2)

@@ -99,6 +99,8 @@ def test_link_is_measured_between_ranks(pool, tmp_path):
         ("--machine h100 --link pcie5", "unknown link 'pcie5'"),
         ("--machine titan-rtx --precision bf16", "machine titan-rtx has no rate for bf16; use float32"),
         ("--machine h100 --ranks 0", "ranks=0 is not positive; use 1 or more"),
+        ("--machine h100 --image-size 0", "image_size=0 is invalid; use 1 or more"),
+        ("--machine h100 --num-classes -1", "num_classes=-1 is invalid; use 1 or more"),
         ("--machine h100 --groups 3", "groups=3 does not divide"),
         ("--machine h100 --ranks-per-node 0", "ranks_per_node=0 is not positive; use 1 or more"),
         ("--machine nowhere.json", "machine file 'nowhere.json' cannot be read"),

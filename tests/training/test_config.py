@@ -1,12 +1,21 @@
 """Configuration: the published recipe, round trips, and one line for what cannot be honoured."""
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, fields
+from typing import get_args
 
 import pytest
 
 from twolevel.data.config import DataConfig
 from twolevel.errors import UserError
-from twolevel.training.config import MeshConfig, ModelConfig, OptimiserConfig, RunConfig, TrainConfig
+from twolevel.training.config import (
+    MeshConfig,
+    ModelConfig,
+    OptimiserConfig,
+    RuleConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 
 def test_cifar_gets_the_papers_recipe():
@@ -44,7 +53,7 @@ def test_setting_names_are_unique_across_sections():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: OptimiserConfig(learning_rate=0), "learning_rate=0 does not do; use a positive number"),
+        (lambda: OptimiserConfig(learning_rate=0), "learning_rate=0 is invalid; use a positive number"),
         (lambda: OptimiserConfig(momentum=1.0), "momentum=1.0"),
         (lambda: OptimiserConfig(momentum=0, nesterov=True), "nesterov=True"),
         (lambda: OptimiserConfig(ema_decay=1.5), "ema_decay=1.5"),
@@ -52,6 +61,20 @@ def test_setting_names_are_unique_across_sections():
         (lambda: OptimiserConfig(precise_batch_norm=-1), "precise_batch_norm=-1"),
         (lambda: OptimiserConfig(lr_milestones=(5, 3)), "lr_milestones"),
         (lambda: OptimiserConfig(lr_schedule="cosine", lr_milestones=(3,)), "leave them out with cosine"),
+        (
+            lambda: OptimiserConfig(lr_milestones=(-3, 5)),
+            "lr_milestones=(-3, 5) is invalid; use a rising list",
+        ),
+        (lambda: OptimiserConfig(lr_gamma=-1), "lr_gamma=-1 is invalid; use a positive number"),
+        (lambda: OptimiserConfig(lr_gamma=0), "lr_gamma=0 is invalid; use a positive number"),
+        (
+            lambda: MeshConfig(timeout=0),
+            "timeout=0 is invalid; use a positive number of seconds, at most 1e+09",
+        ),
+        (lambda: MeshConfig(timeout=1e300), "timeout=1e+300 is invalid; use a positive number of seconds"),
+        (lambda: MeshConfig(data_parallel=0), "data_parallel=0 is invalid; use 1 or more"),
+        (lambda: MeshConfig(group_parallel=-2), "group_parallel=-2 is invalid; use 1 or more"),
+        (lambda: ModelConfig(conv="shuffle", permutation_seed=2**64), "use an integer of 64 bits"),
         (lambda: RunConfig(log_steps=0), "log_steps=0"),
         (lambda: ModelConfig(conv="gc", schedule="fused"), "schedule=fused"),
         (lambda: ModelConfig(conv="gc", saliency_bound=6.0), "saliency_bound=6.0 is of conv=dgc"),
@@ -67,6 +90,20 @@ def test_what_cannot_be_honoured_is_named(build, message):
     with pytest.raises(UserError, match=r"^[^\n]*$") as raised:
         build()
     assert message in str(raised.value)
+
+
+SECTIONS = {"model": ModelConfig, "optimiser": OptimiserConfig, "rules": RuleConfig, "mesh": MeshConfig}
+NUMBERS = [
+    (s, f.name) for s, cls in SECTIONS.items() for f in fields(cls) if float in (f.type, *get_args(f.type))
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("section", "name"), NUMBERS)
+def test_every_number_is_finite(section, name, value):
+    conv = {"conv": "dgc"} if section == "model" else {}
+    with pytest.raises(UserError, match=f"^{name}={value} is invalid; use a finite number$"):
+        SECTIONS[section](**{name: value}, **conv)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ REFUSED = [
     ),
     ("--parallel gpipe --conv sc --data-parallel 2", "data_parallel=2 does not do with parallel=gpipe"),
     ("--parallel naive --conv sc --microbatches 2", "microbatches=2 are of parallel=gpipe and 1f1b"),
-    ("--parallel gpipe --conv sc --microbatches 0", "microbatches=0 does not do; use 1 or more"),
+    ("--parallel gpipe --conv sc --microbatches 0", "microbatches=0 is invalid; use 1 or more"),
     ("--parallel 1f1b --conv sc --microbatches 1", "microbatches=1 is fewer than the 2 stages"),
     (
         "--parallel gpipe --conv sc --microbatches 3",

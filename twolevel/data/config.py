@@ -47,7 +47,7 @@ class DataConfig:
         for name, least in (("batch_size", 1), ("workers", 0), ("image_size", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise UserError(f"{name}={value!r} does not do; use an integer of {least} or more")
+                raise UserError(f"{name}={value!r} is invalid; use an integer of {least} or more")
         if self.download and self.data == "imagenet":
             raise UserError(
                 "download=True: imagenet has to be asked for at image-net.org; "

@@ -5,22 +5,23 @@ the data set; `TrainConfig` fills them in, so that the `config.json` of a run ho
 """
 
 import json
-import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 
 from twolevel.data.config import DataConfig
 from twolevel.errors import UserError
+from twolevel.training.validation import check, check_finite, check_least, from_dict
 
 # What the ranks that data_parallel leaves can do, and the convolutions with which they can.
 Parallel = Literal["group", "channel", "fsdp", "naive", "gpipe", "1f1b"]
 PIPELINES = ("naive", "gpipe", "1f1b")
 CONVS = {"channel": ("sc", "gc"), "fsdp": ("sc", "gc", "gc2l")}
 CONVS |= dict.fromkeys(PIPELINES, ("sc", "gc", "gc2l", "shuffle"))
+
+LONGEST_TIMEOUT = 1e9  # torch adds it to the time of day in nanoseconds, in 64 bits
 
 # Settings that one kind of convolution alone has.
 CONV_OPTIONS = {
@@ -65,9 +66,12 @@ class ModelConfig:
         if self.groups is None:
             default = 32 if self.model.startswith("resnext") else 4
             self.groups = 1 if self.conv in ("sc", "dgconv") else default
+        check_finite(self)
+        seed = self.permutation_seed
+        check(self, "permutation_seed", seed is None or -(2**63) <= seed < 2**64, "an integer of 64 bits")
         bound = self.saliency_bound
-        _check(self, "saliency_bound", bound is None or 0 < bound < math.inf, "a positive number, such as 6")
-        _check(self, "xi", 0 <= self.xi < 1, "a number from 0 to below 1")
+        check(self, "saliency_bound", bound is None or bound > 0, "a positive number, such as 6")
+        check(self, "xi", 0 <= self.xi < 1, "a number from 0 to below 1")
         for conv, names in CONV_OPTIONS.items():
             for name in names:
                 value = getattr(self, name)
@@ -132,27 +136,26 @@ class OptimiserConfig:
     """before each test take batch norm's statistics anew, over this many training batches; 0 keeps running averages"""
 
     def __post_init__(self):
-        _check(self, "precise_batch_norm", self.precise_batch_norm >= 0, "0 or more")
-        _check(self, "learning_rate", self.learning_rate > 0, "a positive number")
-        _check(self, "epochs", self.epochs is None or self.epochs >= 1, "1 or more")
-        _check(self, "accumulate", self.accumulate >= 1, "1 or more")
-        _check(self, "warmup_epochs", self.warmup_epochs >= 0, "0 or more")
-        _check(self, "momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
-        _check(self, "nesterov", not self.nesterov or self.momentum > 0, "momentum above 0")
-        _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1")
-        _check(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number")
-        _check(
-            self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number between 0 and 1"
-        )
+        check_finite(self)
+        check_least(self, 1, "epochs", "accumulate")
+        check_least(self, 0, "precise_batch_norm")
+        check(self, "learning_rate", self.learning_rate > 0, "a positive number")
+        check(self, "lr_gamma", self.lr_gamma > 0, "a positive number")
+        check(self, "warmup_epochs", self.warmup_epochs >= 0, "0 or more")
+        check(self, "momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
+        check(self, "nesterov", not self.nesterov or self.momentum > 0, "momentum above 0")
+        check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1")
+        check(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number")
+        check(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number between 0 and 1")
         if self.lr_milestones is not None:
             self.lr_milestones = tuple(self.lr_milestones)
             if self.lr_schedule == "cosine":
                 raise UserError(
                     "lr_milestones belong to lr_schedule=multistep; leave them out with cosine (--lr-milestones None)"
                 )
-            _check(
-                self, "lr_milestones", [*self.lr_milestones] == sorted(self.lr_milestones), "a rising list"
-            )
+            rising = [*self.lr_milestones] == sorted(self.lr_milestones)
+            positive = all(milestone >= 1 for milestone in self.lr_milestones)
+            check(self, "lr_milestones", rising and positive, "a rising list of epochs from 1 on")
 
 
 @dataclass
@@ -175,11 +178,12 @@ class RuleConfig:
     """dgconv: exponent of the excess over the wanted complexity"""
 
     def __post_init__(self):
-        _check(self, "lasso", self.lasso >= 0, "0 or more")
-        _check(self, "threshold_steps", self.threshold_steps >= 1, "1 or more")
+        check_finite(self)
+        check(self, "lasso", self.lasso >= 0, "0 or more")
+        check_least(self, 1, "threshold_steps")
         divisor = self.complexity_divisor
-        _check(self, "complexity_divisor", divisor is None or divisor >= 1, "1 or more")
-        _check(self, "complexity_exponent", self.complexity_exponent > 0, "a positive number")
+        check(self, "complexity_divisor", divisor is None or divisor >= 1, "1 or more")
+        check(self, "complexity_exponent", self.complexity_exponent > 0, "a positive number")
 
 
 @dataclass
@@ -211,13 +215,15 @@ class MeshConfig:
     """seconds after which a rank gives up waiting for the others"""
 
     def __post_init__(self):
-        if self.microbatches is not None:
-            _check(self, "microbatches", self.microbatches >= 1, "1 or more")
-            if self.parallel not in ("gpipe", "1f1b"):
-                raise UserError(
-                    f"microbatches={self.microbatches} are of parallel=gpipe and 1f1b, not of "
-                    f"parallel={self.parallel}; leave them out"
-                )
+        check_finite(self)
+        check_least(self, 1, "data_parallel", "group_parallel", "microbatches")
+        in_range = 0 < self.timeout <= LONGEST_TIMEOUT
+        check(self, "timeout", in_range, f"a positive number of seconds, at most {LONGEST_TIMEOUT:g}")
+        if self.microbatches is not None and self.parallel not in ("gpipe", "1f1b"):
+            raise UserError(
+                f"microbatches={self.microbatches} are of parallel=gpipe and 1f1b, not of "
+                f"parallel={self.parallel}; leave them out"
+            )
         if self.parallel == "fsdp" and self.group_parallel not in (None, 1):
             raise UserError(
                 f"group_parallel={self.group_parallel} does not do with parallel=fsdp, which shards over all ranks; "
@@ -281,10 +287,7 @@ class RunConfig:
 
     def __post_init__(self):
         self.output = self.output and Path(self.output).expanduser()
-        for name in ("max_steps", "checkpoint_steps"):
-            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
-        _check(self, "keep_checkpoints", self.keep_checkpoints >= 1, "1 or more")
-        _check(self, "log_steps", self.log_steps >= 1, "1 or more")
+        check_least(self, 1, "max_steps", "checkpoint_steps", "keep_checkpoints", "log_steps")
 
 
 # Settings that say how a run is started, not what it is.
@@ -317,7 +320,7 @@ class TrainConfig:
             self.run.output = Path(
                 "runs", f"{self.model.model}-{self.model.conv}-{self.model.groups}-{self.data.data}"
             )
-        _check(self.optimiser, "weight_decay", self.optimiser.weight_decay >= 0, "0 or more")
+        check(self.optimiser, "weight_decay", self.optimiser.weight_decay >= 0, "0 or more")
         if self.optimiser.warmup_epochs > self.optimiser.epochs:
             raise UserError(
                 f"warmup_epochs={self.optimiser.warmup_epochs} is more than epochs={self.optimiser.epochs}"
@@ -352,54 +355,4 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, sections: dict[str, Any], origin: str = "config") -> Self:
         """The inverse of `to_dict`. Raises UserError for a section or setting that does not exist."""
-        return _from_dict(cls, sections, origin)
-
-
-def _from_dict(cls, values: Any, origin: str):
-    if not isinstance(values, dict):
-        raise UserError(f"{origin} holds {values!r} where {cls.__name__} has named settings")
-    known = {f.name: f.type for f in fields(cls)}
-    given = {}
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(
-                f"{origin} has the setting {name!r}, which {cls.__name__} does not know; use {[*known]}"
-            )
-        kind = known[name]
-        if get_origin(kind) is Annotated:
-            kind = get_args(kind)[0]
-        if not is_dataclass(kind) and not _fits(value, kind):
-            raise UserError(f"{origin}: {name}={value!r} does not do; use {_words(kind)}")
-        given[name] = _from_dict(kind, value, origin) if is_dataclass(kind) else value
-    return cls(**given)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is one of a field's type."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is UnionType:
-        return any(_fits(value, one) for one in get_args(kind))
-    if get_origin(kind) is dict:
-        of, to = get_args(kind)
-        return isinstance(value, dict) and all(_fits(k, of) and _fits(v, to) for k, v in value.items())
-    if get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
-    if kind is NoneType:
-        return value is None
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, str | Path) if kind is Path else isinstance(value, kind)
-
-
-def _words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    return getattr(kind, "__name__", str(kind)).replace(" | None", " or null")
-
-
-def _check(config, name: str, holds: bool, what: str) -> None:
-    if not holds:
-        raise UserError(f"{name}={getattr(config, name)} does not do; use {what}")
+        return from_dict(cls, sections, origin)
