@@ -103,6 +103,31 @@ def test_a_changed_setting_is_named_when_a_run_goes_on(pool, tiny, tmp_path):
     assert "resumed with learning_rate=0.05; it was 0.1 before" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "images"),
+    [
+        ("", "--data-parallel 2", (8, 4)),
+        ("--accumulate 2", "", (4, 8)),
+        ("--conv sc", "--conv sc --parallel fsdp", (8, 4)),
+        ("--conv sc", "--conv sc --parallel gpipe --microbatches 4", (8, 2)),
+        ("", "--data-parallel 2 --sync-batch-norm", None),
+        ("--data-parallel 2 --sync-batch-norm", "--group-parallel 2", None),
+        ("--data-parallel 2", "--accumulate 2", None),
+        ("--conv sc --data-parallel 2", "--conv sc --parallel fsdp", None),
+    ],
+)
+def test_a_run_that_goes_on_says_where_batch_norm_sees_other_images(
+    pool, tiny, tmp_path, before, after, images
+):
+    argv = ["train", *tiny, "--groups", 1 if "sc" in before else 4, "--output", tmp_path / "run"]
+    run(pool, *argv, *before.split(), "--max-steps", 1, ranks=2 if "parallel" in before else 1)
+    parallel = "parallel" in after
+    outcome = run(pool, *argv, *after.split(), "--resume", "--max-steps", 2, ranks=2 if parallel else 1)[0]
+    said = "resumed with batch norm over {1} images at a time; it was {0} before"
+    assert ("resumed with batch norm" in outcome.err) is (images is not None)
+    assert images is None or said.format(*images) in outcome.err
+
+
 def test_a_complete_run_says_so(pool, tiny, tmp_path):
     argv = ["train", *tiny, "--output", tmp_path / "run", "--epochs", 1]
     run(pool, *argv)

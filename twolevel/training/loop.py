@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> dict | None:
             check_kernels(config, ranks.device)
             if config.run.cuda_graph:
                 check_capturable(config, ranks.device, ranks.world.backend)
-            warn_of_ignored(config)
+            warn_of_ignored(config, ranks.mesh)
         run = config.run
         with claim(run.output, resume=run.resume, first=ranks.first, device=ranks.device) as start:
             return Trainer(config, ranks, start).run()
@@ -65,9 +65,9 @@ class Trainer:
         recorded = run.forms
         if start is not None:
             with together(ranks.device):
-                written = checkpoint.read_state(start)["config"]
-                check_resumable(config, written)
-                recorded = written["run"].get("forms", {})
+                written = checkpoint.read_state(start)
+                check_resumable(config, written, ranks.world.size)
+                recorded = written["config"]["run"].get("forms", {})
 
         dtype = torch.float64 if run.precision == "float64" else torch.float32
         self.data: Data = ranks.load_data(config.data, run.seed, dtype)

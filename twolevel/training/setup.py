@@ -1,6 +1,7 @@
 """From a configuration to a network on its ranks."""
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from twolevel.distributed.agreement import require_equal, together
 from twolevel.distributed.environment import World, start, stop
 from twolevel.errors import UserError
 from twolevel.ops import native
-from twolevel.training.config import PIPELINES, MeshConfig, RuleConfig, TrainConfig
+from twolevel.training.config import PIPELINES, MeshConfig, TrainConfig
 from twolevel.training.strategies import STRATEGIES, Strategy
 
 # Settings without which a checkpoint's state means something else.
@@ -124,9 +125,12 @@ def check_kernels(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def check_resumable(config: TrainConfig, written: dict) -> None:
-    """Raise UserError where a checkpoint's run differs in what cannot change; warn of what did change."""
-    before = {k: v for section in written.values() for k, v in section.items()}
+def check_resumable(config: TrainConfig, state: dict, ranks: int) -> None:
+    """Raise UserError where a checkpoint's run differs in what cannot change; warn of what did change.
+
+    `state` is the checkpoint's, `ranks` the number of those that go on.
+    """
+    before = {k: v for section in state["config"].values() for k, v in section.items()}
     changed = {k: v for k, v in config.flat().items() if k in before and before[k] != v}
     for name in FIXED_ON_RESUME:
         if name in changed:
@@ -142,6 +146,24 @@ def check_resumable(config: TrainConfig, written: dict) -> None:
     for name, value in changed.items():
         if name not in FREE_ON_RESUME:
             warnings.warn(f"resumed with {name}={value!r}; it was {before[name]!r} before", stacklevel=2)
+    now = _normalised_together(config.flat(), ranks)
+    then = _normalised_together(config.flat() | before, state["ranks"])
+    if now != then:
+        warnings.warn(
+            f"resumed with batch norm over {now} images at a time; it was {then} before; to keep that, use as many "
+            "replicas and parts of a batch as then (--sync-batch-norm counts all replicas as one)",
+            stacklevel=2,
+        )
+
+
+def _normalised_together(settings: dict, ranks: int) -> int:
+    """The number of images over which batch norm takes its statistics in training."""
+    parallel, parts = settings["parallel"], settings["accumulate"]
+    if not settings["sync_batch_norm"]:
+        parts *= ranks if parallel == "fsdp" else settings["data_parallel"]
+    if parallel in ("gpipe", "1f1b"):
+        parts *= settings["microbatches"] or ranks
+    return settings["batch_size"] // parts
 
 
 RULE_OF = {
@@ -150,22 +172,33 @@ RULE_OF = {
 }
 
 
-def warn_of_ignored(config: TrainConfig) -> None:
+def warn_of_ignored(config: TrainConfig, mesh: DeviceMesh) -> None:
     """Warn of settings that differ from their default but have no effect on this run."""
-    ignored = [
-        name
-        for conv, names in RULE_OF.items()
-        for name in names
-        if conv != config.model.conv and getattr(config.rules, name) != getattr(RuleConfig, name)
-    ]
-    why = f"conv={config.model.conv} has no such rule"
-    mesh = config.mesh
-    if mesh.sync_batch_norm and mesh.data_parallel == 1 and mesh.parallel != "fsdp":
-        warnings.warn("sync_batch_norm=True is ignored: there is one replica", stacklevel=2)
-    if mesh.exchange != "auto" and mesh.parallel in ("fsdp", *PIPELINES):
-        warnings.warn(
-            f"exchange={mesh.exchange} is ignored: parallel={mesh.parallel} has no such exchange",
-            stacklevel=2,
-        )
-    for name in ignored:
-        warnings.warn(f"{name}={getattr(config.rules, name)!r} is ignored: {why}", stacklevel=2)
+    for section, name, why in _without_effect(config, mesh):
+        value = getattr(section, name)
+        if value != getattr(type(section), name):
+            warnings.warn(f"{name}={value} is ignored: {why}", stacklevel=2)
+
+
+def _without_effect(config: TrainConfig, mesh: DeviceMesh) -> Iterator[tuple[object, str, str]]:
+    """(section, setting, why) of what this run does not ask for, at its default or not."""
+    model, rule, rules, ranks = config.model, config.optimiser, config.rules, config.mesh
+    for conv, names in RULE_OF.items():
+        if conv != model.conv:
+            yield from ((rules, name, f"conv={model.conv} has no such rule") for name in names)
+    if model.conv == "dgc" and model.threshold == "head":
+        yield rules, "threshold_steps", "threshold=head takes none over steps; use --threshold global"
+    if model.conv == "dgconv" and rules.complexity_divisor is None:
+        yield rules, "complexity_exponent", "there is no budget without --complexity-divisor"
+    if model.schedule == "dense":
+        yield model, "kernels", "schedule=dense is one convolution of torch"
+    if rule.lr_schedule == "cosine":
+        yield rule, "lr_gamma", "lr_schedule=cosine has no milestones"
+    elif all(milestone >= rule.epochs for milestone in rule.lr_milestones):
+        yield rule, "lr_gamma", f"no milestone comes before epochs={rule.epochs}"
+    if mesh["data"].size() == 1:
+        yield ranks, "sync_batch_norm", "there is one replica"
+    if ranks.parallel in ("fsdp", *PIPELINES):
+        yield ranks, "exchange", f"parallel={ranks.parallel} has no such exchange"
+    elif mesh["group"].size() == 1:
+        yield ranks, "exchange", "every rank holds all groups"
