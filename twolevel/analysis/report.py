@@ -1,26 +1,14 @@
 """Counts as tables."""
 
-from rich.console import Console
-from rich.table import Table
-
 from twolevel.analysis.count import Count
+from twolevel.terminal import Column, Console, print_table, width
 
 
 def count_table(count: Count, *, layers: bool = True) -> None:
     """Print a row for each layer that computes or exchanges, and the sums."""
-    console = Console(markup=False, emoji=False)
-    console.width = max(console.width, 120)  # cut names would be of no use in a pipe
+    console = Console()
     if layers:
-        table = Table(box=None, header_style="bold")
-        for name in ("layer", "kind", "output"):
-            table.add_column(name, no_wrap=True)
-        for name in ("parameters", "a rank", "MACs", "a rank", "bytes a step"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for layer in count.layers:
-            numbers = (layer.parameters, layer.held, layer.macs, layer.held_macs, round(layer.bytes_sent))
-            shape = "x".join(map(str, layer.output))
-            table.add_row(layer.name, layer.kind, shape, *(f"{n:,}" if n else "" for n in numbers))
-        console.print(table)
+        print_table(console, _columns(count))
         console.print()
     kinds = ", ".join(f"{number} {kind}" for kind, number in count.collectives_by_kind().items()) or "none"
     learned = {}
@@ -40,4 +28,23 @@ def count_table(count: Count, *, layers: bool = True) -> None:
         "  bytes sent by a rank (ring algorithm)": f"{round(count.bytes_sent):,}",
     }
     for name, value in rows.items():
-        console.print(f"{name:48} {value}", highlight=False)
+        line = f"{name:48} {value}"
+        console.print(line if len(line) <= width() else f"{name}\n    {value}")
+
+
+def _columns(count: Count) -> list[Column]:
+    layers = count.layers
+
+    def numbers(heading: str, values: list[int], need: int) -> Column:
+        return Column(heading, [f"{value:,}" if value else "" for value in values], need)
+
+    return [
+        Column("layer", [layer.name for layer in layers], 9, left=True),
+        Column("kind", [layer.kind for layer in layers], 6, left=True),
+        Column("output", ["x".join(map(str, layer.output)) for layer in layers], 3, left=True),
+        numbers("parameters", [layer.parameters for layer in layers], 7),
+        numbers("a rank", [layer.held for layer in layers], 4),
+        numbers("MACs", [layer.macs for layer in layers], 8),
+        numbers("MACs a rank", [layer.held_macs for layer in layers], 2),
+        numbers("bytes a step", [round(layer.bytes_sent) for layer in layers], 5),
+    ]

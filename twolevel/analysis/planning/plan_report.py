@@ -5,12 +5,10 @@ import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from twolevel.analysis.planning.machine import Machine
 from twolevel.analysis.planning.plan import Plan, Request, gigabytes, seconds, title
 from twolevel.analysis.planning.scaling import SERIES, Point
+from twolevel.terminal import Column, Console, print_stacked, print_table
 
 PROJECTION = "These are projections of the cost model, not measurements."
 
@@ -18,34 +16,43 @@ PROJECTION = "These are projections of the cost model, not measurements."
 def print_plan(plan: Plan) -> None:
     """Every strategy by step time, then the choice and its reasons."""
     request = plan.request
-    console = Console(markup=False, emoji=False)
-    console.width = max(console.width, 210)  # cut numbers would be of no use in a pipe
-    console.print(headline(request), highlight=False)
-    table = Table(box=None, header_style="bold")
-    table.add_column("strategy", no_wrap=True)
-    columns = ("parameters", "param+grad", "momentum", "activations", "peak", "fits", "compute", "bubble")
-    for name in (*columns, "hidden", "exposed", "step", "epoch", "sent"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for cost in plan.costs:
-        mark = " *" if cost is plan.best else ""
-        table.add_row(
-            title(cost) + mark,
-            f"{cost.parameters:,}",
-            gigabytes(cost.parameter_bytes + cost.gradient_bytes),
-            gigabytes(cost.momentum_bytes),
-            gigabytes(cost.activation_bytes),
-            gigabytes(cost.peak_bytes),
-            "yes" if cost.fits else "no",
-            *(seconds(value) for value in (cost.compute, cost.bubble, cost.hidden, cost.exposed, cost.step)),
-            seconds(cost.epoch(request.epoch_images)),
-            gigabytes(cost.bytes_sent),
-            style=None if cost.fits else "dim",
-        )
-    console.print(table)
+    console = Console()
+    console.paragraph(headline(request))
+    styles = ["" if cost.fits else "dim" for cost in plan.costs]
+    print_table(console, _columns(plan), styles=styles)
     console.print()
     for reason in plan.reasons:
-        console.print(reason, highlight=False, soft_wrap=True)
-    console.print(PROJECTION, highlight=False)
+        console.paragraph(reason)
+    console.print(PROJECTION)
+
+
+def _columns(plan: Plan) -> list[Column]:
+    costs = plan.costs
+
+    def times(heading: str, need: int) -> Column:
+        return Column(heading, [seconds(getattr(cost, heading)) for cost in costs], need)
+
+    def sizes(heading: str, values: list[float], need: int) -> Column:
+        return Column(heading, [gigabytes(value) for value in values], need)
+
+    titles = [title(cost) + (" *" if cost is plan.best else "") for cost in costs]
+    epochs = [seconds(cost.epoch(plan.request.epoch_images)) for cost in costs]
+    return [
+        Column("strategy", titles, 13, left=True),
+        Column("parameters", [f"{cost.parameters:,}" for cost in costs], 5),
+        sizes("param+grad", [cost.parameter_bytes + cost.gradient_bytes for cost in costs], 2),
+        sizes("momentum", [cost.momentum_bytes for cost in costs], 1),
+        sizes("activations", [cost.activation_bytes for cost in costs], 4),
+        sizes("peak", [cost.peak_bytes for cost in costs], 11),
+        Column("fits", ["yes" if cost.fits else "no" for cost in costs], 10),
+        times("compute", 7),
+        times("bubble", 3),
+        times("hidden", 0),
+        times("exposed", 8),
+        times("step", 12),
+        Column("epoch", epochs, 9),
+        sizes("sent", [cost.bytes_sent for cost in costs], 6),
+    ]
 
 
 def plan_json(plan: Plan) -> str:
@@ -69,19 +76,15 @@ def plan_json(plan: Plan) -> str:
 
 def print_study(request: Request, points: list[Point]) -> None:
     """A row for each number of ranks, a column for each strategy: step time, the exposed share of it in brackets."""
-    console = Console(markup=False, emoji=False)
-    console.width = max(console.width, 230)
-    console.print(headline(request), highlight=False)
-    names = [name for name in SERIES if any(p.series == name for p in points)]
-    table = Table(box=None, header_style="bold")
-    for name in ("ranks", *names):
-        table.add_column(name, justify="right", no_wrap=True)
-    for ranks in sorted({p.ranks for p in points}):
-        cells = {p.series: p.cost for p in points if p.ranks == ranks}
-        table.add_row(str(ranks), *(_cell(cells[name]) if name in cells else "" for name in names))
-    console.print(table)
-    console.print("Step time (share of it that waits for communication); ! does not fit.", highlight=False)
-    console.print(PROJECTION, highlight=False)
+    console = Console()
+    console.paragraph(headline(request))
+    ranks = sorted({p.ranks for p in points})
+    cells = {(p.series, p.ranks): _cell(p.cost) for p in points}
+    series = [name for name in SERIES if any(p.series == name for p in points)]
+    columns = [Column(name, [cells.get((name, number), "") for number in ranks]) for name in series]
+    print_stacked(console, Column("ranks", [*map(str, ranks)]), columns)
+    console.paragraph("Step time (share of it that waits for communication); ! does not fit.")
+    console.print(PROJECTION)
 
 
 def _cell(cost) -> str:
