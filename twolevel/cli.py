@@ -5,6 +5,8 @@ Commands import what they need when they run, so that help comes at once.
 
 import os
 import re
+import select
+import signal
 import sys
 import traceback
 import warnings
@@ -84,19 +86,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """Run a command and end the process with its status, without what Python does at exit where there are ranks."""
     try:
-        code = main()
-    except Exception:
-        traceback.print_exc()
-        code = 1
+        code = _run()
+    except BrokenPipeError:
+        # The status of other tools where `head` has read enough. Python itself would flush again, and complain.
+        os._exit(128 + signal.SIGPIPE)
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None and "torch.distributed" not in sys.modules:
         sys.exit(code)
     if mpi is not None and not code and not mpi.Is_finalized():
         mpi.Finalize()  # after a failure it would wait for ranks that wait for this one
     # Threads of Gloo may still let go of a tensor, which aborts the process while Python shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
+
+
+def _run() -> int:
+    """A command's status, once its output is written. Raises BrokenPipeError where nobody reads that."""
+    try:
+        code = main()
+    except SystemExit as end:  # --help
+        code = end.code or 0
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            raise
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        print(end="", file=stream, flush=True)  # a stream that was closed before the start is None
+    return code
+
+
+def _reader_gone() -> bool:
+    """Whether nobody reads standard output or error any more; a data worker or a rank can break a pipe too."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 # How Gloo, NCCL and the store say that another rank has gone.

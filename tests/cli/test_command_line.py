@@ -1,6 +1,8 @@
 """Help, which must not wait for heavy imports, and the commands that only print."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -71,3 +73,37 @@ def test_doctor_names_what_is_here():
 
     printed = command("doctor").out
     assert torch.__version__ in printed and "rank 0 of 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [
+        ("--help", ""),
+        ("plan --help", ""),
+        ("count --model wrn-10-1", ""),
+        ("count --model wrn-28-10 --json", ""),
+        ("count --model wrn-28-10 --json", "1"),
+        ("plan --model wrn-10-1 --ranks 4 --machine h100 --groups 4", ""),
+    ],
+)
+def test_a_reader_that_has_read_enough_ends_a_command_quietly(words, unbuffered):
+    """As `| head` does. It is gone from the start, so that every write finds nobody."""
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-m", "twolevel", *words.split()]
+    environ = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, env=environ)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_a_defect_with_its_traceback():
+    script = """
+import twolevel.cli as cli
+def main():
+    raise BrokenPipeError(32, "a worker is gone")
+cli.main = main
+cli.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and "BrokenPipeError: [Errno 32] a worker is gone" in done.stderr
