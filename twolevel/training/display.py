@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,7 +16,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
+from twolevel.terminal import Console, width
+
+WIDE = 140  # columns that the long forms take, whatever the numbers
 LINE_SECONDS = 15.0  # between two lines where there is no terminal
 
 
@@ -25,23 +28,19 @@ class Display:
     """Shows a run of `total` steps from step `start` on rank 0; on other ranks nothing."""
 
     def __init__(self, total: int, start: int, *, shown: bool):
-        self.console = Console(
-            file=sys.stdout, quiet=not shown, highlight=False, soft_wrap=True, markup=False, emoji=False
-        )
+        self.console = Console(file=sys.stdout, quiet=not shown)
+        self.wide = width() >= WIDE
         self.live = shown and _is_live(self.console)
         self.total, self.start = total, start
         self.began = self.last_line = time.monotonic()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
-        )
+        # The bar alone gives way: rich would cut any column that may wrap.
+        fixed = {"table_column": Column(no_wrap=True)}
+        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")]
+        if self.wide:
+            columns.insert(2, MofNCompleteColumn(**fixed))
+            columns.append(TimeElapsedColumn(**fixed))
+        columns += [TextColumn("left"), TimeRemainingColumn(**fixed)]
+        self.progress = Progress(*columns, console=self.console, disable=not self.live)
         self.task = self.progress.add_task("training", total=total, completed=start, text="")
 
     def __enter__(self) -> "Display":
@@ -57,9 +56,12 @@ class Display:
         self.console.print(text)
 
     def step(self, record: dict[str, Any]) -> None:
-        text = (
-            f"loss {record['loss']:.3f}  accuracy {100 - record['error']:.1f} %  "
-            f"{record['images_per_second']:,.0f} images/s"
+        accuracy, speed = 100 - record["error"], record["images_per_second"]
+        text = f"loss {record['loss']:.3f}  "
+        text += (
+            f"accuracy {accuracy:.1f} %  {speed:,.0f} images/s"
+            if self.wide
+            else f"acc {accuracy:.1f} %  {speed:,.0f} img/s"
         )
         epoch = f"epoch {record['epoch']}"
         self.progress.update(self.task, completed=record["step"], text=text, description=epoch)
@@ -67,16 +69,21 @@ class Display:
         if not self.live and now - self.last_line > LINE_SECONDS:
             self.last_line = now
             left = (now - self.began) / (record["step"] - self.start) * (self.total - record["step"])
-            self.say(f"{epoch}  step {record['step']}/{self.total}  {text}  {left / 60:.1f} min left")
+            step = f"{'step ' if self.wide else ''}{record['step']}/{self.total}"
+            self.say(f"{epoch}  {step}  {text}  {left / 60:.1f} min left")
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         ema = f" (EMA {100 - record['ema_test_error']:.2f} %)" if "ema_test_error" in record else ""
-        self.say(
-            f"epoch {record['epoch']}/{epochs}  train loss {record['train_loss']:.3f}  "
-            f"accuracy {100 - record['train_error']:.2f} %  test loss {loss_text(record['test_loss'])}  "
-            f"accuracy {100 - record['test_error']:.2f} %{ema}{_not_finite(record)}  lr {record['learning_rate']:.4g}  "
-            f"{record['images_per_second']:,.0f} images/s"
-        )
+        epoch = f"epoch {record['epoch']}/{epochs}  "
+        train = f"train loss {record['train_loss']:.3f}  accuracy {100 - record['train_error']:.2f} %  "
+        test = f"test loss {loss_text(record['test_loss'])}  accuracy {100 - record['test_error']:.2f} %{ema}  "
+        rate, speed = f"lr {record['learning_rate']:.4g}", f"{record['images_per_second']:,.0f} images/s"
+        lost = _not_finite(record)
+        if self.wide:
+            self.say(f"{epoch}{train}{test}{rate}  {speed}{lost and '  '}{lost}")
+        else:
+            indent = f"\n{'':{len(epoch)}}"
+            self.say(f"{epoch}{train}{speed}{indent}{test}{rate}{lost and indent}{lost}")
         self.last_line = time.monotonic()
 
 
@@ -98,7 +105,7 @@ def _not_finite(record: dict[str, Any]) -> str:
     if not number and not average:
         return ""
     ema = "" if average is None else f" (EMA {average})"
-    return f"  {number}{ema} of {record['test_images']} images not finite"
+    return f"{number}{ema} of {record['test_images']} images not finite"
 
 
 class _Warnings(logging.Handler):
