@@ -24,6 +24,8 @@ COMMANDS = {
     "doctor": "say what this machine has and what twolevel makes of it",
 }
 
+OPTIONS = ("--help", "--version")
+
 EXAMPLES = """examples:
   twolevel train --model wrn-16-2 --data sample --epochs 5
   torchrun --nproc-per-node 4 -m twolevel train --model wrn-28-10 --conv gc2l --groups 4 --data cifar10
@@ -34,7 +36,7 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, or 2 where the input cannot be honoured (one line says why)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("--help", "-h"):
         print(_help())
         return 0
     if argv[0] == "--version":
@@ -45,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = argv
     try:
         if name not in COMMANDS:
-            raise unknown("command", name, COMMANDS)
+            raise (
+                unknown("option", name, OPTIONS)
+                if name.startswith("-")
+                else unknown("command", name, COMMANDS)
+            )
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             if _rank() != 0:
@@ -53,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _commands()[name](rest)
     except UserError as error:
         prefix = f"[rank {_rank()}] " if "RANK" in os.environ or _rank() else ""
-        print(f"{prefix}twolevel {name}: {error}", file=sys.stderr, flush=True)
+        command = f" {name}" if name in COMMANDS else ""
+        print(f"{prefix}twolevel{command}: {error}", file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:
         if _rank() == 0:

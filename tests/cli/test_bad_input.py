@@ -88,6 +88,19 @@ def test_unknown_commands_are_refused_with_the_near_names(pool):
     assert refuse(pool, "trian", ranks=1) == "unknown command 'trian'; did you mean train?"
 
 
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("--verison", "twolevel: unknown option '--verison'; did you mean --version?"),
+        ("--hlep", "twolevel: unknown option '--hlep'; did you mean --help?"),
+        ("-v", "twolevel: unknown option '-v'; use one of --help, --version"),
+    ],
+)
+def test_unknown_options_without_a_command_are_refused_with_the_near_names(word, line):
+    done = command(word)
+    assert (done.code, done.out, done.err) == (2, "", f"{line}\n")
+
+
 def test_ranks_started_with_different_configurations(pool, fresh):
     argv = [[*TRAIN, "--learning-rate", rate] for rate in ("0.1", "0.2")]
     line = check_refused(pool.run(command_by_rank, argv, ranks=2, init=False))
