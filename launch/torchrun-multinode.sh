@@ -14,8 +14,9 @@ shift 3
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
+# twolevel.torchrun is torchrun without its traceback where a rank has said why it ended.
 # c10d: the machines number themselves, so the line is the same on all. Set JOB, again on all, when two
 # trainings share a HOST and PORT.
-exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" \
+exec python -m twolevel.torchrun --nnodes "$nodes" --nproc-per-node "$ranks" \
     --rdzv-backend c10d --rdzv-endpoint "$host" --rdzv-id "${JOB:-twolevel}" \
     -m twolevel train "$@"

@@ -9,5 +9,6 @@ shift
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
+# twolevel.torchrun is torchrun without its traceback where a rank has said why it ended.
 # --standalone: rank 0 takes a free port, so two trainings on one machine do not meet.
-exec torchrun --standalone --nproc-per-node "$ranks" -m twolevel train "$@"
+exec python -m twolevel.torchrun --standalone --nproc-per-node "$ranks" -m twolevel train "$@"

@@ -69,6 +69,28 @@ def test_torchrun_starts_ranks_that_reach_each_other(tmp_path):
     assert ranks == [["torchrun", rank, 2, rank, 2, [3, 3]] for rank in (0, 1)]
 
 
+def torchrun_quietly(*words: str) -> subprocess.CompletedProcess:
+    argv = [sys.executable, "-m", "twolevel.torchrun", "--standalone", "--nproc-per-node", "2", *words]
+    environ = environment(PYTHONPATH=str(LAUNCH.parent), OMP_NUM_THREADS="1")
+    return subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=120)
+
+
+def test_what_a_rank_said_is_not_followed_by_a_traceback(tmp_path):
+    done = torchrun_quietly("-m", "twolevel", "train", "--groups", "6", "--output", str(tmp_path / "run"))
+    lines = done.stderr.splitlines()
+    said = [line for line in lines if "twolevel train: groups=6 does not divide" in line]
+    assert done.returncode == 2 and said
+    # One line of torch's names the process that ended first, and one each that it stops the others.
+    assert len(lines) - len(said) <= 2 and "Traceback" not in done.stderr
+
+
+def test_a_defect_in_a_rank_keeps_the_report_of_torchrun(tmp_path):
+    (tmp_path / "defect.py").write_text("1 / 0")
+    done = torchrun_quietly(str(tmp_path / "defect.py"))
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr and "ChildFailedError" in done.stderr
+
+
 def test_mpirun_starts_ranks_that_reach_each_other(tmp_path):
     pytest.importorskip("mpi4py")
     root = ["--allow-run-as-root"] if os.getuid() == 0 else []
@@ -96,7 +118,7 @@ def test_a_recipe_is_valid_bash(script):
 
 def recorded(tmp_path: Path, script: str, *arguments: str, **extra: str) -> list[str]:
     """OMP_NUM_THREADS and the command line that a recipe would run in the end."""
-    for name in ("torchrun", "mpirun", "srun"):
+    for name in ("python", "mpirun", "srun"):
         stub = tmp_path / name
         stub.write_text('#!/bin/sh\nprintf "%s\\n" "$OMP_NUM_THREADS" "${0##*/}" "$@"\n')
         stub.chmod(0o755)
@@ -114,8 +136,13 @@ def recorded(tmp_path: Path, script: str, *arguments: str, **extra: str) -> list
 @pytest.mark.parametrize(
     "script, own, launcher, flags",
     [
-        ("torchrun.sh", ["3"], "torchrun", ["--nproc-per-node", "3"]),
-        ("torchrun-multinode.sh", ["2", "3", "alpha"], "torchrun", ["--rdzv-endpoint", "alpha"]),
+        (
+            "torchrun.sh",
+            ["3"],
+            "python",
+            ["-m", "twolevel.torchrun", "--standalone", "--nproc-per-node", "3"],
+        ),
+        ("torchrun-multinode.sh", ["2", "3", "alpha"], "python", ["--rdzv-endpoint", "alpha"]),
         ("mpirun.sh", ["3"], "mpirun", ["-n", "3"]),
         ("slurm.sbatch", [], "srun", ["--cpus-per-task=5"]),
     ],
