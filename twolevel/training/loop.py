@@ -273,7 +273,7 @@ class Trainer:
         going_on = f", from step {state.step}" if state.step else ""
         return (
             f"{config.model.model} {config.model.conv} groups={config.model.groups} on {config.data.data}: "
-            f"{self.strategy} on {self.ranks.device.type} ({self.ranks.world.backend}), "
+            f"{self.strategy} on {self.ranks.device.type} ({self.ranks.carriers(state.model)}), "
             f"{self.strategy.held(state.model):,} parameters on this one, "
             f"{config.optimiser.epochs} epochs of {state.steps_per_epoch} steps{going_on}"
         )

@@ -13,6 +13,7 @@ from twolevel.data.config import DataConfig
 from twolevel.distributed import init_mesh
 from twolevel.distributed.agreement import require_equal, together
 from twolevel.distributed.environment import World, start, stop
+from twolevel.distributed.mpi_axis import MPIAxis
 from twolevel.errors import UserError
 from twolevel.ops import native
 from twolevel.training.config import PIPELINES, MeshConfig, TrainConfig
@@ -91,6 +92,13 @@ class Context:
             network = models.create(**options)
         # Outside `together`: it may hold a collective, and it fails on all ranks or on none.
         return strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm)
+
+    def carriers(self, network: nn.Module) -> str:
+        """What carries tensors between these ranks: over MPI go those of layers that have its axis."""
+        over_mpi = any(isinstance(v, MPIAxis) for module in network.modules() for v in vars(module).values())
+        if not over_mpi:
+            return self.world.backend
+        return "mpi" if self.mesh["data"].size() == 1 else f"mpi, {self.world.backend} between replicas"
 
     def close(self) -> None:
         stop(self.world)
