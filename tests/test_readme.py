@@ -1,0 +1,113 @@
+"""What the README says to type works."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from twolevel import commands, models
+from twolevel.models.files import save
+from twolevel.options import parse
+from twolevel.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONFIGS = {
+    "train": TrainConfig,
+    "evaluate": commands.EvaluateConfig,
+    "export": commands.ExportConfig,
+    "report": commands.ReportConfig,
+    "count": commands.CountConfig,
+    "plan": commands.PlanConfig,
+}
+LAUNCHERS_OPTIONS = {
+    *("--nproc-per-node", "--nnodes", "--local-addr", "--oversubscribe", "--bind-to", "--allow-run-as-root"),
+    *("--nodes", "--help", "--config"),
+}
+
+
+def shell_lines() -> list[list[str]]:
+    """The words of every line in the README's shell blocks, with its own variables replaced."""
+    text = "\n".join(line[4:] for line in README.splitlines() if line.startswith("    "))
+    variables, lines = {}, []
+    for line in text.replace("\\\n", " ").splitlines():
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
+        if assigned := re.fullmatch(r'(\w+)="(.*)"', line):
+            variables[assigned[1]] = assigned[2]
+        elif re.match(r"(torchrun|mpirun|srun|twolevel) ", line):
+            lines.append(shlex.split(line, comments=True))
+    return lines
+
+
+def recipe_lines() -> list[list[str]]:
+    """The words of the recipes in launch/README.md that train."""
+    text = (ROOT / "launch" / "README.md").read_text()
+    lines = [shlex.split(code) for code in re.findall(r"`([^`]*launch/[^`]* --model [^`]*)`", text)]
+    return [["twolevel", "train", *line[line.index("--model") :]] for line in lines]
+
+
+@pytest.mark.parametrize("words", [*shell_lines(), *recipe_lines()], ids=" ".join)
+def test_every_command_takes_its_options(words):
+    name, *options = words[words.index("twolevel") + 1 :]
+    if name in CONFIGS:
+        parse(CONFIGS[name], name, options)
+    else:
+        assert (name, options) == ("doctor", [])
+
+
+def test_the_blocks_are_read_whole():
+    names = [words[words.index("twolevel") + 1] for words in shell_lines()]
+    assert {*names} == {*CONFIGS, "doctor"} and names.count("train") == 12
+    assert len(recipe_lines()) == 4
+
+
+def test_every_option_that_is_named_exists():
+    def names(cls) -> list[str]:
+        return [n for f in fields(cls) for n in (names(f.type) if is_dataclass(f.type) else [f.name])]
+
+    known = {f"--{n.replace('_', '-')}" for cls in CONFIGS.values() for n in names(cls)}
+    for text in (README, (ROOT / "launch" / "README.md").read_text()):
+        assert {*re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)} <= known | LAUNCHERS_OPTIONS
+
+
+def test_the_python_block_runs_in_one_process(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    narrow = {"name": "wrn-10-1", "conv": "gc2l", "groups": 4, "num_classes": 10}
+    save(tmp_path / "model.safetensors", models.create(**narrow).state_dict(), narrow, {})
+    # On one rank the widest network would take 2.3 GB, and a minute to draw.
+    assert block.count("wrn-28-80") == 1
+    (tmp_path / "block.py").write_text(block.replace("wrn-28-80", "wrn-28-1"))
+    done = subprocess.run(
+        [sys.executable, "block.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "19 convolutions became gc2l" in done.stdout
+
+
+def test_the_line_of_mpirun_runs_and_says_what_carries_the_exchange(tmp_path):
+    """With more ranks than cores, and as root with the option that the README names."""
+    pytest.importorskip("mpi4py")
+    (line,) = (words for words in shell_lines() if words[0] == "mpirun")
+    root = ["--allow-run-as-root"] if os.getuid() == 0 else []
+    small = ["--model", "wrn-10-1", "--data", "sample", "--max-steps", "1", "--output", str(tmp_path / "run")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [line[0], *root, *line[1:], *small],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 data x 4 group ranks on cpu (mpi), " in done.stdout
