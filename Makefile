@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RANKS ?= 4
 EPOCHS ?= 12
+TRAIN = .venv/bin/python -m twolevel.torchrun --standalone --nproc-per-node $(RANKS) \
+	-m twolevel train --model wrn-16-2 --conv gc2l --groups 4
 
 help:
 	@echo "make demo    install into .venv, then train GC-2L over $(RANKS) ranks on the bundled sample"
@@ -16,11 +18,11 @@ help:
 
 demo: .venv/installed
 	rm -rf runs/demo
-	OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node $(RANKS) -m twolevel train --model wrn-16-2 --conv gc2l --groups 4 \
-		--data sample --batch-size 100 --epochs $(EPOCHS) --lr-schedule cosine --log-steps 5 --output runs/demo
+	OMP_NUM_THREADS=1 $(TRAIN) --data sample --batch-size 100 --epochs $(EPOCHS) --lr-schedule cosine --log-steps 5 \
+		--output runs/demo
 	@echo
 	@echo "Next, the real data (downloads CIFAR-10 into data/, 170 MB):"
-	@echo "  .venv/bin/torchrun --nproc-per-node $(RANKS) -m twolevel train --model wrn-16-2 --conv gc2l --groups 4 \\"
+	@echo "  $(TRAIN) \\"
 	@echo "      --data cifar10 --download"
 
 test: .venv/installed

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -111,3 +112,35 @@ def test_the_line_of_mpirun_runs_and_says_what_carries_the_exchange(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "1 data x 4 group ranks on cpu (mpi), " in done.stdout
+
+
+def test_make_demo_prints_commands_that_work_as_printed(tmp_path):
+    """With twolevel in .venv alone: not on the PATH, and no environment active."""
+    if not shutil.which("make") or not (Path(sys.prefix) / "pyvenv.cfg").exists():
+        pytest.skip("needs make, and an environment to stand for .venv")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        (tmp_path / ".venv" / entry.name).symlink_to(entry)
+    installed = tmp_path / ".venv" / "installed"
+    installed.unlink(missing_ok=True)  # the link, if the environment has one
+    installed.touch()
+
+    def shell(line: str) -> str:
+        places = [p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "twolevel").exists()]
+        environ = os.environ | {"PATH": os.pathsep.join(places), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    printed = shell("make demo RANKS=2 EPOCHS=1")
+    evaluate = re.search(r"^evaluate +(.*)", printed, re.M)[1]
+    export = re.search(r"^export +(.*)", printed, re.M)[1]
+    real = re.search(r"real data.*:\n((?:.*\\\n)*.*)", printed)[1].replace("\\\n", " ")
+    assert "accuracy" in shell(evaluate)
+    shell(export)
+    assert (tmp_path / "runs" / "demo" / "model.safetensors").is_file()
+    words = shlex.split(real)
+    assert (tmp_path / words[0]).exists() and words[1:3] == ["-m", "twolevel.torchrun"]
+    parse(TrainConfig, "train", words[words.index("train") + 1 :])

@@ -1,11 +1,12 @@
 """What is shown fits the terminal, and nothing of it is cut."""
 
 import re
+import sys
 
 import pytest
 from command import command
 
-from twolevel.terminal import Column, Console, print_stacked, print_table
+from twolevel.terminal import Column, Console, print_stacked, print_table, program
 
 
 @pytest.fixture
@@ -70,3 +71,28 @@ def test_columns_that_do_not_fit_side_by_side_go_on_below(columns, capsys):
     columns(10)
     print_stacked(Console(), Column("n", ["1"]), [Column("aaa", ["x"]), Column("bbb", ["y"])])
     assert capsys.readouterr().out == "n  aaa\n1    x\n\nn  bbb\n1    y\n"
+
+
+@pytest.mark.parametrize(
+    ("where", "on_the_path", "script", "words"),
+    [
+        ("env", True, True, "twolevel"),
+        ("env", False, True, "env/twolevel"),
+        ("env", False, False, "env/python -m twolevel"),
+        ("my env", False, True, "'my env/twolevel'"),
+        ("..", False, True, "{parent}/twolevel"),
+    ],
+)
+def test_the_program_is_named_as_the_user_can_call_it(
+    tmp_path, monkeypatch, where, on_the_path, script, words
+):
+    work = tmp_path / "work"
+    folder = (work / where).resolve()
+    for made in (work, folder):
+        made.mkdir(exist_ok=True)
+    if script:
+        (folder / "twolevel").touch(mode=0o755)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(folder if on_the_path else tmp_path / "elsewhere"))
+    assert program() == words.format(parent=tmp_path)

@@ -1,11 +1,14 @@
-"""Text that fits the terminal: its width, and tables and paragraphs no wider than that."""
+"""The terminal: its width, tables and paragraphs no wider than that, and what is to be typed there."""
 
 import os
+import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import rich.console
 from rich.text import Text
@@ -24,6 +27,20 @@ def width() -> int:
             if columns := os.get_terminal_size(stream.fileno()).columns:
                 return columns
     return ENDLESS
+
+
+def program() -> str:
+    """What a user types for `twolevel`: its name where the PATH leads to this environment, else where it is."""
+    here = Path(sys.executable).with_name("twolevel")
+    if shutil.which("twolevel") == str(here):
+        return "twolevel"
+    words = [_typed(here)] if here.exists() else [_typed(Path(sys.executable)), "-m", "twolevel"]
+    return shlex.join(words)
+
+
+def _typed(path: Path) -> str:
+    """Relative to the working directory where it lies below that."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 class Console(rich.console.Console):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from twolevel.data import Data
 from twolevel.distributed import sync_buffers
 from twolevel.distributed.agreement import together
 from twolevel.errors import Stopped, UserError
+from twolevel.terminal import program
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import TrainConfig
 from twolevel.training.display import Display, waiting
@@ -292,9 +294,10 @@ class Trainer:
 
         steps, epochs = list(metrics.read(output, "step")), list(metrics.read(output, "epoch"))
         curve = training_curve(steps, epochs, output.name, output / "curve.png")
+        run, file = shlex.quote(str(output)), shlex.quote(f"{output}/model.safetensors")
         self.display.say(
             f"test accuracy {100 - last['test_error']:.2f} % after epoch {last['epoch']}\n"
             f"curve       {curve}\n"
-            f"evaluate    twolevel evaluate {output}\n"
-            f"export      twolevel export {output} {output}/model.safetensors"
+            f"evaluate    {program()} evaluate {run}\n"
+            f"export      {program()} export {run} {file}"
         )
