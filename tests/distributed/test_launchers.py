@@ -170,7 +170,9 @@ def test_a_recipe_gives_ranks_the_threads_that_torchrun_would_not(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_recipe_for_mpirun_asks_a_run_to_stop_instead_of_killing_it(tmp_path, number):
     stub = tmp_path / "mpirun"
-    stub.write_text("#!/bin/bash\ntrap 'echo stopped; kill %1; exit 130' USR1\nsleep infinity &\necho ready\nwait\n")
+    stub.write_text(
+        "#!/bin/bash\ntrap 'echo stopped; kill %1; exit 130' USR1\nsleep infinity &\necho ready\nwait\n"
+    )
     stub.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     recipe = subprocess.Popen(

@@ -76,7 +76,9 @@ class Display:
         ema = f" (EMA {100 - record['ema_test_error']:.2f} %)" if "ema_test_error" in record else ""
         epoch = f"epoch {record['epoch']}/{epochs}  "
         train = f"train loss {record['train_loss']:.3f}  accuracy {100 - record['train_error']:.2f} %  "
-        test = f"test loss {loss_text(record['test_loss'])}  accuracy {100 - record['test_error']:.2f} %{ema}  "
+        test = (
+            f"test loss {loss_text(record['test_loss'])}  accuracy {100 - record['test_error']:.2f} %{ema}  "
+        )
         rate, speed = f"lr {record['learning_rate']:.4g}", f"{record['images_per_second']:,.0f} images/s"
         lost = _not_finite(record)
         if self.wide:
