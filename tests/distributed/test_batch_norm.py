@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from twolevel.distributed import parallelize
 from twolevel.distributed.batch_norm import SyncedBatchNorm2d
+from twolevel.distributed.collectives import MeshAxis
 
 # Float32: the mean and the variance of about 100 numbers, and gradients that cancel to a tenth of their parts.
 TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
@@ -150,3 +151,36 @@ def test_bfloat16_images_with_float32_weights(pool):
     assert {key: t.dtype for key, t in got.items()} == {key: t.dtype for key, t in wanted.items()}
     # One rounding to 8 bits of numbers up to 4, on each side.
     torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-7)
+
+
+def second_derivatives_on_ranks(frozen):
+    norm = synced(torch.float64, {})
+    x, gy = images(dist.get_rank(), 0, torch.float64)
+    x.requires_grad_("x" not in frozen), norm.weight.requires_grad_("weight" not in frozen)
+    wanted = [t for t in (x, norm.weight) if t.requires_grad]
+    if frozen == "x":  # then the output is linear in what is left
+        (g_weight,) = torch.autograd.grad(norm(x), wanted, gy, create_graph=True)
+        assert not g_weight.requires_grad
+        return
+    with pytest.raises(NotImplementedError, match="second derivatives do not cross ranks"):
+        torch.autograd.grad(norm(x), wanted, gy, create_graph=True)
+
+
+@pytest.mark.parametrize("frozen", ["", "weight", "x"])
+def test_second_derivatives_are_refused_across_ranks(pool, frozen):
+    pool.run(second_derivatives_on_ranks, frozen, ranks=2)
+
+
+def second_derivatives_on_one_rank():
+    norm = module(torch.float64)
+    norm.__class__, norm.axis = SyncedBatchNorm2d, MeshAxis(dist.group.WORLD)
+    x = images(1, 0, torch.float64)[0].requires_grad_()
+
+    def compute(x, weight, bias):
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradgradcheck(compute, (x, norm.weight, norm.bias))
+
+
+def test_second_derivatives_on_one_rank(pool):
+    pool.run(second_derivatives_on_one_rank, ranks=1)

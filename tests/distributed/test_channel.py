@@ -8,6 +8,8 @@ from test_exchange import Collectives
 from torch import nn
 
 from twolevel.distributed import init_mesh, split_channels
+from twolevel.distributed.channel import gathered_convolutions
+from twolevel.distributed.collectives import MeshAxis
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
@@ -192,3 +194,17 @@ def test_backward_of_the_gather_is_a_sum_over_ranks(pool):
         assert y == 3 + 6 + 10 + 20
         assert g_stem == 1 + 2
         assert g_weight == [1, 2]
+
+
+def second_derivative():
+    axis = MeshAxis(dist.group.WORLD)
+    convs = tuple(nn.Conv2d(2 * axis.ranks, 3, 3, bias=False) for _ in range(2))
+    x = torch.ones(1, 2, 5, 5, requires_grad=True)
+    total = sum(y.sum() for y in gathered_convolutions(x, convs, axis))
+    # A loss linear in y: the filters' gradients depend on x of every rank all the same.
+    with pytest.raises(NotImplementedError, match="second derivatives do not cross ranks"):
+        torch.autograd.grad(total, convs[0].weight, create_graph=True)
+
+
+def test_second_derivatives_are_refused_across_ranks(pool):
+    pool.run(second_derivative, ranks=2)

@@ -195,14 +195,36 @@ def test_clipping_costs_one_number(pool):
         assert seen == [*expected, ("all-reduce", 4)]
 
 
-def second_derivative():
+def second_derivative(schedule, compiled):
     axis, x = MeshAxis(dist.group.WORLD), torch.ones(1, 1, 3, 3, requires_grad=True)
     weights = [torch.ones(1, 1, 1, 1, requires_grad=True), torch.ones(1, 1, 1, 1, requires_grad=True)]
     coarse = torch.ones(1, axis.ranks, 1, 1, requires_grad=True)
-    y = two_level_conv2d(x, *weights, coarse, Geometry(), exchange=axis)
+
+    def compute(x):
+        return two_level_conv2d(x, *weights, coarse, Geometry(), schedule=schedule, exchange=axis)
+
+    # The compilers behind AOTAutograd refuse any second derivative themselves.
+    y = (torch.compile(compute, backend="eager", fullgraph=True) if compiled else compute)(x)
     with pytest.raises(NotImplementedError, match="second derivatives do not cross ranks"):
         torch.autograd.grad((y**2).sum(), x, create_graph=True)
 
 
-def test_second_derivatives_are_refused_across_ranks(pool):
-    pool.run(second_derivative, ranks=2)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("schedule", ["overlapped", "fused"])
+def test_second_derivatives_are_refused_across_ranks(pool, schedule, compiled):
+    pool.run(second_derivative, schedule, compiled, ranks=2)
+
+
+def second_derivative_of_logits(compiled):
+    axis, partial = MeshAxis(dist.group.WORLD), torch.ones(2, 3, requires_grad=True)
+    add = torch.compile(axis.sum_logits, backend="eager", fullgraph=True) if compiled else axis.sum_logits
+    (grad,) = torch.autograd.grad(add(partial).sum(), partial, create_graph=True)
+    assert torch.equal(grad, torch.ones(2, 3))  # nothing is left to differentiate
+    with pytest.raises(NotImplementedError, match="second derivatives do not cross ranks"):
+        torch.autograd.grad((add(partial) ** 2).sum(), partial, create_graph=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_second_derivatives_by_way_of_the_logits_are_refused(pool, compiled):
+    """Each rank would see its own share alone of how a function of all gradients depends on the logits."""
+    pool.run(second_derivative_of_logits, compiled, ranks=2)

@@ -5,20 +5,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twolevel.distributed.collectives import MeshAxis
+from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose statistics in training are those of all ranks' images: x `[B, C, H, W]`.
 
     (torch.nn.SyncBatchNorm does the same on GPUs and refuses CPUs.) One all-gather forward and one
-    all-reduce backward, of 2 C + 1 and 2 C numbers.
+    all-reduce backward, of 2 C + 1 and 2 C numbers; neither with one rank. Second derivatives across ranks are refused.
     """
 
     axis: MeshAxis
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.axis.ranks == 1:
             return super().forward(x)
         y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.axis.group)
         if self.track_running_stats:
@@ -71,6 +71,7 @@ class _Normalise(torch.autograd.Function):
         g_bias = wide.sum((0, 2, 3))
         g_weight = (wide * centred).sum((0, 2, 3))
         sums = torch.stack([g_bias, g_weight]) / count
+        refuse_second_derivative(sums)
         dist.all_reduce(sums, dist.ReduceOp.SUM, ctx.group)
         mean_g, mean_gx = sums
         gx = (wide - mean_g[across] - centred * mean_gx[across]) * inv_std[across]

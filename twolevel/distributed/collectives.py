@@ -90,7 +90,7 @@ class _SumForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return _same_on_each_rank(grad), None
 
 
 @torch.library.custom_op("twolevel::sum_logits", mutates_args=())
@@ -106,7 +106,13 @@ def _(partial, axis):
     return torch.empty_like(partial, memory_format=torch.contiguous_format)
 
 
-_sum_logits.register_autograd(lambda ctx, grad: (grad, None))
+_sum_logits.register_autograd(lambda ctx, grad: (_same_on_each_rank(grad), None))
+
+
+def _same_on_each_rank(grad: Tensor) -> Tensor:
+    """The gradient of the logits, of one loss on all ranks. A gradient of it is not: each rank has its own share."""
+    refuse_second_derivative(grad)
+    return grad
 
 
 class _SumBackward(torch.autograd.Function):

@@ -118,6 +118,12 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradients(ctx, gy, _):
     wanted = [*ctx.needs_input_grad[:4]]
+    if torch.is_grad_enabled():  # a second derivative is wanted, which the operator below has not
+        *geometry, _, _, _, exchange, _ = ctx.rest
+        found = schedules.backward_with_graph(
+            gy, *ctx.saved_tensors, _geometry(*geometry), registered(exchange), tuple(wanted)
+        )
+        return *found, *[None] * len(ctx.rest)
     found = _backward(gy, *ctx.saved_tensors, *ctx.rest, wanted)
     return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * len(ctx.rest)
 

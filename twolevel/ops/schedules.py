@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.parts import Parts
+from twolevel.ops.parts import Parts, TorchParts
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -110,6 +110,27 @@ class Fused:
         gz = scattering.wait()
         grads = self.parts.local_and_restriction_backward(gy, gz, x, local, restriction, geometry, wanted[:3])
         return *grads, g_coarse
+
+
+def backward_with_graph(
+    gy: Tensor,
+    x: Tensor,
+    local: Tensor,
+    restriction: Tensor,
+    coarse: Tensor,
+    z: Tensor,
+    geometry: Geometry,
+    exchange: Exchange,
+    wanted: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """`Schedule.backward` for whoever differentiates its results again: by operations of torch, which autograd records.
+
+    Across ranks the exchange refuses what it cannot differentiate.
+    """
+    parts = TorchParts("grouped")
+    if exchange.ranks == 1 and wanted[3]:
+        z = parts.restrict(x, restriction, geometry)  # the one from forward is a constant to autograd
+    return Overlapped(parts).backward(gy, x, local, restriction, coarse, z, geometry, exchange, wanted)
 
 
 def dense(x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry) -> Tensor:

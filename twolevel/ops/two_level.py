@@ -8,7 +8,7 @@ from twolevel.ops import compiled, schedules
 from twolevel.ops.choice import Form, Kernels, Schedule, choose, schedule_of
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.parts import TorchParts, in_strides_of
+from twolevel.ops.parts import in_strides_of
 from twolevel.ops.problem import Problem
 
 
@@ -65,13 +65,11 @@ class _TwoLevel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         x, local, restriction, coarse, z = ctx.saved_tensors
-        schedule = schedule_of(ctx.form)
-        if torch.is_grad_enabled():  # a second derivative is wanted, which only operations of torch pass on
-            schedule = schedules.Overlapped(TorchParts("grouped"))
+        # Gradients are recorded where a second derivative is wanted.
+        again = torch.is_grad_enabled()
+        backward = schedules.backward_with_graph if again else schedule_of(ctx.form).backward
         wanted = ctx.needs_input_grad[:4]
-        gx, *grads = schedule.backward(
-            gy, x, local, restriction, coarse, z, ctx.geometry, ctx.exchange, wanted
-        )
+        gx, *grads = backward(gy, x, local, restriction, coarse, z, ctx.geometry, ctx.exchange, wanted)
         weights = zip(grads, (local, restriction, coarse), strict=True)
         grads = [None if grad is None else in_strides_of(grad, weight) for grad, weight in weights]
         return gx, *grads, None, None, None
