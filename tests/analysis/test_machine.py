@@ -62,6 +62,10 @@ def test_what_is_not_known_is_refused(tmp_path):
     (tmp_path / "m.json").write_text("{}")
     with pytest.raises(UserError, match=r"^machine file '.*m.json' cannot be read .*--calibrate"):
         Machine.load(tmp_path / "m.json")
+    with pytest.raises(
+        UserError, match=r"^machine file '.*m.json/m.json' cannot be written .*--output FILE$"
+    ):
+        presets.machine("h200").save(tmp_path / "m.json" / "m.json")
     with pytest.raises(UserError, match=r"^machine titan-rtx has no rate for bf16; use float32$"):
         Timing(presets.machine("titan-rtx"), "bf16")
 

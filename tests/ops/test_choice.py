@@ -137,12 +137,6 @@ def test_what_cannot_be_done_is_refused_in_one_line(asked, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "forms.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"forms.json is not a file of measured choices; delete it"):
-        Store(tmp_path / "forms.json")
-
-
 def test_without_a_compiler_torch_computes_and_that_is_said_once(monkeypatch, caplog):
     for place in ("native", "native.parts"):
         monkeypatch.setattr(f"twolevel.ops.{place}.available", lambda: "no C compiler")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from twolevel.errors import UserError
 from twolevel.ops import LOCAL, Copies, Geometry, two_level_conv2d
 from twolevel.ops import triton as grouped
+from twolevel.ops.triton import choices
 
 pytest.importorskip("triton")
 CHILD = os.environ.get("TRITON_INTERPRET") == "1"
@@ -295,9 +296,19 @@ def test_choices_are_kept_on_disk_for_their_problem_and_card_alone(tmp_path, mon
     assert files == {read.path.name, read.path.with_suffix(".lock").name}  # nothing half written is left
     assert read.get("forward", problem, "card A", "tf32") is None
     assert grouped.pick(problem, "forward", measured=read.get("forward", problem, "card A")) == SMALL
-    read.path.write_text("[1]")
-    with pytest.raises(UserError, match="delete it"):
-        grouped.Choices()
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"KEY": 3}', '{"KEY": ["wide"]}', '{"KEY": null}'])
+def test_damaged_choices_are_as_none(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    problem = grouped.problem_of((2, 32, 8, 8), (32, 16, 3, 3), Geometry(), 2, torch.float16)
+    key = choices.key("forward", problem, "card A")
+    (tmp_path / "twolevel").mkdir()
+    (tmp_path / "twolevel" / choices.FILE).write_text(damage.replace("KEY", key))
+    read = grouped.Choices()
+    assert read.get("forward", problem, "card A") is None
+    read.keep("forward", problem, "card A", SMALL)
+    assert read.get("forward", problem, "card A") == SMALL
 
 
 def test_nothing_is_measured_without_a_card():

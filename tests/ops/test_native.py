@@ -1,9 +1,13 @@
 """The C kernels compute what convolutions compute, on any processor, or say why they cannot."""
 
 import ctypes
+import logging
 import shutil
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from twolevel.ops import Geometry, native
+from twolevel.ops import Geometry, native, store
 from twolevel.ops.native import build, call, parts
 
 LAST = torch.channels_last
@@ -36,8 +40,8 @@ def compiled(request, tmp_path_factory) -> ctypes.CDLL:
         return build.library().functions
     folder = build.resources.files(build.__package__)
     sources = [path for path in folder.iterdir() if path.name.endswith(".c")]
-    path = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    build._compile(["cc"], [*build.FLAGS, *request.param.split()], sources, path)
+    flags = [*build.FLAGS, *request.param.split()]
+    path = build._compile(["cc"], flags, sources, tmp_path_factory.mktemp("kernels"), "test")
     return ctypes.CDLL(str(path))
 
 
@@ -337,33 +341,119 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     assert not any((tmp_path / "cache" / "twolevel").iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert str(tmp_path / "file") in why_unavailable(monkeypatch)
+ONE = "int one(void) { return 1; }"
 
 
-def test_many_that_start_at_once_find_one_whole_library(monkeypatch, tmp_path):
+@pytest.fixture
+def folder(monkeypatch, tmp_path, caplog):
+    """A cache of its own, and kernels that are compiled in no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "source" / "one.c"
     source.parent.mkdir()
-    source.write_text("int one(void) { return 1; }")
+    source.write_text(ONE)
     monkeypatch.setattr(build.resources, "files", lambda package: source.parent)
+    store.warn.cache_clear()
+    caplog.set_level(logging.WARNING, "twolevel.ops")
+    yield tmp_path / "twolevel"
+    store.warn.cache_clear()
+
+
+def load() -> build.Library:
+    """As in a new process."""
+    found = build.library.__wrapped__()
+    assert found.functions.one() == 1
+    return found
+
+
+def kept(folder) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_many_that_start_at_once_find_one_whole_library(monkeypatch, folder, caplog):
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda _: build.library.__wrapped__(), range(8)))
+        found = list(threads.map(lambda _: load(), range(8)))
     assert len({library.key for library in found}) == 1
-    assert [path.name for path in (tmp_path / "twolevel").iterdir()] == [f"kernels-{found[0].key}.so"]
-    assert all(library.functions.one() == 1 for library in found)
+    assert kept(folder).name.startswith(f"kernels-{found[0].key}-")
     monkeypatch.setattr(build, "_compile", None)  # what is there already is not compiled again
-    assert build.library.__wrapped__().key == found[0].key
+    assert load().key == found[0].key
+    assert caplog.messages == []
 
 
-def test_other_flags_make_another_library(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = []
-    monkeypatch.setattr(build, "_compile", lambda compiler, flags, sources, path: made.append(path.name))
-    for flags in (("-O3",), ("-O2",), ("-O3",)):
+def test_a_truncated_library_is_compiled_again(folder):
+    """Loaded, it ends a process with SIGBUS."""
+    load()
+    path = kept(folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    script = (
+        "import sys, pathlib\n"
+        "from twolevel.ops.native import build\n"
+        "build.resources.files = lambda package: pathlib.Path(sys.argv[1])\n"
+        "assert build.library().functions.one() == 1\n"
+    )
+    command = [sys.executable, "-c", script, str(folder.parent / "source")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"{path} is damaged: it is compiled again\n"
+    assert kept(folder).read_bytes() == whole
+
+
+FAULTS = {
+    "a file where the folder should be": lambda folder: folder.write_text(""),
+    "a folder where the file should be": lambda folder: replaced(kept(folder), Path.mkdir),
+    "others can write it": lambda folder: kept(folder).chmod(0o666),
+    "its group can write it": lambda folder: kept(folder).chmod(0o664),
+}
+
+
+def replaced(path, make):
+    path.unlink()
+    make(path)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_cache_that_cannot_be_used_is_named_and_kernels_are_compiled_for_this_process(
+    folder, caplog, monkeypatch, tmp_path, fault
+):
+    if "where the folder" not in fault:
+        load()
+    FAULTS[fault](folder)
+    before = sorted(tmp_path.rglob("*"))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(build.tempfile, "tempdir", str(temporary))
+    for _ in range(2):
+        load()
+    assert not any(temporary.iterdir())  # a loaded library needs its file no more
+    temporary.rmdir()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert len(caplog.messages) == 1 and str(folder) in caplog.messages[0]
+    assert "compiled and measured for this process alone; set XDG_CACHE_HOME" in caplog.messages[0]
+
+
+def test_a_library_of_another_user_is_not_loaded(folder, caplog, monkeypatch):
+    load()
+    monkeypatch.setattr(build.os, "geteuid", lambda: kept(folder).stat().st_uid + 1)
+    loaded = []
+    cdll = ctypes.CDLL
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: loaded.append(path) or cdll(path))
+    load()
+    assert len(loaded) == 1 and str(kept(folder)) not in loaded
+    assert len(caplog.messages) == 1 and "another user" in caplog.messages[0]
+
+
+def test_without_a_cache_and_a_temporary_folder_they_say_so(folder, monkeypatch):
+    folder.write_text("")
+    monkeypatch.setattr(build.tempfile, "tempdir", str(folder))
+    with pytest.raises(build.Unavailable, match="Not a directory"):
+        load()
+
+
+def test_other_flags_make_another_library(monkeypatch, folder):
+    keys = []
+    for flags in (build.FLAGS, ("-O2", *build.FLAGS[1:]), build.FLAGS):
         monkeypatch.setattr(build, "FLAGS", flags)
-        with pytest.raises(build.Unavailable, match="cannot load"):
-            build.library.__wrapped__()
-    assert made[0] == made[2] != made[1]
+        keys.append(load().key)
+    assert keys[0] == keys[2] != keys[1]
+    assert len([*folder.iterdir()]) == 2

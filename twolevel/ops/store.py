@@ -1,32 +1,75 @@
-"""Measurements kept on disk: a JSON file of one value a key, shared by the processes of a user."""
+"""Measurements kept on disk: a JSON file of one value a key, shared by the processes of a user.
+
+Nothing that is wrong with the cache stops a process: it is said once, and this process goes on without.
+"""
 
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from twolevel.errors import UserError
+# Nothing can be read or written below it.
+NOWHERE = Path(os.devnull)
+
+log = logging.getLogger("twolevel.ops")
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/twolevel`, or `~/.cache/twolevel` where that is unset."""
+    """`$XDG_CACHE_HOME/twolevel`, or `~/.cache/twolevel` where that is unset; below `NOWHERE` without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "twolevel"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "twolevel"
+    except RuntimeError:
+        return NOWHERE / "twolevel"
+
+
+@cache
+def warn(message: str) -> None:
+    """Once a process."""
+    log.warning(message)
+
+
+def warn_of_cache(folder: Path, error: OSError) -> None:
+    """Say that a cache cannot be used, why, and what to do."""
+    what = f"the cache {folder} cannot be used ({error.strerror or error})"
+    if folder.is_relative_to(NOWHERE):
+        what = "there is no cache, as this user has no home folder"
+    warn(
+        f"{what}: kernels are compiled and measured for this process alone; "
+        "set XDG_CACHE_HOME to a folder of this user"
+    )
+
+
+def publish(made: Path, path: Path) -> None:
+    """Rename a whole file into place. After a crash of the machine there is the old one or the new one."""
+    _sync(made)
+    os.replace(made, path)
+    with contextlib.suppress(OSError):  # not every file system can
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Store:
-    """Values by key, read once; a folder that cannot be written keeps them for this process alone.
-
-    Raises UserError for a file that `keep` has not written.
-    """
+    """Values by key, read once; a file that cannot be read or written keeps them for this process alone."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._known = self._read()
+        self._known: dict[str, Any] = {}
+        with self._faults_said():
+            self._known = self._read()
 
     def get(self, key: str) -> Any | None:
         return self._known.get(key)
@@ -36,19 +79,22 @@ class Store:
 
         Without `replace` the first to keep a key decides for all: ranks that measure at once go on alike.
         """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(self._lock())
-                written = self._read()
-            except OSError:
-                written = {}
-            known = {**self._known, **written}
-            if replace or key not in known:
-                known[key] = value
-                with contextlib.suppress(OSError):
-                    self._write(known)
-            self._known = known
-        return self._known[key]
+        with self._faults_said(), self._lock():
+            self._known |= self._read()
+            if replace or key not in self._known:
+                self._write({**self._known, key: value})
+        if replace:
+            self._known[key] = value
+        return self._known.setdefault(key, value)
+
+    @contextlib.contextmanager
+    def _faults_said(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            warn(f"{self.path} is damaged ({error}): kernels are measured for this process alone; delete it")
+        except OSError as error:
+            warn_of_cache(self.path.parent, error)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -62,18 +108,21 @@ class Store:
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
-            os.replace(name, self.path)
+            publish(Path(name), self.path)
         except BaseException:
             os.unlink(name)
             raise
 
     def _read(self) -> dict[str, Any]:
+        """Raises ValueError for a file that `keep` has not written, OSError for one that cannot be read."""
         try:
             known = json.loads(self.path.read_text())
-        except OSError:  # not there, or not for us to read
+        except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise UserError(f"{self.path} is not a file of measured choices ({error}); delete it") from error
+        except IsADirectoryError as error:
+            raise ValueError("it is a folder") from error
+        except RecursionError as error:
+            raise ValueError("too many brackets") from error
         if not isinstance(known, dict):
-            raise UserError(f"{self.path} is not a file of measured choices; delete it")
+            raise ValueError(f"not an object, but a {type(known).__name__}")
         return known

@@ -115,8 +115,14 @@ class Machine:
         return replace(self, **{k: v for k, v in changed.items() if v is not None})
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Raises UserError where the file cannot be written."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"machine file {str(path)!r} cannot be written ({error}); choose another with --output FILE"
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -2,7 +2,8 @@
 
 The library lies in `$XDG_CACHE_HOME/twolevel` (`~/.cache/twolevel`) under a name that depends on everything it is made
 of, so a new processor, compiler or source makes a new one beside it. It is renamed into place when whole: any number of
-processes may start at once.
+processes may start at once. The name ends in a digest of the file, as to load half a library ends the process. Where
+the cache cannot be used, a process compiles its own in a temporary folder.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from twolevel.ops.store import cache_folder
+from twolevel.ops.store import cache_folder, publish, warn, warn_of_cache
 
 FLAGS = ("-O3", "-shared", "-fPIC")
 # How compilers name the processor they run on; without any of them code is for the least of its family.
@@ -44,13 +45,43 @@ def library() -> Library:
         native, processor = _target(compiler)
         flags = [*FLAGS, *native]
         key = _key([*compiler, *flags, processor], sources)
-        path = cache_folder() / f"kernels-{key}.so"
-        if not path.exists():
-            _compile(compiler, flags, [source for source in sources if source.suffix == ".c"], path)
-    try:
-        return Library(ctypes.CDLL(str(path)), key)
-    except OSError as error:
-        raise Unavailable(f"cannot load {path}: {error}") from error
+
+        def make(folder: Path) -> Path:
+            return _compile(
+                compiler, flags, [source for source in sources if source.suffix == ".c"], folder, key
+            )
+
+        cache = cache_folder()
+        try:
+            return _load(_kept(cache, key) or make(cache), key)
+        except OSError as error:
+            warn_of_cache(cache, error)
+        try:
+            with tempfile.TemporaryDirectory(prefix="twolevel-") as private:
+                return _load(make(Path(private)), key)  # what is loaded needs its file no more
+        except OSError as error:
+            raise Unavailable(f"cannot write or load compiled kernels: {error}") from error
+
+
+def _load(path: Path, key: str) -> Library:
+    return Library(ctypes.CDLL(str(path)), key)
+
+
+def _kept(folder: Path, key: str) -> Path | None:
+    """The library compiled before, None without one. Raises OSError for one that others may have written."""
+    for path in folder.glob(f"kernels-{key}-*.so"):
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                raise PermissionError(f"{path.name} is of another user, or others can write it")
+            if path == _path(folder, key, file.read()):
+                return path
+        warn(f"{path} is damaged: it is compiled again")
+    return None
+
+
+def _path(folder: Path, key: str, library: bytes) -> Path:
+    return folder / f"kernels-{key}-{hashlib.sha256(library).hexdigest()[:16]}.so"
 
 
 def _target(compiler: list[str]) -> tuple[tuple[str, ...], str]:
@@ -70,24 +101,23 @@ def _key(words: list[str], sources: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: list[str], flags: list[str], sources: list[Path], path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    except OSError as error:
-        raise Unavailable(f"cannot write compiled kernels to {path.parent}: {error}") from error
+def _compile(compiler: list[str], flags: list[str], sources: list[Path], folder: Path, key: str) -> Path:
+    """The library, in a folder that is made where there is none. Raises Unavailable, and OSError from the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f"kernels-{key}", suffix=".part")
     os.close(handle)
+    made = Path(name)
     try:
         asked = [*compiler, *flags, "-o", name, *map(str, sources)]
         found = _run(asked)
         if found.returncode:
             raise Unavailable(f"{shlex.join(asked)} failed: {_last_line(found)}")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise Unavailable(f"cannot write compiled kernels to {path.parent}: {error}") from error
+        made.chmod(0o644)
+        path = _path(folder, key, made.read_bytes())
+        publish(made, path)
+        return path
     finally:
-        Path(name).unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

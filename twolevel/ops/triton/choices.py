@@ -27,10 +27,7 @@ def key(operation: Operation, problem: Problem, card: str, precision: str = "iee
 
 
 class Choices:
-    """The measured configurations of a folder, read once; `get` is a look-up and `keep` writes.
-
-    Raises UserError for a file that is not what `keep` writes.
-    """
+    """The measured configurations of a folder, read once; `get` is a look-up and `keep` writes."""
 
     def __init__(self, folder: Path | None = None):
         self._store = Store((folder or cache_folder()) / FILE)
@@ -44,8 +41,8 @@ class Choices:
             return None
         try:
             return Config(*map(int, found))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.path} is not a file of measured choices ({error}); delete it") from error
+        except (TypeError, ValueError):  # not what `keep` writes: it is measured again
+            return None
 
     def keep(
         self, operation: Operation, problem: Problem, card: str, config: Config, precision: str = "ieee"
