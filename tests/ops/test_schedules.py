@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
-from twolevel.ops import SCHEDULES, Geometry, dense_weight, two_level_conv2d
+from twolevel.ops import SCHEDULES, Geometry, dense_weight, native, two_level_conv2d
 
 # Both sides add at most some thousand products of normal numbers in float64, in different orders.
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
@@ -125,6 +125,48 @@ def test_batch_of_no_images(schedule, memory_format):
     tensors, geometry = make(4, 2, 3, (3, 3), batch=0, memory_format=memory_format), Geometry()
     got = results(lambda *t: two_level_conv2d(*t, geometry, schedule=schedule), tensors)
     torch.testing.assert_close(got, results(lambda *t: naive(*t, geometry), tensors))
+
+
+# Each padded image is smaller than the kernel in one dimension or in both; 3 and 2 divide what is missing.
+TOO_SMALL = [
+    ((1, 1), (0, 0), (1, 1)),
+    ((1, 1), (0, 0), (2, 2)),
+    ((1, 4), (0, 0), (3, 2)),
+    ((5, 1), (1, 0), (2, 2)),
+]
+FORMS = [("overlapped", kernels) for kernels in ("grouped", "products", "depthwise", "native", "narrow")]
+FORMS += [("fused", "grouped"), ("dense", "grouped")]
+
+
+@pytest.mark.parametrize(("size", "padding", "stride"), TOO_SMALL)
+@pytest.mark.parametrize(("schedule", "kernels"), FORMS)
+def test_image_smaller_than_the_kernel_is_refused_as_by_torch(schedule, kernels, size, padding, stride):
+    if kernels in ("native", "narrow") and native.available() is not None:
+        pytest.skip(native.available())
+    tensors = make(16, 4, 4, (3, 3), size=size, memory_format=torch.channels_last)
+    tensors, geometry = [t.detach().float() for t in tensors], Geometry(stride, padding)
+    with pytest.raises(RuntimeError) as wanted:
+        F.conv2d(tensors[0], tensors[1], None, *geometry, 16)
+    with pytest.raises(RuntimeError) as caught:
+        two_level_conv2d(*tensors, geometry, schedule=schedule, kernels=kernels)
+    assert str(caught.value) == str(wanted.value)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 1)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("schedule", "kernels"), FORMS)
+def test_image_that_fits_only_with_its_padding(schedule, kernels, stride, size):
+    if kernels in ("native", "narrow") and native.available() is not None:
+        pytest.skip(native.available())
+    geometry = Geometry(stride, (3, 3), (1, 2))
+    tensors = make(16, 4, 4, (3, 3), size=size, memory_format=torch.channels_last)
+    wanted = results(lambda *t: naive(*t, geometry), tensors)
+    # The kernels in C are for float32; others are held to the same.
+    tensors = [t.detach().float().requires_grad_() for t in tensors]
+    got = results(lambda *t: two_level_conv2d(*t, geometry, schedule=schedule, kernels=kernels), tensors)
+    for name, value in got.items():
+        # Sums of at most some thousand products of float32.
+        torch.testing.assert_close(value.double(), wanted[name], rtol=1e-4, atol=1e-4)
 
 
 def test_dense_weight_is_structured():

@@ -10,7 +10,7 @@ from torch import Tensor
 from twolevel.ops import schedules
 from twolevel.ops.choice import choose, schedule_of
 from twolevel.ops.exchange import Exchange, registered
-from twolevel.ops.geometry import Geometry
+from twolevel.ops.geometry import Geometry, output_size
 from twolevel.ops.parts import in_strides_of, memory_format_of
 from twolevel.ops.problem import Problem
 
@@ -66,8 +66,7 @@ def _forward(
 @_forward.register_fake
 def _(x, local, restriction, coarse, stride, padding, dilation, *how):
     batch, _, *size = x.shape
-    taps = zip(size, stride, padding, dilation, local.shape[2:], strict=True)
-    height, width = ((s + 2 * p - d * (k - 1) - 1) // by + 1 for s, by, p, d, k in taps)
+    height, width = output_size(size, local.shape[2:], _geometry(stride, padding, dilation))
     y = x.new_empty(batch, len(local), height, width).to(memory_format=memory_format_of(x))
     return y, x.new_empty(coarse.shape[1], batch, height, width)
 

@@ -1,5 +1,6 @@
-"""Strides, paddings and dilations."""
+"""Strides, paddings and dilations, and what size of output they give."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -9,3 +10,15 @@ class Geometry(NamedTuple):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+
+
+def output_size(size: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
+    """(height, width) of the output. Raises RuntimeError, in torch's words, for a kernel larger than the image."""
+    padded = [size[d] + 2 * geometry.padding[d] for d in (0, 1)]
+    reach = [geometry.dilation[d] * (kernel[d] - 1) + 1 for d in (0, 1)]
+    if padded[0] < reach[0] or padded[1] < reach[1]:
+        raise RuntimeError(
+            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). "
+            f"Kernel size: ({reach[0]} x {reach[1]}). Kernel size can't be greater than actual input size"
+        )
+    return tuple((padded[d] - reach[d]) // geometry.stride[d] + 1 for d in (0, 1))

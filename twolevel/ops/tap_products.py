@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from twolevel.ops.geometry import Geometry
+from twolevel.ops.geometry import Geometry, output_size
 
 # Groups narrower than this share a product, with zeros between them: still cheaper than narrow products.
 NARROW = 16
@@ -24,7 +24,7 @@ def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     maps = torch.bmm(_pack(weight), _pixels(x, weight).transpose(1, 2)).view(groups, *kernel, batch, *size)
     if (*kernel, *geometry.stride, *geometry.padding) == (1, 1, 1, 1, 0, 0):
         return maps[:, 0, 0]
-    output = _output_size(geometry, size, kernel)
+    output = output_size(size, kernel, geometry)
     z = x.new_zeros(groups, batch, *output)
     for row, column, into, source in _taps(geometry, kernel, size, output):
         z[into] += maps[:, row, column][source]
@@ -78,11 +78,6 @@ def _pixels(x: Tensor, weight: Tensor) -> Tensor:
     products = len(weight) // _share(weight)
     rows = x.permute(0, 2, 3, 1).view(x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
     return rows.view(len(rows), products, x.shape[1] // products).transpose(0, 1)
-
-
-def _output_size(geometry: Geometry, size, kernel) -> list[int]:
-    stride, padding, dilation = geometry
-    return [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
 
 
 def _taps(geometry: Geometry, kernel, size, output) -> Iterator[tuple[int, int, tuple, tuple]]:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from twolevel.ops.geometry import Geometry
+from twolevel.ops.geometry import Geometry, output_size
 from twolevel.ops.native.build import library
 
 LAST = torch.channels_last
@@ -51,9 +51,7 @@ def function(name: str) -> Callable[..., int]:
 def layer_of(x: Tensor, groups: int, kernel: torch.Size, geometry: Geometry) -> Layer:
     """Sizes of a convolution of x `[B, n, H, W]` in channels_last memory."""
     assert x.is_contiguous(memory_format=LAST)
-    size, (stride, padding, dilation) = x.shape[2:], geometry
-    output = [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
-    pairs = (size, output, kernel, stride, padding, dilation)
+    pairs = (x.shape[2:], output_size(x.shape[2:], kernel, geometry), kernel, *geometry)
     return Layer(x.shape[1], groups, *((c_int64 * 2)(*pair) for pair in pairs))
 
 
