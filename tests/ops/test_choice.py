@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from twolevel.errors import UserError
-from twolevel.ops import Geometry, choice, two_level_conv2d
+from twolevel.ops import Geometry, choice, native, two_level_conv2d
 from twolevel.ops.choice import Choices, Form, choose, forms
 from twolevel.ops.problem import Problem
 from twolevel.ops.store import Store
@@ -120,12 +120,21 @@ def test_what_is_asked_for_is_taken(asked, found):
     [
         (
             {"kernels": "triton"},
-            r"kernels='triton' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu; use auto",
+            r"kernels='triton' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu: (x is on cpu|Triton is not).*"
+            "; use auto, depthwise, grouped or products$",
         ),
-        ({"kernels": "native"}, r"kernels='native' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu: "),
+        *(
+            (
+                {"kernels": kernels},
+                rf"kernels='{kernels}' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu: they are for float32 on "
+                "CPUs, not torch.float64 on cpu; use auto, depthwise, grouped or products$",
+            )
+            for kernels in ("native", "narrow")
+        ),
         (
             {"schedule": "fused", "kernels": "products"},
-            "schedule='fused' with kernels='products' cannot compute",
+            r"kernels='products' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu: schedule='fused' has no such "
+            "kernels; use auto or grouped$",
         ),
         ({"kernels": "tritton"}, "unknown kernels 'tritton'; did you mean triton?"),
     ],
@@ -135,6 +144,22 @@ def test_what_cannot_be_done_is_refused_in_one_line(asked, message):
     with pytest.raises(UserError, match=message) as caught:
         two_level_conv2d(x, *weights, geometry, **asked)
     assert "\n" not in str(caught.value)
+
+
+def test_ways_for_channels_last_memory_say_so():
+    one = problem(ranks=2)
+    with pytest.raises(UserError, match=r"they are for channels_last memory; use auto or grouped$"):
+        choose(one._replace(x=one.x.contiguous()), kernels="products", may_measure=False)
+
+
+@pytest.mark.skipif(native.available() is not None, reason="no C compiler")
+def test_narrow_says_which_groups_it_is_for():
+    x, *weights, geometry, _ = problem(groups=4, width=7)
+    message = (
+        "groups of 7 to 7 channels do not fill its vectors; use auto, depthwise, grouped, native or products$"
+    )
+    with pytest.raises(UserError, match=message):
+        two_level_conv2d(x, *weights, geometry, kernels="narrow")
 
 
 def test_without_a_compiler_torch_computes_and_that_is_said_once(monkeypatch, caplog):

@@ -157,13 +157,28 @@ def _cannot(problem: Problem, schedule: str, kernels: str) -> str:
     where = f"{[*x.shape]} in {x.dtype} on {x.device}"
     if schedule == "dense" and problem.ranks > 1:
         return f"schedule='dense' needs every channel on one rank: this one of {problem.ranks}; use auto"
-    if kernels == "native":
-        why = native.why_not(x, problem.local, problem.restriction, problem.coarse)
-        return f"kernels='native' cannot compute {where}: {why}"
-    able = ", ".join(sorted({" ".join(form) for form in forms(problem)}))
-    return (
-        f"schedule={schedule!r} with kernels={kernels!r} cannot compute {where}; use auto, or one of {able}"
-    )
+    why = _why_not(problem, kernels) or f"schedule={schedule!r} has no such kernels"
+    fit = {form.kernels for form in forms(problem) if schedule in ("auto", form.schedule)}
+    *some, last = "auto", *sorted(fit)
+    return f"kernels={kernels!r} cannot compute {where}: {why}; use {', '.join(some)} or {last}"
+
+
+def _why_not(problem: Problem, kernels: str) -> str | None:
+    """Why these kernels cannot compute the problem by any schedule, None where they can."""
+    x, local, restriction, coarse, geometry, _ = problem
+    if kernels == "triton":
+        return triton_kernels.why_not(x, local, geometry, len(restriction), restriction)
+    if kernels in WAYS:
+        return None if kernels in ways(x, restriction) else "they are for channels_last memory"
+    why = native.why_not(x, local, restriction, coarse)
+    if (
+        why is None
+        and kernels == "narrow"
+        and not native.local_supports(x, local, geometry, len(restriction))
+    ):
+        inputs, outputs = local.shape[1], len(local) // len(restriction)
+        why = f"groups of {inputs} to {outputs} channels do not fill its vectors"
+    return why
 
 
 class Choices:

@@ -2,7 +2,7 @@
 
 from twolevel.ops.triton.choices import Choices, tune
 from twolevel.ops.triton.configs import CONFIGS, OPERATIONS, Config, candidates, pick
-from twolevel.ops.triton.grouped import GroupedConv2d, forward, input_grad, supports, weight_grad
+from twolevel.ops.triton.grouped import GroupedConv2d, forward, input_grad, supports, weight_grad, why_not
 from twolevel.ops.triton.parts import TritonParts
 from twolevel.ops.triton.problem import Problem, problem_of
 
@@ -22,4 +22,5 @@ __all__ = [
     "supports",
     "tune",
     "weight_grad",
+    "why_not",
 ]

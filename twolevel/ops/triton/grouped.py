@@ -8,8 +8,6 @@ The functions record nothing for autograd; `GroupedConv2d` does. Packed groups (
 other blocks are zeros, so an infinity or NaN in one of them reaches the others as NaN.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -205,8 +203,13 @@ def supports(
     x: Tensor, weight: Tensor, geometry: Geometry, groups: int, restriction: Tensor | None = None
 ) -> bool:
     """Whether `forward` and both gradients can run on these; never whether they are the fastest."""
-    if importlib.util.find_spec("triton") is None:
-        return False
+    return why_not(x, weight, geometry, groups, restriction) is None
+
+
+def why_not(
+    x: Tensor, weight: Tensor, geometry: Geometry, groups: int, restriction: Tensor | None = None
+) -> str | None:
+    """Why they cannot run on these, None where they can."""
     try:
         check_device(x)
         problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
@@ -216,9 +219,9 @@ def supports(
         if restriction is not None:
             check_tensor("restriction", restriction, (groups, *weight.shape[1:]), x)
             weight_strides("restriction", restriction)
-    except UserError:
-        return False
-    return True
+    except UserError as error:
+        return str(error)
+    return None
 
 
 class GroupedConv2d(torch.autograd.Function):
