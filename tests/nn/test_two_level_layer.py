@@ -1,6 +1,8 @@
 """TwoLevelConv2d as a drop-in for nn.Conv2d: arguments, types, memory formats, compilation, errors."""
 
+import copy
 import os
+import pickle
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
-from twolevel.ops import SCHEDULES, dense_weight
+from twolevel.ops import LOCAL, SCHEDULES, dense_weight
 
 # The same sums of at most some hundred float64 products, in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -121,6 +123,16 @@ def test_autocast_leaves_float64_alone_as_conv2d_does(schedule):
     with torch.autocast("cpu", torch.bfloat16):
         assert nn.Conv2d(N, M, 3).double()(image()).dtype == torch.float64
         assert conv(image()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copy_exchanges_with_no_one_too(copied):
+    """Which schedules ask of the exchange by `is`: the average of a network is computed as the network."""
+    assert copied(layer(kernel_size=3)).exchange is LOCAL
 
 
 @pytest.mark.parametrize("schedule", ["overlapped", "fused", "dense"])

@@ -62,6 +62,9 @@ class _Local:
 
     scatter_sum = gather
 
+    def __reduce__(self) -> str:
+        return "LOCAL"  # a copy, or what is read from a file, is the one that there is
+
 
 LOCAL = _Local()
 
