@@ -229,7 +229,9 @@ def test_permutation_is_indexing_and_keeps_the_memory_format(index, memory_forma
 
 def test_permutation_refuses_an_image_of_other_channels():
     """Which indexing alone would accept."""
-    with pytest.raises(UserError, match=r"^PermuteChannels takes \[B, 4, H, W\] here, got \[2, 16, 6, 5\]$"):
+    with pytest.raises(
+        UserError, match=r"^PermuteChannels takes \[B, 4, H, W\] or \[4, H, W\], got \[2, 16, 6, 5\]$"
+    ):
         PermuteChannels(torch.tensor([0, 2, 1, 3]))(torch.zeros(2, 16, 6, 5))
 
 

@@ -211,7 +211,7 @@ def test_groups_must_divide_the_channels():
         ShuffleConv2d(8, 12, 3, groups=3)
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 8), (2, 12, 9, 8)])
+@pytest.mark.parametrize("shape", [(12, 8, 8), (2, 12, 9, 8), (8, 8)])
 def test_image_of_other_shape_is_refused(shape):
-    with pytest.raises(UserError, match=r"takes \[B, 8, H, W\], got"):
+    with pytest.raises(UserError, match=r"takes \[B, 8, H, W\] or \[8, H, W\], got"):
         layer()(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""The arguments that all convolutions share, checked and brought to one form."""
+"""The arguments and images that all convolutions take, checked and brought to one form."""
 
 from collections.abc import Sequence
 
@@ -29,10 +29,20 @@ def check_groups(groups: int, /, **channels: int) -> None:
     check_divides("groups", groups, **channels)
 
 
-def check_images(x: Tensor, channels: int) -> None:
-    """Raise UserError unless x is `[B, channels, H, W]`."""
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise UserError(f"the convolution takes [B, {channels}, H, W], got {[*x.shape]}")
+def as_images(x: Tensor, channels: int, what: str = "the convolution") -> Tensor:
+    """x `[B, channels, H, W]`; one image `[channels, H, W]`, which nn.Conv2d takes too, as a batch of one.
+
+    Raises UserError for another shape. `as_given` brings the result back to the form of x.
+    """
+    images = x[None] if x.dim() == 3 else x
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise UserError(f"{what} takes [B, {channels}, H, W] or [{channels}, H, W], got {[*x.shape]}")
+    return images
+
+
+def as_given(y: Tensor, x: Tensor) -> Tensor:
+    """The result y `[B, m, H', W']` for x, without the batch that `as_images` gave to one image."""
+    return y[0] if x.dim() == 3 else y
 
 
 def geometry(kernel_size, stride, padding, dilation) -> Geometry:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from twolevel.errors import UserError
+from twolevel.nn.arguments import as_given, as_images
 
 
 def take_channels(x: Tensor, index: Tensor) -> Tensor:
@@ -29,13 +29,11 @@ class PermuteChannels(nn.Module):
         _find_shuffle(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        index = self.index
-        if x.shape[1] != index.shape[0]:
-            raise UserError(f"PermuteChannels takes [B, {len(index)}, H, W] here, got {[*x.shape]}")
+        images = as_images(x, self.index.shape[0], "PermuteChannels")
         # The shuffle has a kernel of its own on the CPU alone, and the compiler does not know its strides.
         if self.shuffle and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return torch.channel_shuffle(x, self.shuffle)
-        return take_channels(x, index)
+            return as_given(torch.channel_shuffle(images, self.shuffle), x)
+        return as_given(take_channels(images, self.index), x)
 
     def extra_repr(self) -> str:
         return f"{len(self.index)}"

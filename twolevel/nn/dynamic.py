@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.arguments import check_groups, check_images
+from twolevel.nn.arguments import as_given, as_images, check_groups
 from twolevel.nn.dynamic_inference import DynamicGroupInference, without_autocast
 from twolevel.nn.whole import WholeConv2d, he_normal_
 
@@ -31,7 +31,7 @@ class Saliency(nn.Module):
 
     def forward(self, pooled: Tensor, squeeze: Tensor, excite: Tensor, offset: Tensor) -> Tensor:
         heads, channels = offset.shape
-        hidden = F.linear(pooled, squeeze).relu().view(len(pooled), heads, -1)
+        hidden = F.linear(pooled, squeeze).relu().unflatten(1, (heads, -1))
         return (torch.einsum("bhr,hnr->bhn", hidden, excite.view(heads, channels, -1)) + offset).relu()
 
 
@@ -146,8 +146,8 @@ class DynamicGroupConv2d(WholeConv2d):
         return (share.clamp(0, 1) * self.most_dropped).round()
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_channels)
-        t = self.norm(x).relu()
+        images = as_images(x, self.in_channels)
+        t = self.norm(images).relu()
         g = self._saliency_of(t)
         bounded = g if self.saliency_bound is None else g.clamp(max=self.saliency_bound)
         scale = (bounded * self._mask(g)).to(t.dtype)[..., None, None]
@@ -155,15 +155,14 @@ class DynamicGroupConv2d(WholeConv2d):
         # One convolution a head: in training they are faster than a group convolution of H n channels.
         pairs = zip(scale.unbind(1), heads, strict=True)
         y = torch.stack([F.conv2d(t * s, w, None, *self.geometry) for s, w in pairs], 2).flatten(1, 2)
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
             y = y.contiguous(memory_format=torch.channels_last)
-        return y
+        return as_given(y, x)
 
     @torch.no_grad()
     def kept(self, x: Tensor) -> Tensor:
         """Which channels each head keeps of each image in evaluation, bool `[B, H, n]`; changes no state."""
-        check_images(x, self.in_channels)
-        norm = self.norm
+        x, norm = as_images(x, self.in_channels), self.norm
         t = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0, norm.eps)
         return self._mask(self._saliency_of(t.relu()), training=False)
 

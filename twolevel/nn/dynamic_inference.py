@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from twolevel.errors import UserError, unknown
+from twolevel.nn.arguments import as_given, as_images
 from twolevel.ops import Geometry
 
 if TYPE_CHECKING:
@@ -152,11 +153,16 @@ class DynamicGroupInference(nn.Module):
         if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
             with torch.no_grad(), without_autocast(device):
                 return self.forward(x)
-        if not x.is_contiguous():
-            last = x.is_contiguous(memory_format=torch.channels_last)
-            y = self.forward(x.contiguous())
-            return y.contiguous(memory_format=torch.channels_last) if last else y
-        return self._image(x) if x.shape[0] == 1 else torch.cat([self._image(image) for image in x.split(1)])
+        images = as_images(x, self.in_channels)
+        if not images.is_contiguous():
+            last = images.is_contiguous(memory_format=torch.channels_last)
+            y = self.forward(images.contiguous())
+            return as_given(y.contiguous(memory_format=torch.channels_last) if last else y, x)
+        if len(images) == 0:
+            return self.forward(images.new_zeros(1, *images.shape[1:]))[:0]
+        if len(images) > 1:
+            return torch.cat([self._image(image) for image in images.split(1)])
+        return as_given(self._image(images), x)
 
     def _image(self, x: Tensor) -> Tensor:
         """`[1, n, H, W] -> [1, m, H', W']`"""

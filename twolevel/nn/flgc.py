@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
-from twolevel.nn.arguments import check_images
+from twolevel.nn.arguments import as_given, as_images
 from twolevel.nn.channels import PermuteChannels, take_channels
 from twolevel.nn.shuffle import frozen_conv2d
 from twolevel.nn.whole import WholeConv2d, he_normal_
@@ -132,8 +132,8 @@ class FLGConv2d(WholeConv2d):
         return one_hot_rows(self.output_logits) @ one_hot_rows(self.input_logits).t()
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_channels)
-        return F.conv2d(x, self.weight * self.mask()[:, :, None, None], None, *self.geometry)
+        weight = self.weight * self.mask()[:, :, None, None]
+        return as_given(F.conv2d(as_images(x, self.in_channels), weight, None, *self.geometry), x)
 
     @torch.no_grad()
     def groups_of(self) -> tuple[Tensor, Tensor]:
@@ -218,7 +218,7 @@ class RegroupedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [part(x) for part in self.parts]
-        return self.order(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        return self.order(parts[0] if len(parts) == 1 else torch.cat(parts, -3))
 
 
 def _block(weight: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,8 +245,7 @@ class TakeChannels(nn.Module):
         self.register_buffer("index", index)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.channels)
-        return take_channels(x, self.index)
+        return as_given(take_channels(as_images(x, self.channels), self.index), x)
 
     def extra_repr(self) -> str:
         return f"{len(self.index)} of {self.channels}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twolevel.nn.arguments import check_groups, check_images
+from twolevel.nn.arguments import as_given, as_images, check_groups
 from twolevel.nn.channels import PermuteChannels, take_channels
 from twolevel.nn.whole import WholeConv2d, he_normal_
 from twolevel.ops import Geometry
@@ -70,11 +70,10 @@ class ShuffleConv2d(WholeConv2d):
             self.permutation.copy_(torch.randperm(self.out_channels, generator=own, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_channels)
-        y = F.conv2d(x, self.weight, None, *self.geometry, self.groups)
+        y = F.conv2d(as_images(x, self.in_channels), self.weight, None, *self.geometry, self.groups)
         if self.permutation is None:
-            return torch.channel_shuffle(y, self.groups)
-        return take_channels(y, self.permutation)
+            return as_given(torch.channel_shuffle(y, self.groups), x)
+        return as_given(take_channels(y, self.permutation), x)
 
     def macs(self, pixels: int, *, nominal: bool = False) -> int:
         return pixels * self.weight.numel()

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from twolevel.errors import UserError, unknown
-from twolevel.nn.arguments import check_groups, geometry, pair
+from twolevel.errors import unknown
+from twolevel.nn.arguments import as_given, as_images, check_groups, geometry, pair
 from twolevel.ops import KERNELS, LOCAL, SCHEDULES, Exchange, Kernels, Schedule, two_level_conv2d
 from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.problem import Problem
@@ -67,12 +67,8 @@ class TwoLevelConv2d(nn.Module):
         self.coarse = nn.Conv2d(groups, out_channels, 1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self.local.in_channels:
-            raise UserError(
-                f"TwoLevelConv2d takes [B, {self.local.in_channels}, H, W] here, got {[*x.shape]}"
-            )
-        return two_level_conv2d(
-            x,
+        y = two_level_conv2d(
+            as_images(x, self.local.in_channels, "TwoLevelConv2d"),
             self.local.weight,
             self.restriction.weight,
             self.coarse.weight,
@@ -81,6 +77,7 @@ class TwoLevelConv2d(nn.Module):
             kernels=self.kernels,
             exchange=self.exchange,
         )
+        return as_given(y, x)
 
     def problem(self, x: Tensor) -> Problem:
         """What there is to compute for x here, as `twolevel.ops.choice` decides by what."""
