@@ -30,6 +30,7 @@ from twolevel.errors import UserError
 from twolevel.nn import layout_of
 from twolevel.nn.arguments import check_divides
 from twolevel.nn.layout import Layout, channel_dims, ends
+from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.restriction import conv_backward
 
@@ -98,13 +99,8 @@ class GatheringConv2d(nn.Conv2d):
 
 def gathered_convolutions(x: Tensor, convs: tuple[nn.Conv2d, ...], axis: MeshAxis) -> tuple[Tensor, ...]:
     """W_p * x of each convolution, for x `[B, n/P, H, W]` gathered once."""
-    weights = [conv.weight for conv in convs]
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        # Cast outside the autograd function: half the bytes cross, and gradients come back in the parameters' type.
-        dtype = torch.get_autocast_dtype(device)
-        x, *weights = (t.to(dtype) for t in (x, *weights))
+    # Before x crosses: half the bytes.
+    x, *weights = cast_for_convolution(x, *(conv.weight for conv in convs))
     geometries = [Geometry(conv.stride, conv.padding, conv.dilation) for conv in convs]
     return _GatheredConvolutions.apply(x, axis, geometries, *weights)
 

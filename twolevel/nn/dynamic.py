@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import as_given, as_images, check_groups
-from twolevel.nn.dynamic_inference import DynamicGroupInference, without_autocast
+from twolevel.nn.dynamic_inference import DynamicGroupInference
 from twolevel.nn.whole import WholeConv2d, he_normal_
+from twolevel.ops.autocast import without_autocast
 
 Threshold = Literal["head", "global"]
 

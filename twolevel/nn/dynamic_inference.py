@@ -9,7 +9,6 @@ filters rows of weight, times g [H K, m/H k k]   scaled while they are copied
 convolve in H groups, shuffle   [m, H', W']
 """
 
-import contextlib
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import as_given, as_images
 from twolevel.ops import Geometry
+from twolevel.ops.autocast import without_autocast
 
 if TYPE_CHECKING:
     from twolevel.nn.dynamic import DynamicGroupConv2d
@@ -64,13 +64,6 @@ def fastest_form(outputs: int, kernel_size: tuple[int, int], geometry: Geometry)
 def _transposed_padding(kernel_size, geometry: Geometry) -> tuple[int, ...]:
     sides = zip(kernel_size, geometry.padding, geometry.dilation, strict=True)
     return tuple(dilation * (k - 1) - padding for k, padding, dilation in sides)
-
-
-def without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Inside, operations compute in the types that they are given."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 class DynamicGroupInference(nn.Module):

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twolevel.ops import compiled, schedules
+from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.choice import Form, Kernels, Schedule, choose, schedule_of
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
@@ -37,12 +38,7 @@ def two_level_conv2d(
         return F.conv2d(x, local, None, *geometry, len(restriction)) + F.conv2d(
             F.conv2d(x, restriction, None, *geometry, len(restriction)), coarse
         )
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        # Cast outside the autograd function, so that gradients come back in the parameters' type.
-        dtype = torch.get_autocast_dtype(device)
-        x, local, restriction, coarse = (t.to(dtype) for t in (x, local, restriction, coarse))
+    x, local, restriction, coarse = cast_for_convolution(x, local, restriction, coarse)
     if schedule == "dense" and exchange.ranks == 1:
         return schedules.dense(x, local, restriction, coarse, geometry)
     if torch.compiler.is_compiling():
