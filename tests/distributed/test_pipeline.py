@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from one_process import assert_learned_the_same, batch, train_alone, train_on_ranks
 from torch import nn
 from torch.nn import functional as F
@@ -141,6 +142,29 @@ def test_a_stage_does_not_begin_with_a_change_in_place():
 
 
 # What crosses.
+
+
+def strict_step(precision, memory_format, size, microbatches):
+    """A step in which torch compares all that enters, crosses and leaves with what it was told of beforehand."""
+    mesh = init_mesh(device="cpu")
+    network = {"parallel": "1f1b", "precision": precision, "image_shape": (3, size, size)}
+    step = make_step("wrn-10-1", mesh, "cpu", microbatches=microbatches, **network)
+    images, labels = batch(8, size)
+    images = images.to(torch.float64 if precision == "float64" else torch.float32)
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)  # newer versions compare only then, older ones always
+    try:
+        step(images.contiguous(memory_format=memory_format), labels)
+    finally:
+        dist.set_debug_level(level)
+
+
+# Of 4 x 4 the last maps have one pixel. The strides of a size of one are ambiguous.
+@pytest.mark.parametrize(("size", "microbatches"), [(8, 8), (4, 4)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("precision", ["float64", "float32", "bf16"])
+def test_shape_strides_and_type_are_those_agreed_on(pool, precision, memory_format, size, microbatches):
+    pool.run(strict_step, precision, memory_format, size, microbatches, ranks=3)
 
 
 class Sent(TorchDispatchMode):

@@ -52,7 +52,8 @@ class Pipeline:
             )
         self.microbatches, self.loss = microbatches, loss
         self.make = SCHEDULES[schedule]
-        self.dtype = autocast or dtype  # of what crosses
+        self.dtype = dtype  # of images and logits
+        self.crossing = autocast or dtype
         self.autocast = autocast
         self.schedules: dict[int, ScheduleGPipe | Schedule1F1B] = {}
 
@@ -69,7 +70,7 @@ class Pipeline:
 
         Only the first rank reads the images and only the last the labels; all need their number.
         """
-        given = (images,) if self.is_first else ()
+        given = (_channels_inmost(images),) if self.is_first else ()
         self._schedule(len(images) // self.microbatches).step(
             *given, target=labels if self.is_last else None, return_outputs=False
         )
@@ -77,9 +78,10 @@ class Pipeline:
     @torch.no_grad()
     def logits(self, network: nn.Module, images: Tensor) -> Tensor | None:
         """The logits of any number of images on the last rank, None on the others; `network` is this rank's stage."""
-        x = images
-        if not self.is_first:
-            x = self._empty(self.stage.received, len(images))
+        if self.is_first:
+            x = _channels_inmost(images)
+        else:
+            x = torch.empty_like(self._received(len(images)), device=self.device)
             dist.recv(x, group=self.group, group_src=self.rank - 1)
         y = _Ends(network, self)(x)
         if self.is_last:
@@ -90,44 +92,53 @@ class Pipeline:
     def _schedule(self, size: int) -> ScheduleGPipe | Schedule1F1B:
         """The schedule of microbatches of `size` images: shapes are agreed on beforehand, and nothing is probed."""
         if size not in self.schedules:
-            given = {
-                "input_args": self._example(self.stage.received, size, received=not self.is_first),
-                "output_args": self._example(self.stage.sent, size, received=not self.is_last),
-            }
             ends = _Ends(self.stage.network, self)
+            given = {"input_args": self._received(size), "output_args": self._sent(size)}
             stage = PipelineStage(ends, self.rank, self.ranks, self.device, group=self.group, **given)
             self.schedules[size] = self.make(stage, self.microbatches, self.loss, scale_grads=False)
         return self.schedules[size]
 
-    def _example(self, shape: tuple[int, ...], size: int, *, received: bool) -> Tensor:
-        """A tensor of the shape of what crosses here, or of the images or logits."""
-        example = self._empty(shape, size, "meta") if received else torch.empty(size, *shape, device="meta")
-        return example.requires_grad_(received)
+    def _received(self, size: int) -> Tensor:
+        """A meta tensor like what this stage's network is given for `size` images."""
+        received = torch.empty(size, *self.stage.received, device="meta")
+        if self.is_first:
+            return _channels_inmost(received.to(self.dtype))
+        return _channels_inmost(received.to(self.crossing)).requires_grad_()
 
-    def _empty(self, shape: tuple[int, ...], size: int, device: torch.device | str | None = None) -> Tensor:
-        """Memory for what crosses: `[B, C, H, W]` as `[B, H, W, C]`, so that channels_last maps need no copy."""
-        if len(shape) == 3:
-            shape = (*shape[1:], shape[0])
-        return torch.empty(size, *shape, dtype=self.dtype, device=device or self.device)
+    def _sent(self, size: int) -> Tensor:
+        """A meta tensor like what this stage gives for `size` images."""
+        sent = torch.empty(size, *self.stage.sent, device="meta")
+        if self.is_last:
+            return sent.to(self.dtype)
+        return _channels_inmost(sent.to(self.crossing)).requires_grad_()
 
 
 class _Ends(nn.Module):
-    """A stage's network between what it receives and what it sends, contiguous and channels inmost."""
+    """A stage's network between what it receives and what it sends: contiguous, channels inmost, of a fixed type."""
 
     def __init__(self, network: nn.Module, pipeline: Pipeline):
         super().__init__()
         self.network = network
-        self.first, self.last = pipeline.is_first, pipeline.is_last
-        self.dtype, self.autocast = pipeline.dtype, pipeline.autocast
+        self.last, self.autocast = pipeline.is_last, pipeline.autocast
+        self.dtype = pipeline.dtype if self.last else pipeline.crossing
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.first and x.dim() == 4:
+        if x.dim() == 4:
             x = x.permute(0, 3, 1, 2)
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             y = self.network(x)
-        if self.last:
-            return y
-        return (y.permute(0, 2, 3, 1) if y.dim() == 4 else y).to(self.dtype).contiguous()
+        # Logits too: autocast has their loss computed in float32 anyway.
+        return _contiguous(y.to(self.dtype)) if self.last else _channels_inmost(y.to(self.dtype))
+
+
+def _channels_inmost(x: Tensor) -> Tensor:
+    """`[B, C, H, W]` as `[B, H, W, C]`, so that channels_last maps need no copy; contiguous whatever the shape."""
+    return _contiguous(x.permute(0, 2, 3, 1) if x.dim() == 4 else x)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """x in the strides of a new tensor: those of sizes 1 too, which is_contiguous() and contiguous() leave open."""
+    return x.reshape(-1).view(x.shape)
 
 
 @torch.no_grad()
