@@ -24,7 +24,6 @@ def gather_product(
     z_out,  # HAS_R: [groups, num_rows]
     coarse,  # HAS_COARSE: [out_channels, num_maps]
     z_in,  # HAS_COARSE: [num_maps, num_rows]
-    num_maps,
     num_rows,  # B * row_height * row_width
     row_height,
     row_width,
@@ -59,6 +58,7 @@ def gather_product(
     r_group,
     r_channel,
     r_tap,
+    num_maps,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -156,7 +156,6 @@ def tap_product(
     gy,  # [B, height, width, gy_channels]
     partials,  # float32 [splits, gy_channels, taps, C]
     num_pixels,  # B * height * width
-    pixels_per_split,  # a multiple of BLOCK_PIXELS
     height,
     width,
     gy_channels,
@@ -170,6 +169,7 @@ def tap_product(
     padding_w,
     dilation_h,
     dilation_w,
+    pixels_per_split,  # a multiple of BLOCK_PIXELS
     TAPS: tl.constexpr,
     KERNEL_W: tl.constexpr,
     C: tl.constexpr,  # channels of x in a group

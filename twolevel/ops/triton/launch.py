@@ -23,12 +23,14 @@ def launch(
     programs: int,
     config: Config,
     *arguments: Iterable[Any],
+    bounds: dict[str, int],
     precision: str,
     **constants: int,
 ) -> None:
     """Run the kernel of this name in `kernels` on the device of `like`; no program, no launch.
 
-    Raises UserError for a device that cannot run it and for an unknown precision.
+    `bounds` are the arguments that bound loops. Raises UserError for a device that cannot run it and for an unknown
+    precision.
     """
     check_device(like)
     if precision not in PRECISIONS:
@@ -37,10 +39,17 @@ def launch(
         return
     from twolevel.ops.triton import kernels  # here, so that the package imports without Triton
 
+    if kernels.INTERPRETED:
+        from triton.language import constexpr
+
+        # The interpreter makes arrays of one element of other arguments, and in Triton 3.6 hands these to range(),
+        # which NumPy from 2.4 on refuses.
+        bounds = {name: constexpr(bound) for name, bound in bounds.items()}
     on_device = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with on_device:
         getattr(kernels, kernel)[(programs,)](
             *(argument for part in arguments for argument in part),
+            **bounds,
             **constants,
             PRECISION=precision,
             num_warps=config.num_warps,
