@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
+from twolevel.distributed.collectives import MeshAxis, all_gather_single, refuse_second_derivative
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -43,7 +43,7 @@ def batch_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tenso
         return own_mean, own_var, own_count[0]
     own = torch.cat([own_mean, own_var, own_count])
     every = own.new_empty(group.size() * len(own))
-    dist.all_gather_into_tensor(every, own, group)
+    all_gather_single(every, own, group)
     means, variances, counts = every.view(group.size(), -1).split([x.shape[1], x.shape[1], 1], 1)
     count = counts.sum()
     mean = (counts * means).sum(0) / count

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from twolevel.ops.exchange import register, registered
 
+# Newer versions of torch warn at the names that are the only ones in older versions.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class _InFlight(NamedTuple):
     work: dist.Work
@@ -48,7 +52,7 @@ class MeshAxis:
     def gather(self, own: Tensor) -> _InFlight:
         """Start the all-gather `[G/P, ...] -> [G, ...]`."""
         result = own.new_empty(self.ranks * len(own), *own.shape[1:])
-        return _InFlight(dist.all_gather_into_tensor(result, own, self.group, async_op=True), result)
+        return _InFlight(all_gather_single(result, own, self.group, async_op=True), result)
 
     def scatter_sum(self, parts: Tensor) -> _InFlight | _Unsummed:
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
@@ -60,7 +64,7 @@ class MeshAxis:
                 dist.all_to_all_single(received, parts, group=self.group, async_op=True), received, self.ranks
             )
         result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
-        work = dist.reduce_scatter_tensor(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
+        work = reduce_scatter_single(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
         return _InFlight(work, result)
 
     def sum_logits(self, partial: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The one place that cuts a network: by channel group over the `group` axis, whole over the `data` axis."""
 
-from torch import nn
+from functools import partial
+
+from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,7 +61,22 @@ def replicate(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """
     if mesh["data"].size() == 1:
         return model
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_in_strides, parameter.stride()))
     return DistributedDataParallel(model, process_group=mesh.get_group("data"), gradient_as_bucket_view=True)
+
+
+def _in_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """The gradient in its parameter's strides where they differ in sizes of 1 alone, as a view.
+
+    Autograd takes such gradients as they are (others it copies), and DDP, whose buckets have the strides of
+    parameters, then warns. Most are of 1 x 1 kernels, which channels_last and contiguous memory stride differently.
+    """
+    sizes = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    if any(size != 1 and own != other for size, own, other in sizes):
+        return gradient
+    return gradient.as_strided(gradient.shape, strides)
 
 
 def _check(model: nn.Module, layout: Layout, ranks: int) -> None:
