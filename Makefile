@@ -1,20 +1,34 @@
-# Set-up needs python3 (3.11 or newer) and this file; everything else is installed into .venv.
+# Set-up needs python3 (3.11 or newer) and this file; everything else is installed into .venv or .venv-oldest.
 PYTHON ?= python3
 RANKS ?= 4
 EPOCHS ?= 12
 TRAIN = .venv/bin/python -m twolevel.torchrun --standalone --nproc-per-node $(RANKS) \
 	-m twolevel train --model wrn-16-2 --conv gc2l --groups 4
+TESTS =
+
+# The oldest torch that pyproject.toml allows, and the torchvision that goes with it; they change with it.
+OLDEST = torch==2.11.0 torchvision==0.26.0
 
 help:
-	@echo "make demo    install into .venv, then train GC-2L over $(RANKS) ranks on the bundled sample"
-	@echo "make test    install into .venv, then check the style and run every test"
-	@echo "make clean   remove .venv and what a build left"
+	@echo "make demo         install into .venv, then train GC-2L over $(RANKS) ranks on the bundled sample"
+	@echo "make test         install into .venv, then check the style and run every test"
+	@echo "make test-oldest  install $(OLDEST) into .venv-oldest, then run every test,"
+	@echo "                  or some: make test-oldest TESTS='tests/ops tests/nn'"
+	@echo "make clean        remove .venv, .venv-oldest and what a build left"
+
+# $(1): what else is installed
+define environment
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %d.%d; twolevel needs 3.11 or newer: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable '.[dev,mpi]' $(1)
+	@touch $@
+endef
 
 .venv/installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %d.%d; twolevel needs 3.11 or newer: make PYTHON=python3.12 ..." % sys.version_info[:2])'
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable '.[dev,mpi]'
-	@touch $@
+	$(call environment)
+
+.venv-oldest/installed: pyproject.toml Makefile
+	$(call environment,$(OLDEST))
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -30,7 +44,10 @@ test: .venv/installed
 	.venv/bin/ruff format --check
 	.venv/bin/python -m pytest
 
-clean:
-	rm -rf .venv build *.egg-info
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(TESTS)
 
-.PHONY: help demo test clean
+clean:
+	rm -rf .venv .venv-oldest build *.egg-info
+
+.PHONY: help demo test test-oldest clean
