@@ -51,6 +51,17 @@ def test_the_fastest_is_taken_measured_once_and_kept_on_disk(tmp_path, clock, ca
     assert [kept["form"] for kept in json.loads(file.read_text()).values()] == [[*able[2]]] * 2
 
 
+@pytest.mark.parametrize(
+    "kept", [None, 3, ["overlapped", "grouped"], {"form": ["fused", "magic"], "ms": {}}, {"ms": {}}]
+)
+def test_a_choice_of_another_kind_is_measured_again(tmp_path, clock, kept):
+    one, file = problem(), tmp_path / "forms.json"
+    able = forms(one)
+    file.write_text(json.dumps({one.line(able): kept}))
+    assert Choices(Store(file)).get(one, able, True).form == able[2]
+    assert len(clock) == 1
+
+
 def test_ranks_that_measure_at_once_go_on_with_what_the_first_has_kept(tmp_path, clock, monkeypatch):
     one, file = problem(), tmp_path / "forms.json"
     able = forms(one)

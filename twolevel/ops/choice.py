@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -193,18 +193,25 @@ class Choices:
         found = self._seen.get(key)
         if found is None:
             line = problem.line(able)
-            kept, new = self.store.get(line), False
+            kept, new = _valid(self.store.get(line), able), False
             if kept is None and not may_measure:
                 return Decision(able[0])
             if kept is None:
                 times = measure(problem, able)
                 best, new = _best(times, able), True
                 milliseconds = {" ".join(form): round(1e3 * seconds, 4) for form, seconds in times.items()}
-                kept = self.store.keep(line, {"form": [*best], "ms": milliseconds}, replace=False)
+                mine = {"form": [*best], "ms": milliseconds}
+                kept = _valid(self.store.keep(line, mine, replace=False), able) or mine
             found = Decision(Form(*kept["form"]), kept["ms"], new)
             log.log(logging.INFO if new else logging.DEBUG, "%s: %s", problem.title(), found.why())
             self._seen[key] = found._replace(new=False)
         return found
+
+
+def _valid(kept: Any, able: list[Form]) -> dict | None:
+    """What a store holds for a problem, None where that is not what was kept: it is measured again."""
+    good = isinstance(kept, dict) and kept.get("form") in [[*form] for form in able]
+    return kept if good and isinstance(kept.get("ms"), dict) else None
 
 
 @cache
