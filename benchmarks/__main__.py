@@ -4,6 +4,7 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "dispatch": "what a two-level layer costs the host above its kernels",
     "inference": "convolutions of a ResNet-18 in inference, every kind of group convolution, on the CPU",
     "layers": "every distinct convolution of a network, forward and its gradients, against the roofline",
     "step": "whole training steps: dense, group, our and stock two-level convolutions",

@@ -15,7 +15,7 @@ import torchvision
 from twolevel import __version__
 from twolevel.distributed.environment import usable_cores
 from twolevel.distributed.launchers import discover
-from twolevel.ops import native
+from twolevel.ops.kernels import native
 
 
 def examine() -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from twolevel.distributed import parallelize, replicate
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d, convert, initialize, layout_of
-from twolevel.ops import native
+from twolevel.ops.kernels import native
 
 # Float64, and only the order of some sums differs between 1 and P ranks.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

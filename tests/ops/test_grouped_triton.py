@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError
 from twolevel.ops import LOCAL, Copies, Geometry, two_level_conv2d
-from twolevel.ops import triton as grouped
-from twolevel.ops.triton import choices
+from twolevel.ops.kernels import triton as grouped
+from twolevel.ops.kernels.triton import choices
+from twolevel.ops.problem import Problem
 
 pytest.importorskip("triton")
 CHILD = os.environ.get("TRITON_INTERPRET") == "1"
@@ -245,9 +246,15 @@ def test_inputs_that_cannot_be_read_are_named():
     for message, call in calls.items():
         with pytest.raises(UserError, match=message):
             call()
-    assert grouped.supports(x, weight, geometry, groups)
-    assert not grouped.supports(x.contiguous(), weight, geometry, groups)
-    assert not grouped.supports(x, weight, geometry, 3)
+    assert grouped.unsupported(layer_of(x, weight, geometry, groups)) is None
+    assert "channels_last" in grouped.unsupported(layer_of(x.contiguous(), weight, geometry, groups))
+    assert "float64" in grouped.unsupported(layer_of(x.double(), weight.double(), geometry, groups))
+
+
+def layer_of(x, weight, geometry, groups) -> Problem:
+    """The two-level layer with this local part."""
+    restriction, coarse = x.new_empty(groups, *weight.shape[1:]), x.new_empty(len(weight), groups, 1, 1)
+    return Problem.of(x, weight, restriction, coarse, geometry, 1)
 
 
 def test_narrow_groups_are_packed_until_a_tile_is_full():
@@ -323,10 +330,14 @@ def test_imports_without_triton_and_supports_nothing():
 import sys
 sys.modules["triton"] = None
 import torch
-from twolevel.ops import Geometry, triton
+from twolevel.ops import Geometry
+from twolevel.ops.kernels import triton
 x = torch.zeros(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
 weight = torch.zeros(4, 2, 1, 1)
-print(triton.supports(x, weight, Geometry(), 2))
+from twolevel.ops.dispatch import able_forms
+from twolevel.ops.problem import Problem
+layer = Problem.of(x, weight, torch.zeros(2, 2, 1, 1), torch.zeros(4, 2, 1, 1), Geometry(), 1)
+print(any(form.kernels == "triton" for form in able_forms(layer)))
 try:
     triton.forward(x, weight, Geometry(), 2)
 except ValueError as error:
@@ -347,7 +358,7 @@ def test_kernels_compile_to_tensor_core_instructions(kernel, capability, tmp_pat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from twolevel.ops.triton import kernels
+    from twolevel.ops.kernels.triton import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(kernels, kernel)

@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from twolevel.ops import Geometry, native, store
-from twolevel.ops.native import build, call, parts
+from twolevel.ops import Geometry, store
+from twolevel.ops.kernels import native
+from twolevel.ops.kernels.native import build, call, small
+from twolevel.ops.problem import Problem
 
 LAST = torch.channels_last
 LANES = 16  # numbers of the widest vectors
@@ -47,7 +49,7 @@ def compiled(request, tmp_path_factory) -> ctypes.CDLL:
 
 @pytest.fixture
 def kernels(compiled, monkeypatch):
-    """`twolevel.ops.native` by one of these libraries."""
+    """`twolevel.ops.kernels.native` by one of these libraries."""
     monkeypatch.setattr(call, "library", lambda: build.Library(compiled, "test"))
     monkeypatch.setattr(call, "function", call.function.__wrapped__)
     return native
@@ -96,7 +98,6 @@ def test_restriction_is_the_group_convolution(kernels, problem):
     x, weight, gz, geometry = problem
     wanted = conv_and_grads(x, weight, gz, geometry)
     scales = conv_and_grads(x.abs(), weight.abs(), gz.abs(), geometry)
-    assert kernels.supports(x, weight, geometry)
     z = kernels.restrict(x, weight, geometry)
     assert z.is_contiguous()
     assert_sum(z.transpose(0, 1), wanted[0], scales[0])
@@ -173,13 +174,19 @@ def local_layers(draw):
     return x, weight, randn_as_output(x, weight, geometry, groups, generator), geometry, groups
 
 
+def local_problem(x, weight, geometry, groups) -> Problem:
+    """Of the two-level layer with this local part."""
+    restriction, coarse = x.new_empty(groups, *weight.shape[1:]), x.new_empty(len(weight), groups, 1, 1)
+    return Problem.of(x, weight, restriction, coarse, geometry, 1)
+
+
 @RULES
 @given(local_layers())
 def test_local_part_is_the_group_convolution(kernels, problem):
     x, weight, gy, geometry, groups = problem
     wanted = conv_and_grads(x, weight, gy, geometry, groups)
     scales = conv_and_grads(x.abs(), weight.abs(), gy.abs(), geometry, groups)
-    assert kernels.local_supports(x, weight, geometry, groups)
+    assert kernels.fills_vectors(local_problem(x, weight, geometry, groups))
     y = kernels.local(x, weight, geometry, groups)
     assert y.is_contiguous(memory_format=LAST)
     assert_sum(y, wanted[0], scales[0])
@@ -196,8 +203,7 @@ def test_local_part_is_the_group_convolution(kernels, problem):
 def test_groups_that_vectors_do_not_hold_are_not_supported(kernels, groups, inputs, outputs):
     x = torch.ones(1, groups * inputs, 5, 5).to(memory_format=LAST)
     weight = torch.ones(groups * outputs, inputs, 3, 3)
-    assert not kernels.local_supports(x, weight, Geometry(), groups)
-    assert not kernels.local_wins(x, weight, Geometry(), groups)
+    assert not kernels.fills_vectors(local_problem(x, weight, Geometry(), groups))
 
 
 def test_groups_do_not_see_each_other(kernels):
@@ -313,12 +319,14 @@ def test_threads_change_sums_by_rounding_and_nothing_from_run_to_run(kernels, mo
     ids=["contiguous", "float64", "meta"],
 )
 def test_other_tensors_are_not_supported(x):
-    assert not native.supports(x, torch.ones(2, 2, 3, 3), Geometry())
+    weights = [torch.ones(shape).to(x) for shape in ((4, 2, 3, 3), (2, 2, 3, 3), (4, 2, 1, 1))]
+    reason = native.NativeKernels().unsupported(Problem.of(x, *weights, Geometry(), 1))
+    assert reason is not None and ("float32 on CPUs" in reason or "channels_last" in reason)
 
 
 def why_unavailable(monkeypatch) -> str:
-    monkeypatch.setattr(parts, "library", build.library.__wrapped__)
-    reason = parts.available.__wrapped__()
+    monkeypatch.setattr(small, "library", build.library.__wrapped__)
+    reason = small.available.__wrapped__()
     assert reason is not None and "\n" not in reason
     return reason
 
@@ -388,7 +396,7 @@ def test_a_truncated_library_is_compiled_again(folder):
     path.write_bytes(whole[: len(whole) // 2])
     script = (
         "import sys, pathlib\n"
-        "from twolevel.ops.native import build\n"
+        "from twolevel.ops.kernels.native import build\n"
         "build.resources.files = lambda package: pathlib.Path(sys.argv[1])\n"
         "assert build.library().functions.one() == 1\n"
     )

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from twolevel.distributed import parallelize
 from twolevel.nn import TwoLevelConv2d
-from twolevel.ops import LOCAL, native
+from twolevel.ops import LOCAL
+from twolevel.ops.kernels import native
 
 GROUPS = 4
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"}

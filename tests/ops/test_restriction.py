@@ -7,10 +7,19 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from twolevel.ops import Geometry
-from twolevel.ops.restriction import WAYS, restrict, restrict_backward, ways
+from twolevel.ops.kernels.restriction import WAYS, restrict, restrict_backward, ways
+from twolevel.ops.problem import Problem
 
 # float64; the ways differ in the order of sums of at most a few hundred products.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def of(x, weight) -> Problem:
+    """A two-level layer with this restriction, and one output a group."""
+    local, coarse = x.new_empty(len(weight), *weight.shape[1:]), x.new_empty(len(weight), len(weight), 1, 1)
+    return Problem.of(x, local, weight, coarse, Geometry(), 1)
+
+
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
@@ -37,7 +46,7 @@ def test_every_way_is_the_group_convolution(groups, width, kernel, stride, paddi
     wanted_gx, wanted_gw = torch.autograd.grad(wanted, (x, weight), gz)
 
     gz = gz.transpose(0, 1).contiguous()
-    found = ways(x, weight)
+    found = ways(of(x, weight))
     assert set(found) == set(WAYS if x.is_contiguous(memory_format=torch.channels_last) else ["grouped"])
     for way in found:
         with torch.no_grad():
@@ -65,5 +74,6 @@ def test_every_way_is_the_group_convolution(groups, width, kernel, stride, paddi
 )
 def test_the_way_with_the_smaller_maps_comes_first(groups, width, kernel, memory_format, expected):
     x = torch.randn(2, groups * width, 6, 6).to(memory_format=memory_format)
-    assert ways(x, torch.randn(groups, width, kernel, kernel))[0] == expected
-    assert ways(x.bfloat16(), torch.randn(groups, width, kernel, kernel))[0] == "grouped"
+    weight = torch.randn(groups, width, kernel, kernel)
+    assert ways(of(x, weight))[0] == expected
+    assert ways(of(x.bfloat16(), weight.bfloat16()))[0] == "grouped"

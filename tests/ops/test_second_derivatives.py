@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.autograd import gradgradcheck
 
-from twolevel.ops import Geometry, native, two_level_conv2d
+from twolevel.ops import Geometry, two_level_conv2d
+from twolevel.ops.kernels import native
 
 FORMS = [("overlapped", way) for way in ("grouped", "products", "depthwise")]
 FORMS += [("fused", "grouped"), ("dense", "grouped")]

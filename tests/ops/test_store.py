@@ -8,7 +8,7 @@ import stat
 import pytest
 import torch
 
-from twolevel.ops import Geometry, choice, store, two_level_conv2d
+from twolevel.ops import Geometry, autotune, dispatch, store, two_level_conv2d
 from twolevel.ops.store import Store, cache_folder
 
 
@@ -93,17 +93,18 @@ def no_home(monkeypatch):
 
 
 def test_without_a_home_a_layer_is_measured_and_kept_for_this_process(no_home, said, monkeypatch):
-    choice._choices.cache_clear()
-    monkeypatch.setattr(choice, "WORTH_MACS", 0)
+    autotune.measurements.cache_clear()
+    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(autotune, "SMALL_MACS", 0)
     x, *weights = (torch.randn(shape) for shape in ((2, 4, 5, 5), (4, 2, 3, 3), (2, 2, 3, 3), (4, 2, 1, 1)))
     x = x.contiguous(memory_format=torch.channels_last)
     choices = []
     monkeypatch.setattr(
-        choice, "measure", lambda problem, able: choices.append(able) or dict.fromkeys(able, 1.0)
+        autotune, "measure", lambda problem, able, runs: choices.append(able) or dict.fromkeys(able, 1.0)
     )
     for _ in range(2):
         two_level_conv2d(x, *weights, Geometry())
-    choice._choices.cache_clear()
+    autotune.measurements.cache_clear()
     assert len(choices) == 1
     assert len(said()) == 1 and "HOME" in said()[0] and "for this process alone" in said()[0]
 

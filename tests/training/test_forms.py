@@ -8,8 +8,8 @@ import torch
 from command import records, run
 from safetensors.torch import load_file
 
-from twolevel.ops import choice
-from twolevel.ops.choice import Form
+from twolevel.ops import autotune, dispatch
+from twolevel.ops.autotune import Decision, Form
 
 SAMPLE = "train --model wrn-10-1 --conv gc2l --groups 4 --data sample --batch-size 32 --log-steps 1".split()
 
@@ -17,8 +17,8 @@ SAMPLE = "train --model wrn-10-1 --conv gc2l --groups 4 --data sample --batch-si
 def measured_by(order: str):
     """A measurement that finds the first or the last of the candidates the fastest, whatever it is."""
 
-    def measure(problem, able):
-        assert problem.x.device.type == "cpu"
+    def measure(problem, able, runs):
+        assert problem.device.type == "cpu"
         ranked = able if order == "first" else able[::-1]
         return {form: 1.0 + index for index, form in enumerate(ranked)}
 
@@ -32,14 +32,19 @@ def trained(order: str, cache: str, *argv):
     from command import command
 
     os.environ["XDG_CACHE_HOME"] = cache
-    choice._choices.cache_clear()
-    before = choice.measure, choice.WORTH_MACS
-    choice.measure, choice.WORTH_MACS = measured_by(order), 0.0
+    forget()
+    before = autotune.measure, autotune.SMALL_MACS
+    autotune.measure, autotune.SMALL_MACS = measured_by(order), 0.0
     try:
         return command(*argv)
     finally:
-        choice.measure, choice.WORTH_MACS = before
-        choice._choices.cache_clear()
+        autotune.measure, autotune.SMALL_MACS = before
+        forget()
+
+
+def forget() -> None:
+    autotune.measurements.cache_clear()
+    dispatch._plans.clear()
 
 
 def train_on(pool, tmp_path, order: str, *argv, ranks: int = 1) -> list:
@@ -126,7 +131,7 @@ def test_the_choice_is_one_line_and_its_details_lie_in_the_folder(pool, tmp_path
 
 
 def test_a_form_less_than_the_noise_slower_is_kept_and_that_is_said():
-    decision = choice.Decision(Form("fused", "grouped"), {"fused grouped": 1.0, "dense grouped": 0.99}, True)
+    decision = Decision(Form("fused", "grouped"), {"fused grouped": 1.0, "dense grouped": 0.99}, True)
     assert "fused grouped, less than 3% from the fastest (dense grouped 0.99 ms, fused" in decision.why()
 
 

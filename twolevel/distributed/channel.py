@@ -32,7 +32,7 @@ from twolevel.nn.arguments import check_divides
 from twolevel.nn.layout import Layout, channel_dims, ends
 from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.restriction import conv_backward
+from twolevel.ops.kernels.restriction import conv_backward
 
 
 def split_channels(

@@ -80,9 +80,9 @@ class TwoLevelConv2d(nn.Module):
         return as_given(y, x)
 
     def problem(self, x: Tensor) -> Problem:
-        """What there is to compute for x here, as `twolevel.ops.choice` decides by what."""
+        """What there is to compute for x here, of which `twolevel.ops.dispatch` decides by what."""
         weights = (self.local.weight, self.restriction.weight, self.coarse.weight)
-        return Problem(*cast_for_convolution(x, *weights), self.geometry, self.exchange.ranks)
+        return Problem.of(*cast_for_convolution(x, *weights), self.geometry, self.exchange.ranks)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "

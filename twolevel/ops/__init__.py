@@ -1,6 +1,6 @@
 """How the convolutions are computed. Ranks appear here only as an `Exchange` that the caller passes in."""
 
-from twolevel.ops.choice import KERNELS, SCHEDULES, Kernels, Schedule
+from twolevel.ops.dispatch import KERNELS, SCHEDULES, Kernels, Schedule
 from twolevel.ops.exchange import LOCAL, Copies, Exchange, Pending
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.schedules import dense_weight

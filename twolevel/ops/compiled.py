@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from twolevel.ops import schedules
-from twolevel.ops.choice import choose, schedule_of
+from twolevel.ops.dispatch import plan_for
 from twolevel.ops.exchange import Exchange, registered
 from twolevel.ops.geometry import Geometry, output_size
-from twolevel.ops.parts import in_strides_of, memory_format_of
-from twolevel.ops.problem import Problem
+from twolevel.ops.strides import in_strides_of, memory_format_of
 
 
 def two_level_conv2d(
@@ -57,10 +56,9 @@ def _forward(
     may_measure: bool,
 ) -> tuple[Tensor, Tensor]:
     geometry = _geometry(stride, padding, dilation)
-    problem = Problem(x, local, restriction, coarse, geometry, ranks)
-    return _schedule(problem, schedule, kernels, may_measure).forward(
-        x, local, restriction, coarse, geometry, registered(exchange)
-    )
+    tensors = (x, local, restriction, coarse)
+    chosen = _schedule(*tensors, geometry, ranks, schedule, kernels, may_measure)
+    return chosen.forward(*tensors, geometry, registered(exchange))
 
 
 @_forward.register_fake
@@ -90,12 +88,10 @@ def _backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     geometry = _geometry(stride, padding, dilation)
-    problem = Problem(x, local, restriction, coarse, geometry, ranks)
-    gradients = _schedule(problem, schedule, kernels, may_measure).backward(
-        gy, x, local, restriction, coarse, z, geometry, registered(exchange), tuple(wanted)
-    )
     # An operator returns tensors, in strides that the compiler knows beforehand.
     likes = (x, local, restriction, coarse)
+    chosen = _schedule(*likes, geometry, ranks, schedule, kernels, may_measure)
+    gradients = chosen.backward(gy, *likes, z, geometry, registered(exchange), tuple(wanted))
     return tuple(
         x.new_empty(0) if gradient is None else in_strides_of(gradient, like)
         for gradient, like in zip(gradients, likes, strict=True)
@@ -130,10 +126,22 @@ def _gradients(ctx, gy, _):
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
-def _schedule(problem: Problem, schedule: str, kernels: str, may_measure: bool) -> schedules.Schedule:
+def _schedule(
+    x: Tensor,
+    local: Tensor,
+    restriction: Tensor,
+    coarse: Tensor,
+    geometry: Geometry,
+    ranks: int,
+    schedule: str,
+    kernels: str,
+    may_measure: bool,
+) -> schedules.Schedule:
     # Not dense, which is a composition that the compiler itself is better at.
-    form = choose(problem, "overlapped" if schedule == "auto" else schedule, kernels, may_measure=may_measure)
-    return schedule_of(form)
+    asked = "overlapped" if schedule == "auto" else schedule
+    plan = plan_for(x, local, restriction, coarse, geometry, ranks, asked, kernels, may_measure=may_measure)
+    assert plan.schedule is not None
+    return plan.schedule
 
 
 def _geometry(*pairs: list[int]) -> Geometry:

@@ -1,81 +1,111 @@
-"""One layer to compute on one rank, and what it is called where its form is kept."""
+"""One layer to compute on one rank, by its sizes and where its tensors lie: all that a choice of kernels depends on."""
 
-import platform
-from functools import cache
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from twolevel.ops import native
-from twolevel.ops.geometry import Geometry
+from twolevel.ops.geometry import Geometry, output_size
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Problem(NamedTuple):
-    """One layer on one rank: tensors of its sizes, not necessarily its own."""
+@dataclass(frozen=True)
+class Problem:
+    """x `[B, n/P, H, W]` to y `[B, m/P, H', W']` on one of P `ranks`, which holds `groups` = G/P channel groups."""
 
-    x: Tensor
-    local: Tensor
-    restriction: Tensor
-    coarse: Tensor
+    batch: int
+    inputs: int
+    size: tuple[int, int]
+    outputs: int
+    kernel: tuple[int, int]
+    groups: int
     geometry: Geometry
     ranks: int
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+    odd: str = ""
+    """What is unusual in the tensors, so that memory must not be read directly: a subclass, mixed types or devices."""
+
+    @classmethod
+    def of(
+        cls, x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry, ranks: int
+    ) -> Self:
+        """That of these tensors, whose shapes are as in `twolevel.ops.two_level_conv2d`."""
+        batch, inputs, height, width = x.shape
+        outputs, _, kernel_height, kernel_width = local.shape
+        return cls(
+            batch=batch,
+            inputs=inputs,
+            size=(height, width),
+            outputs=outputs,
+            kernel=(kernel_height, kernel_width),
+            groups=len(restriction),
+            geometry=geometry,
+            ranks=ranks,
+            dtype=x.dtype,
+            device=x.device,
+            channels_last=x.is_contiguous(memory_format=torch.channels_last),
+            odd=_odd(x, local, restriction, coarse),
+        )
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """(H', W')."""
+        return output_size(self.size, self.kernel, self.geometry)
+
+    @property
+    def local_shape(self) -> tuple[int, int, int, int]:
+        """`[m/P, n/G, kh, kw]`."""
+        return (self.outputs, self.inputs // self.groups, *self.kernel)
 
     @property
     def macs(self) -> int:
         """Multiplications of the local part, forward."""
-        (sh, sw), _, _ = self.geometry
-        return self.x.shape[0] * self.x.shape[2] * self.x.shape[3] * self.local.numel() // (sh * sw)
-
-    def sizes(self) -> tuple:
-        """All that a choice depends on within a process; a batch counts as the next power of two."""
-        x = self.x
-        batch = 1 << max(0, x.shape[0] - 1).bit_length()  # last batches are not measured anew
-        shapes = (batch, *x.shape[1:], *self.local.shape, len(self.restriction), self.coarse.shape[1])
-        place = (x.dtype, self._channels_last(), x.device, torch.get_num_threads())
-        return (*shapes, *self.geometry, self.ranks, *place)
+        stride_height, stride_width = self.geometry.stride
+        pixels = self.batch * self.size[0] * self.size[1] // (stride_height * stride_width)
+        return pixels * math.prod(self.local_shape)
 
     def title(self) -> str:
         """The layer in a few words, whatever its batch and the machine: what a run keeps its form under."""
-        _, channels, *size = self.x.shape
-        by = {"": self.local.shape[2:]} | {
-            f"{name} ": pair
-            for name, pair, usual in zip(Geometry._fields, self.geometry, Geometry(), strict=True)
-            if tuple(pair) != usual
-        }
+        pairs = zip(Geometry._fields, self.geometry, Geometry(), strict=True)
         parts = [
-            f"{channels} to {len(self.local)} channels of {_times(size)}",
-            *(f"{name}{_times(pair)}" for name, pair in by.items()),
-            f"{len(self.restriction)} groups",
+            f"{self.inputs} to {self.outputs} channels of {_times(self.size)}",
+            _times(self.kernel),
+            *(f"{name} {_times(pair)}" for name, pair, usual in pairs if tuple(pair) != usual),
+            f"{self.groups} groups",
         ]
         if self.ranks > 1:
             parts.append(f"one of {self.ranks} ranks")
-        parts.append(f"{str(self.x.dtype).removeprefix('torch.')} {self._format()}")
+        memory = "channels_last" if self.channels_last else "contiguous"
+        parts.append(f"{str(self.dtype).removeprefix('torch.')} {memory}")
         return ", ".join(parts)
 
-    def line(self, able: list) -> str:
-        """Everything that a measurement depends on: the layer, its batch, the machine and the candidates."""
-        threads = torch.get_num_threads()
-        device = f"{_processor()}, {threads} threads"
-        if self.x.is_cuda:
-            device = torch.cuda.get_device_name(self.x.device)
-        candidates = " ".join("/".join(one) for one in able)
-        return (
-            f"{self.sizes()[0]} images, {self.title()} | {device} | torch {torch.__version__} {native.version()} | "
-            f"{candidates}"
-        )
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Random x, A, r and C of these sizes; no random stream moves."""
+        generator = torch.Generator(self.device).manual_seed(0)
 
-    def _channels_last(self) -> bool:
-        return self.x.is_contiguous(memory_format=torch.channels_last)
+        def random(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(generator=generator)
 
-    def _format(self) -> str:
-        return "channels_last" if self._channels_last() else "contiguous"
+        memory = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = random(self.batch, self.inputs, *self.size).contiguous(memory_format=memory)
+        restriction = random(self.groups, *self.local_shape[1:])
+        return x, random(*self.local_shape), restriction, random(self.outputs, self.groups * self.ranks, 1, 1)
 
 
-def _times(pair) -> str:
+def _odd(x: Tensor, *weights: Tensor) -> str:
+    for tensor in (x, *weights):
+        if type(tensor) not in PLAIN:
+            return f"a {type(tensor).__name__}"
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            return f"{tensor.dtype} on {tensor.device} beside {x.dtype} on {x.device}"
+    return ""
+
+
+def _times(pair: Sequence[int]) -> str:
     return "x".join(map(str, pair))
-
-
-@cache
-def _processor() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,4 +1,4 @@
-"""When the parts of a two-level convolution run, and when its exchange.
+"""When the operations of a two-level convolution run, and when its exchange.
 
 `overlapped`: the exchange runs under the local convolution.
 
@@ -27,13 +27,14 @@ from torch.nn import functional as F
 
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.parts import Parts, TorchParts
+from twolevel.ops.kernels.base import KernelSet
+from twolevel.ops.kernels.torch import TorchKernels
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Schedule(Protocol):
-    """An order of the parts. Shapes as in `Parts`; `wanted` and the gradients are those of x, A, r, C."""
+    """An order of the operations. Shapes as in `KernelSet`; `wanted` and the gradients are those of x, A, r, C."""
 
     def forward(
         self,
@@ -66,49 +67,51 @@ class Schedule(Protocol):
 class Overlapped:
     """Restriction, exchange in flight under the local convolution, coarse term."""
 
-    def __init__(self, parts: Parts):
-        self.parts = parts
+    def __init__(self, kernels: KernelSet):
+        self.kernels = kernels
 
     def forward(self, x, local, restriction, coarse, geometry, exchange):
-        own = self.parts.restrict(x, restriction, geometry)
+        own = self.kernels.restrict(x, restriction, geometry)
         if exchange is LOCAL:
-            return self.parts.local_and_coarse(x, local, geometry, len(restriction), own, coarse), own
+            return self.kernels.local_and_coarse(x, local, geometry, len(restriction), own, coarse), own
         gathering = exchange.gather(own)
-        y = self.parts.local(x, local, geometry, len(restriction))
+        y = self.kernels.local(x, local, geometry, len(restriction))
         z = gathering.wait()
-        return self.parts.add_coarse_(y, z, coarse), z
+        return self.kernels.add_coarse_(y, z, coarse), z
 
     def backward(self, gy, x, local, restriction, coarse, z, geometry, exchange, wanted):
         want_x, want_local, want_restriction, want_coarse = wanted
         if exchange is LOCAL and want_coarse:
-            gz, g_coarse = self.parts.coarse_grads(gy, z, coarse)
+            gz, g_coarse = self.kernels.coarse_grads(gy, z, coarse)
             scattering = exchange.scatter_sum(gz)
         else:
-            scattering = exchange.scatter_sum(self.parts.coarse_input_grad(gy, coarse))
-            g_coarse = self.parts.coarse_weight_grad(gy, z) if want_coarse else None
+            scattering = exchange.scatter_sum(self.kernels.coarse_input_grad(gy, coarse))
+            g_coarse = self.kernels.coarse_weight_grad(gy, z) if want_coarse else None
         groups = len(restriction)
-        gx, g_local = self.parts.local_backward(gy, x, local, geometry, groups, (want_x, want_local))
+        gx, g_local = self.kernels.local_backward(gy, x, local, geometry, groups, (want_x, want_local))
         gz = scattering.wait()
-        g_restriction = self.parts.restrict_backward(gz, x, restriction, geometry, gx, want_restriction)
+        g_restriction = self.kernels.restrict_backward(gz, x, restriction, geometry, gx, want_restriction)
         return gx, g_local, g_restriction, g_coarse
 
 
 class Fused:
     """Local part and restriction in one, then the exchange, which nothing hides, then the coarse term."""
 
-    def __init__(self, parts: Parts):
-        self.parts = parts
+    def __init__(self, kernels: KernelSet):
+        self.kernels = kernels
 
     def forward(self, x, local, restriction, coarse, geometry, exchange):
-        y, own = self.parts.local_and_restriction(x, local, restriction, geometry)
+        y, own = self.kernels.local_and_restriction(x, local, restriction, geometry)
         z = exchange.gather(own).wait()
-        return self.parts.add_coarse_(y, z, coarse), z
+        return self.kernels.add_coarse_(y, z, coarse), z
 
     def backward(self, gy, x, local, restriction, coarse, z, geometry, exchange, wanted):
-        scattering = exchange.scatter_sum(self.parts.coarse_input_grad(gy, coarse))
-        g_coarse = self.parts.coarse_weight_grad(gy, z) if wanted[3] else None
+        scattering = exchange.scatter_sum(self.kernels.coarse_input_grad(gy, coarse))
+        g_coarse = self.kernels.coarse_weight_grad(gy, z) if wanted[3] else None
         gz = scattering.wait()
-        grads = self.parts.local_and_restriction_backward(gy, gz, x, local, restriction, geometry, wanted[:3])
+        grads = self.kernels.local_and_restriction_backward(
+            gy, gz, x, local, restriction, geometry, wanted[:3]
+        )
         return *grads, g_coarse
 
 
@@ -127,10 +130,10 @@ def backward_with_graph(
 
     Across ranks the exchange refuses what it cannot differentiate.
     """
-    parts = TorchParts("grouped")
+    kernels = TorchKernels("grouped")
     if exchange.ranks == 1 and wanted[3]:
-        z = parts.restrict(x, restriction, geometry)  # the one from forward is a constant to autograd
-    return Overlapped(parts).backward(gy, x, local, restriction, coarse, z, geometry, exchange, wanted)
+        z = kernels.restrict(x, restriction, geometry)  # the one from forward is a constant to autograd
+    return Overlapped(kernels).backward(gy, x, local, restriction, coarse, z, geometry, exchange, wanted)
 
 
 def dense(x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry) -> Tensor:

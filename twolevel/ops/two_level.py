@@ -6,11 +6,10 @@ from torch.nn import functional as F
 
 from twolevel.ops import compiled, schedules
 from twolevel.ops.autocast import cast_for_convolution
-from twolevel.ops.choice import Form, Kernels, Schedule, choose, schedule_of
+from twolevel.ops.dispatch import Kernels, Schedule, plan_for
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.parts import in_strides_of
-from twolevel.ops.problem import Problem
+from twolevel.ops.strides import in_strides_of
 
 
 def two_level_conv2d(
@@ -31,7 +30,7 @@ def two_level_conv2d(
 
     Schedules: `overlapped` (restriction, exchange in flight under the local convolution, coarse),
     `fused` (the paper's: one convolution with m/G + 1 outputs a group, then the exchange, then coarse),
-    `dense` (one rank only: the structured dense weight). Kernels: see `twolevel.ops.choice`. What is left `auto` is
+    `dense` (one rank only: the structured dense weight). Kernels: see `twolevel.ops.dispatch`. What is left `auto` is
     chosen by measurement. Raises UserError for what cannot compute these tensors here.
     """
     if torch.compiler.is_exporting() and exchange.ranks == 1:  # by operations that every run time knows
@@ -43,19 +42,21 @@ def two_level_conv2d(
         return schedules.dense(x, local, restriction, coarse, geometry)
     if torch.compiler.is_compiling():
         return compiled.two_level_conv2d(x, local, restriction, coarse, geometry, schedule, kernels, exchange)
-    problem = Problem(x, local, restriction, coarse, geometry, exchange.ranks)
-    form = choose(problem, schedule, kernels, may_measure=torch.is_grad_enabled())
-    if form.schedule == "dense":
-        return schedules.dense(x, local, restriction, coarse, geometry)
-    return _TwoLevel.apply(x, local, restriction, coarse, geometry, exchange, form)
+    weights = (local, restriction, coarse)
+    plan = plan_for(
+        x, *weights, geometry, exchange.ranks, schedule, kernels, may_measure=torch.is_grad_enabled()
+    )
+    if plan.schedule is None:
+        return schedules.dense(x, *weights, geometry)
+    return _TwoLevel.apply(x, *weights, geometry, exchange, plan.schedule)
 
 
 class _TwoLevel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, local, restriction, coarse, geometry, exchange, form: Form):
-        y, z = schedule_of(form).forward(x, local, restriction, coarse, geometry, exchange)
+    def forward(ctx, x, local, restriction, coarse, geometry, exchange, schedule: schedules.Schedule):
+        y, z = schedule.forward(x, local, restriction, coarse, geometry, exchange)
         ctx.save_for_backward(x, local, restriction, coarse, z)
-        ctx.geometry, ctx.exchange, ctx.form = geometry, exchange, form
+        ctx.geometry, ctx.exchange, ctx.schedule = geometry, exchange, schedule
         return y
 
     @staticmethod
@@ -63,7 +64,7 @@ class _TwoLevel(torch.autograd.Function):
         x, local, restriction, coarse, z = ctx.saved_tensors
         # Gradients are recorded where a second derivative is wanted.
         again = torch.is_grad_enabled()
-        backward = schedules.backward_with_graph if again else schedule_of(ctx.form).backward
+        backward = schedules.backward_with_graph if again else ctx.schedule.backward
         wanted = ctx.needs_input_grad[:4]
         gx, *grads = backward(gy, x, local, restriction, coarse, z, ctx.geometry, ctx.exchange, wanted)
         weights = zip(grads, (local, restriction, coarse), strict=True)

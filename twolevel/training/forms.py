@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from twolevel.distributed.agreement import all_gather
 from twolevel.nn import TwoLevelConv2d
-from twolevel.ops.choice import Decision, Form, able_forms, decide
+from twolevel.ops.autotune import Decision, Form
+from twolevel.ops.dispatch import able_forms, decide
 from twolevel.ops.problem import Problem
 from twolevel.streams import stream
 from twolevel.training.strategies import Strategy
@@ -54,7 +55,7 @@ def fix_forms(
         if title not in able:
             able[title] = able_forms(problem, layer.schedule, layer.kernels)
             decision, why = _decide(problem, able[title], recorded.get(title))
-            chosen.forms[title], chosen.why[title] = " ".join(decision.form), why
+            chosen.forms[title], chosen.why[title] = str(decision.form), why
             chosen.measured += decision.new
         layer.schedule, layer.kernels = chosen.forms[title].split()
 
@@ -72,7 +73,7 @@ def fix_forms(
         if form in able[title]:
             layer.schedule, layer.kernels = form
         else:
-            _warn(title, " ".join(form), own[title])
+            _warn(title, str(form), own[title])
     chosen.seconds = time.perf_counter() - began
     return chosen
 
@@ -80,11 +81,11 @@ def fix_forms(
 def _decide(problem: Problem, able: list[Form], recorded: str | None) -> tuple[Decision, str]:
     """The form, and why that one."""
     if recorded is not None and Form(*recorded.split()) in able:
-        return Decision(Form(*recorded.split())), f"{recorded}, as recorded"
-    with torch.enable_grad():  # the measurement takes gradients
-        decision = decide(problem, able, may_measure=True)
+        return Decision(Form(*recorded.split()), {}), f"{recorded}, as recorded"
+    decision = decide(problem, able, may_measure=True)
+    assert decision is not None
     if recorded is not None:
-        _warn(problem.title(), recorded, " ".join(decision.form))
+        _warn(problem.title(), recorded, str(decision.form))
     return decision, decision.why()
 
 

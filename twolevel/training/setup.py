@@ -15,7 +15,7 @@ from twolevel.distributed.agreement import require_equal, together
 from twolevel.distributed.environment import World, start, stop
 from twolevel.distributed.mpi_axis import MPIAxis
 from twolevel.errors import UserError
-from twolevel.ops import native
+from twolevel.ops.kernels import native
 from twolevel.training.config import PIPELINES, MeshConfig, TrainConfig
 from twolevel.training.strategies import STRATEGIES, Strategy
 

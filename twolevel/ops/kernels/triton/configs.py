@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from twolevel.errors import UserError, unknown
-from twolevel.ops.triton.problem import TILE, Problem
+from twolevel.ops.kernels.triton.problem import TILE, Problem
 
 Operation = Literal["forward", "input_grad", "weight_grad"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)

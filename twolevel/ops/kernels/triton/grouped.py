@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from twolevel.errors import UserError
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.triton.configs import Config, pick, tiles
-from twolevel.ops.triton.launch import check_device, launch, phases
-from twolevel.ops.triton.problem import (
+from twolevel.ops.kernels.triton.configs import Config, pick, tiles
+from twolevel.ops.kernels.triton.launch import check_device, launch, phases
+from twolevel.ops.kernels.triton.problem import (
     Problem,
     check_image,
     check_tensor,
@@ -24,6 +24,7 @@ from twolevel.ops.triton.problem import (
     round_up,
     weight_strides,
 )
+from twolevel.ops.problem import Problem as Layer
 
 # The weight gradient is split over pixels into about so many programs. It is a constant, and not a count of the
 # card's processors, so that the order of the sum does not depend on the card.
@@ -202,29 +203,15 @@ def weight_grad(
     return partials.sum(0).to(x.dtype).permute(0, 3, 1, 2)
 
 
-def supports(
-    x: Tensor, weight: Tensor, geometry: Geometry, groups: int, restriction: Tensor | None = None
-) -> bool:
-    """Whether `forward` and both gradients can run on these; never whether they are the fastest."""
-    return why_not(x, weight, geometry, groups, restriction) is None
-
-
-def why_not(
-    x: Tensor, weight: Tensor, geometry: Geometry, groups: int, restriction: Tensor | None = None
-) -> str | None:
-    """Why they cannot run on these, None where they can."""
+def unsupported(layer: Layer) -> str | None:
+    """Why they cannot compute a two-level layer here, None where they can; never whether they are the fastest."""
     try:
-        check_device(x)
-        problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
-        check_image("x", x, x.shape, x)
-        check_tensor("weight", weight, weight.shape, x)
-        weight_strides("weight", weight)
-        if restriction is not None:
-            check_tensor("restriction", restriction, (groups, *weight.shape[1:]), x)
-            weight_strides("restriction", restriction)
+        check_device(layer.device, layer.dtype)
+        x_shape = (layer.batch, layer.inputs, *layer.size)
+        problem_of(x_shape, layer.local_shape, layer.geometry, layer.groups, layer.dtype, restriction=True)
     except UserError as error:
         return str(error)
-    return None
+    return None if layer.channels_last else "they are for channels_last memory"
 
 
 class GroupedConv2d(torch.autograd.Function):

@@ -5,7 +5,7 @@ They fill vectors with output channels, and the restriction has one a group. Two
     products    a matrix product over pixels with a row for each tap (`tap_products`); its maps are G kh kw channels
     depthwise   d_i = r[i] * x_i for every channel, then the sum of d_i over each group; its maps are n channels
 
-Both need channels_last memory. `twolevel.ops.choice` measures which is the fastest; before it has, the one with the
+Both need channels_last memory. `twolevel.ops.autotune` measures which is the fastest; before it has, the one with the
 smaller maps is taken on CPUs. Measured there on one thread, batch 32, forward and backward, against the group
 convolution: 64 channels of 32 x 32 in 4 groups take 0.3 of its time (products), in 16 groups 0.5 (depthwise).
 """
@@ -16,28 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twolevel.ops import tap_products
 from twolevel.ops.geometry import Geometry
+from twolevel.ops.kernels import tap_products
+from twolevel.ops.problem import Problem
 
 Way = Literal["grouped", "products", "depthwise"]
 WAYS: tuple[str, ...] = get_args(Way)
 
 
-def ways(x: Tensor, weight: Tensor) -> tuple[Way, ...]:
-    """How x `[B, n, H, W]` can be restricted by `[G, n/G, kh, kw]`, the best estimate first."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
+def ways(problem: Problem) -> tuple[Way, ...]:
+    """How the problem can be restricted, the best estimate first."""
+    if not problem.channels_last:
         return ("grouped",)
-    groups, _, height, width = weight.shape
-    wide = x.dtype in (
-        torch.float32,
-        torch.float64,
-    )  # CPUs' depthwise convolutions and products of others are slow
-    if x.device.type != "cpu" or not wide:
+    # On CPUs depthwise convolutions and matrix products of narrower types are slow.
+    if problem.device.type != "cpu" or problem.dtype not in (torch.float32, torch.float64):
         return ("grouped", "products", "depthwise")
-    first, second = (
-        ("products", "depthwise") if groups * height * width <= x.shape[1] else ("depthwise", "products")
-    )
-    return (first, second, "grouped")
+    maps_of_products = problem.groups * problem.kernel[0] * problem.kernel[1]
+    if maps_of_products <= problem.inputs:
+        return ("products", "depthwise", "grouped")
+    return ("depthwise", "products", "grouped")
 
 
 def restrict(x: Tensor, weight: Tensor, geometry: Geometry, way: Way) -> Tensor:

@@ -4,8 +4,9 @@ For the CPU, float32 and channels_last memory. They are compiled by the system's
 is none, `available` says so and nothing else may be called.
 """
 
-from twolevel.ops.native.local import local, local_backward, local_supports, local_wins
-from twolevel.ops.native.parts import (
+from twolevel.ops.kernels.native.kernel_set import NarrowKernels, NativeKernels
+from twolevel.ops.kernels.native.local import fills_vectors, local, local_backward, local_wins
+from twolevel.ops.kernels.native.small import (
     add_coarse_,
     available,
     coarse_grads,
@@ -13,24 +14,22 @@ from twolevel.ops.native.parts import (
     coarse_weight_grad,
     restrict,
     restrict_backward,
-    supports,
     version,
-    why_not,
 )
 
 __all__ = [
+    "NarrowKernels",
+    "NativeKernels",
     "add_coarse_",
     "available",
     "coarse_grads",
     "coarse_input_grad",
     "coarse_weight_grad",
+    "fills_vectors",
     "local",
     "local_backward",
-    "local_supports",
     "local_wins",
     "restrict",
     "restrict_backward",
-    "supports",
     "version",
-    "why_not",
 ]

@@ -1,4 +1,4 @@
-"""The parts of the two-level convolution by C kernels: the restriction and the coarse term, each one pass over x or y.
+"""The small operations of the two-level convolution by C kernels: restriction and coarse term, one pass each.
 
 Shapes with P ranks, of which this one holds G/P groups: x `[B, n/P, H, W]`, r `[G/P, n/G, kh, kw]`, y and gy
 `[B, m/P, H', W']`, C `[m/P, G, 1, 1]`, z `[G, B, H', W']`. x, y and their gradients are float32 in channels_last
@@ -11,13 +11,12 @@ in the order of the images: they depend on the number of threads to rounding, an
 from ctypes import byref
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.native import call
-from twolevel.ops.native.build import Unavailable, library
-from twolevel.ops.native.call import LAST
+from twolevel.ops.kernels.native import call
+from twolevel.ops.kernels.native.build import Unavailable, library
+from twolevel.ops.kernels.native.call import LAST
 
 
 @cache
@@ -33,26 +32,6 @@ def available() -> str | None:
 def version() -> str:
     """Names what the kernels were compiled from and for; empty where there are none."""
     return library().key if available() is None else ""
-
-
-def why_not(x: Tensor, *weights: Tensor) -> str | None:
-    """Why the kernels cannot compute a layer of these, None where they can.
-
-    They read plain float32 tensors on the CPU, x in channels_last memory, of any sizes and geometry.
-    """
-    for t in (x, *weights):
-        if t.device.type != "cpu" or t.dtype != torch.float32:
-            return f"they are for float32 on CPUs, not {t.dtype} on {t.device}"
-        if type(t) not in (Tensor, torch.nn.Parameter):  # whose memory is not what it seems
-            return f"they are for plain tensors, not {type(t).__name__}"
-    if not x.is_contiguous(memory_format=LAST):
-        return "they are for channels_last memory"
-    return available()
-
-
-def supports(x: Tensor, restriction: Tensor, geometry: Geometry) -> bool:
-    """Whether the kernels compute this layer; see `why_not`."""
-    return why_not(x, restriction) is None
 
 
 def restrict(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

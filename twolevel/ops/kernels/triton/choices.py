@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from twolevel.errors import UserError, unknown
 from twolevel.ops.geometry import Geometry
+from twolevel.ops.kernels.triton import grouped
+from twolevel.ops.kernels.triton.configs import OPERATIONS, Config, Operation, candidates
+from twolevel.ops.kernels.triton.problem import Problem, problem_of
 from twolevel.ops.store import Store, cache_folder
-from twolevel.ops.triton import grouped
-from twolevel.ops.triton.configs import OPERATIONS, Config, Operation, candidates
-from twolevel.ops.triton.problem import Problem, problem_of
 
 FILE = "grouped_convolution.json"
 
@@ -22,8 +23,12 @@ def key(operation: Operation, problem: Problem, card: str, precision: str = "iee
     sizes = (problem.batch, problem.inputs, problem.outputs, problem.groups, problem.height, problem.width)
     kernel = f"{'x'.join(map(str, sizes))} kernel {problem.kernel} {tuple(map(tuple, problem.geometry))}"
     z = " with restriction" if problem.restriction else ""
-    version = importlib.metadata.version("triton")
-    return f"{operation} | {kernel}{z} | {problem.dtype} {precision} | {card} | triton {version}"
+    return f"{operation} | {kernel}{z} | {problem.dtype} {precision} | {card} | triton {_version()}"
+
+
+@cache
+def _version() -> str:
+    return importlib.metadata.version("triton")  # reads files
 
 
 class Choices:

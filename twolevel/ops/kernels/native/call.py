@@ -5,14 +5,14 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_int, c_int64, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from twolevel.ops.geometry import Geometry, output_size
-from twolevel.ops.native.build import library
+from twolevel.ops.kernels.native.build import library
 
 LAST = torch.channels_last
 # A thread is worth starting for so many values: about 10 microseconds of memory traffic.
@@ -51,8 +51,14 @@ def function(name: str) -> Callable[..., int]:
 def layer_of(x: Tensor, groups: int, kernel: torch.Size, geometry: Geometry) -> Layer:
     """Sizes of a convolution of x `[B, n, H, W]` in channels_last memory."""
     assert x.is_contiguous(memory_format=LAST)
-    pairs = (x.shape[2:], output_size(x.shape[2:], kernel, geometry), kernel, *geometry)
-    return Layer(x.shape[1], groups, *((c_int64 * 2)(*pair) for pair in pairs))
+    return _layer(x.shape[1:], groups, kernel, geometry)
+
+
+@lru_cache(maxsize=1024)
+def _layer(image: torch.Size, groups: int, kernel: torch.Size, geometry: Geometry) -> Layer:
+    channels, *size = image
+    pairs = (size, output_size(size, kernel, geometry), kernel, *geometry)
+    return Layer(channels, groups, *((c_int64 * 2)(*pair) for pair in pairs))
 
 
 def pointer(tensor: Tensor | None) -> int | None:

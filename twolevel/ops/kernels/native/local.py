@@ -1,6 +1,6 @@
 """Group convolution with narrow groups by C kernels, where CPU libraries leave most of a vector empty.
 
-float32 in channels_last memory; nothing here is recorded by autograd. Threads as in `parts`.
+float32 in channels_last memory; nothing here is recorded by autograd. Threads as in `small`.
 """
 
 from ctypes import byref
@@ -9,33 +9,31 @@ import torch
 from torch import Tensor
 
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.native import call
-from twolevel.ops.native.call import LAST
-from twolevel.ops.native.parts import supports
+from twolevel.ops.kernels.native import call
+from twolevel.ops.kernels.native.call import LAST
+from twolevel.ops.problem import Problem
 
 
-def local_supports(x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> bool:
-    """Whether the kernels can: vectors of input and of output channels have to hold whole groups or parts of one."""
-    if not supports(x, weight, geometry):
-        return False
+def fills_vectors(problem: Problem) -> bool:
+    """Whether vectors of input and of output channels hold whole groups or parts of one, as the kernels need."""
     lanes = call.function("twolevel_lanes")()
-    channels = (x.shape[1], len(weight))
-    return all(c % lanes == 0 and (lanes % (c // groups) == 0 or c // groups % lanes == 0) for c in channels)
+    widths = [(channels, channels // problem.groups) for channels in (problem.inputs, problem.outputs)]
+    return all(
+        channels % lanes == 0 and (lanes % width == 0 or width % lanes == 0) for channels, width in widths
+    )
 
 
-def local_wins(x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> bool:
-    """Whether the kernels can, and were measured to be faster than torch's forward and backward together.
+def local_wins(problem: Problem) -> bool:
+    """Whether the kernels were measured to be faster than torch's forward and backward together.
 
     Measured on one thread with vectors of 16 numbers, of which groups of 1, 2, 4 or 8 channels fill a part: 0.15 to
     0.8 of the time of oneDNN. It is as fast itself where every channel is a group and in 1 x 1 kernels from 8 channels
     to 8, and twice as fast from 16 to 16.
     """
-    inputs, outputs = x.shape[1] // groups, len(weight) // groups
+    inputs, outputs = problem.inputs // problem.groups, problem.outputs // problem.groups
     return (
-        max(inputs, outputs) <= 8
-        and max(inputs, outputs) > 1
-        and (min(inputs, outputs) < 8 or weight.shape[2:].numel() > 1)
-        and local_supports(x, weight, geometry, groups)
+        1 < max(inputs, outputs) <= 8
+        and (min(inputs, outputs) < 8 or problem.kernel != (1, 1))
         and call.function("twolevel_lanes")() == 16
     )
 

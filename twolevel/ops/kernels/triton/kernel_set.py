@@ -1,28 +1,45 @@
-"""The parts of a two-level convolution by Triton kernels, each in the configuration measured on its card."""
+"""The Triton kernels as a set, each in the configuration measured on its card."""
 
 import torch
 from torch import Tensor
 
-from twolevel.ops.parts import TorchParts
-from twolevel.ops.triton import grouped
-from twolevel.ops.triton.choices import Choices, tune
-from twolevel.ops.triton.configs import Config, Operation
-from twolevel.ops.triton.problem import problem_of
+from twolevel.ops.kernels.torch import TorchKernels
+from twolevel.ops.kernels.triton import grouped
+from twolevel.ops.kernels.triton.choices import Choices, tune
+from twolevel.ops.kernels.triton.configs import Config, Operation
+from twolevel.ops.kernels.triton.problem import problem_of
+from twolevel.ops.problem import Problem
 
 # Configurations tried for an operation of a layer: each takes a second or two to compile.
 MOST = 4
 
 
-class TritonParts(TorchParts):
-    """Convolutions by the kernels of `twolevel.ops.triton`; the products of the coarse term are torch's, but where z
-    is there in time for the epilogue of the local convolution.
+class TritonKernels(TorchKernels):
+    """Convolutions by Triton kernels; the products of the coarse term are torch's, but where z is there in time for the
+    epilogue of the local convolution.
 
     A problem's configurations are measured when it is first met, outside of CUDA graphs, and kept in `choices`.
     """
 
+    name = "triton"
+    schedules = ("overlapped", "fused")
+
     def __init__(self, choices: Choices | None = None):
-        super().__init__("grouped")
-        self.choices = choices or Choices()
+        self._choices = choices
+
+    @property
+    def choices(self) -> Choices:
+        if self._choices is None:  # reads the disk, which whoever never computes by Triton need not wait for
+            self._choices = Choices()
+        return self._choices
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.odd:
+            return f"they are for plain tensors of one type, not {problem.odd}"
+        return grouped.unsupported(problem)
+
+    def estimate(self, problem: Problem) -> float:
+        return 30  # never a guess: without a measurement its configuration is one too
 
     def restrict(self, x, weight, geometry):
         return self.local(x, weight, geometry, len(weight)).transpose(0, 1).contiguous()

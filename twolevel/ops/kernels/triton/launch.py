@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Iterable, Iterator
+from functools import cache
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from twolevel.errors import UserError, unknown
-from twolevel.ops.triton.configs import Config
-from twolevel.ops.triton.problem import Problem
+from twolevel.ops.kernels.triton.configs import Config
+from twolevel.ops.kernels.triton.problem import Problem
 
 # "ieee" multiplies float32 exactly; "tf32" rounds it to 10 bits for the tensor cores. Other dtypes ignore it.
 PRECISIONS = ("ieee", "tf32")
@@ -32,12 +33,12 @@ def launch(
     `bounds` are the arguments that bound loops. Raises UserError for a device that cannot run it and for an unknown
     precision.
     """
-    check_device(like)
+    check_device(like.device, like.dtype)
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     if not programs:
         return
-    from twolevel.ops.triton import kernels  # here, so that the package imports without Triton
+    from twolevel.ops.kernels.triton import kernels  # here, so that the package imports without Triton
 
     if kernels.INTERPRETED:
         from triton.language import constexpr
@@ -57,25 +58,28 @@ def launch(
         )
 
 
-def check_device(x: Tensor) -> None:
-    """A UserError unless the kernels run on the device of x."""
-    if importlib.util.find_spec("triton") is None:
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """A UserError unless the kernels run on this device in this type."""
+    if not _is_installed():
         raise UserError("Triton is not installed; these kernels need it, torch.nn.functional.conv2d does not")
-    from twolevel.ops.triton import kernels
+    from twolevel.ops.kernels.triton import kernels
 
     if kernels.INTERPRETED:
-        if x.device.type != "cpu":
-            raise UserError(
-                f"x is on {x.device}; Triton's interpreter was asked for, so it must be on the CPU"
-            )
-        if x.dtype == torch.bfloat16:  # it multiplies the bits as if they were integers
-            raise UserError(f"Triton's interpreter cannot multiply {x.dtype}; use float32 or float16 in it")
-    elif x.device.type != "cuda":
+        if device.type != "cpu":
+            raise UserError(f"x is on {device}; Triton's interpreter was asked for, so it must be on the CPU")
+        if dtype == torch.bfloat16:  # it multiplies the bits as if they were integers
+            raise UserError(f"Triton's interpreter cannot multiply {dtype}; use float32 or float16 in it")
+    elif device.type != "cuda":
         raise UserError(
-            f"x is on {x.device}; it must be on a CUDA card, or TRITON_INTERPRET=1 set before the start"
+            f"x is on {device}; it must be on a CUDA card, or TRITON_INTERPRET=1 set before the start"
         )
-    elif torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        raise UserError(f"{torch.cuda.get_device_name(x.device)} is older than Ampere; use conv2d of torch")
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        raise UserError(f"{torch.cuda.get_device_name(device)} is older than Ampere; use conv2d of torch")
+
+
+@cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class Phase(NamedTuple):

@@ -1,0 +1,149 @@
+"""Timing the forms of a layer on this machine, and keeping what was found on disk."""
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from twolevel.ops.kernels import native
+from twolevel.ops.problem import Problem
+from twolevel.ops.store import Store, cache_folder
+
+# Below so many multiplications a layer is too small to benchmark: the calls themselves are what takes longest.
+SMALL_MACS = 10e6
+# A measurement on a CPU, where time grows with the batch, takes so many images as make about this many.
+CPU_MACS = 300e6
+# Another form than the first, which is the best estimate, has to be faster by this: the noise of a measurement.
+MARGIN = 0.03
+TURNS = 3
+
+log = logging.getLogger("twolevel.ops")
+
+
+class Form(NamedTuple):
+    """A way to compute a layer: the name of a schedule and that of a set of kernels."""
+
+    schedule: str
+    kernels: str
+
+    def __str__(self) -> str:
+        return f"{self.schedule} {self.kernels}"
+
+
+class Decision(NamedTuple):
+    """A form and why: the milliseconds of each that was measured, none where the best estimate is taken."""
+
+    form: Form
+    milliseconds: Mapping[str, float]
+    new: bool = False
+    """Whether it was measured just now."""
+
+    def why(self) -> str:
+        """The form, and the times in which it was found the best, in one line."""
+        if not self.milliseconds:
+            return f"{self.form}, too small to measure or the only one"
+        ranked = sorted(self.milliseconds.items(), key=lambda item: item[1])
+        times = ", ".join(f"{form} {milliseconds:.2f} ms" for form, milliseconds in ranked)
+        noise = "" if ranked[0][0] == str(self.form) else f", less than {MARGIN:.0%} from the fastest"
+        return f"{self.form}{noise} ({times})"
+
+
+Run = Callable[[], object]
+"""Forward and backward of a layer by one form."""
+
+
+class Measurements:
+    """The fastest form of each layer, in a file that the processes of a user share."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def known(self, problem: Problem, able: Sequence[Form]) -> Decision | None:
+        """What was measured before, None where nothing was."""
+        kept = _valid(self.store.get(line(problem, able)), able)
+        return kept and Decision(Form(*kept["form"]), kept["ms"])
+
+    def measure(
+        self, problem: Problem, able: Sequence[Form], runs: Callable[[Problem], list[Run]]
+    ) -> Decision:
+        """Time `able`, whose `runs` are made of a problem, and keep the result; ranks that do so at once agree."""
+        times = measure(problem, able, runs)
+        milliseconds = {str(form): round(1e3 * seconds, 4) for form, seconds in times.items()}
+        mine = {"form": [*_best(times, able)], "ms": milliseconds}
+        kept = _valid(self.store.keep(line(problem, able), mine, replace=False), able) or mine
+        decision = Decision(Form(*kept["form"]), kept["ms"], new=True)
+        log.info("%s: %s", problem.title(), decision.why())
+        return decision
+
+
+@cache
+def measurements() -> Measurements:
+    """Those of this user."""
+    return Measurements(Store(cache_folder() / "forms.json"))
+
+
+def measure(
+    problem: Problem, able: Sequence[Form], runs: Callable[[Problem], list[Run]]
+) -> dict[Form, float]:
+    """Seconds of forward and backward by form, the least of a few turns. What does not fit a card is left out."""
+    candidates = dict(zip(able, runs(problem), strict=True))
+    times: dict[Form, float] = {}
+    for turn in range(TURNS + 1):  # one to warm up
+        for form, run in [*candidates.items()]:
+            try:
+                seconds = _seconds(run, problem.device)
+            except torch.OutOfMemoryError:
+                del candidates[form]
+                times.pop(form, None)
+                continue
+            if turn:
+                times[form] = min(seconds, times.get(form, seconds))
+    return times
+
+
+def _seconds(run: Run, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    # With one thread the time that it had a core: other ranks of the machine do not count.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    run()
+    return clock() - begin
+
+
+def _best(times: dict[Form, float], able: Sequence[Form]) -> Form:
+    first = next(form for form in able if form in times)
+    fastest = min(times, key=times.__getitem__)
+    return fastest if times[fastest] < (1 - MARGIN) * times[first] else first
+
+
+def _valid(kept: Any, able: Sequence[Form]) -> dict[str, Any] | None:
+    """What a store holds for a layer, None where that is not what was kept: it is measured again."""
+    good = isinstance(kept, dict) and kept.get("form") in [[*form] for form in able]
+    return kept if good and isinstance(kept.get("ms"), dict) else None
+
+
+def line(problem: Problem, able: Sequence[Form]) -> str:
+    """Everything that a measurement depends on: the layer, its batch, the machine and the candidates."""
+    batch = 1 << max(0, problem.batch - 1).bit_length()  # last batches are not measured anew
+    if problem.device.type == "cuda":
+        device = torch.cuda.get_device_name(problem.device)
+    else:
+        device = f"{_processor()}, {torch.get_num_threads()} threads"
+    candidates = " ".join("/".join(form) for form in able)
+    versions = f"torch {torch.__version__} {native.version()}"
+    return f"{batch} images, {problem.title()} | {device} | {versions} | {candidates}"
+
+
+@cache
+def _processor() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,205 @@
+"""By what a two-level convolution is computed: looked up, else chosen among what can, else measured.
+
+A form is a schedule and a set of kernels:
+
+    overlapped  grouped, products, depthwise   operations of torch, by the way of the restriction
+                native                         C kernels for the restriction and the coarse term (CPU, float32)
+                narrow                         C kernels for the local part of narrow groups as well
+                triton                         Triton kernels throughout (GPU)
+    fused       grouped                        the paper's: one convolution with m/G + 1 outputs a group
+                triton                         the same, the restriction in the padding of the local tile
+    dense       grouped                        one dense convolution with the structured weight (one rank)
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from twolevel.errors import UserError, unknown
+from twolevel.ops import autotune, schedules
+from twolevel.ops.autotune import Decision, Form, Run, measurements
+from twolevel.ops.exchange import LOCAL, Copies
+from twolevel.ops.geometry import Geometry
+from twolevel.ops.kernels.base import KernelSet
+from twolevel.ops.kernels.native import NarrowKernels, NativeKernels, available
+from twolevel.ops.kernels.torch import TorchKernels
+from twolevel.ops.kernels.triton import TritonKernels
+from twolevel.ops.problem import Problem
+
+Schedule = Literal["auto", "overlapped", "fused", "dense"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+Kernels = Literal["auto", "grouped", "products", "depthwise", "native", "narrow", "triton"]
+KERNELS: tuple[str, ...] = get_args(Kernels)
+
+KERNEL_SETS: tuple[KernelSet, ...] = (
+    NarrowKernels(),
+    NativeKernels(),
+    TorchKernels("products"),
+    TorchKernels("depthwise"),
+    TorchKernels("grouped"),
+    TritonKernels(),
+)
+# Added to a set's estimate: before any measurement hiding the exchange is the best guess.
+ESTIMATE = {"overlapped": 0, "fused": 10, "dense": 20}
+MOST_PLANS = 4096  # where every image has another size; each takes about a kilobyte
+
+log = logging.getLogger("twolevel.ops")
+
+
+class Plan(NamedTuple):
+    """What computes a layer: a schedule over a set of kernels, or None for the dense convolution."""
+
+    form: Form
+    schedule: schedules.Schedule | None
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def plan_for(
+    x: Tensor,
+    local: Tensor,
+    restriction: Tensor,
+    coarse: Tensor,
+    geometry: Geometry,
+    ranks: int,
+    schedule: str,
+    kernels: str,
+    *,
+    may_measure: bool,
+) -> Plan:
+    """The plan for these tensors: what is asked for, and of what is left open the fastest as measured here.
+
+    In the steady state this is one look-up. Small layers take the best estimate, and so do those not measured yet
+    where it is not the time for it: where the caller says so, and while a CUDA graph is captured. Raises UserError for
+    an unknown name and for what cannot compute these tensors here.
+    """
+    weights = (local, restriction, coarse)
+    key = (
+        *(x.shape, x.dtype, x.device, type(x), x.is_contiguous(memory_format=torch.channels_last)),
+        *((w.shape, w.dtype, w.device, type(w)) for w in weights),
+        *(geometry, ranks, schedule, kernels, torch.get_num_threads()),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        problem = Problem.of(x, *weights, geometry, ranks)
+        able = able_forms(problem, schedule, kernels)
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if problem.odd:  # a measurement is of plain tensors: others compute nothing, or something else
+            able = able[:1]
+        decision = decide(problem, able, may_measure=may_measure and not capturing)
+        if decision is None:
+            return _plan(able[0])
+        plan = _plan(decision.form)
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+@cache
+def _plan(form: Form) -> Plan:
+    if form.schedule == "dense":
+        return Plan(form, None)
+    kind = schedules.Fused if form.schedule == "fused" else schedules.Overlapped
+    return Plan(form, kind(next(found for found in KERNEL_SETS if found.name == form.kernels)))
+
+
+def able_forms(problem: Problem, schedule: str = "auto", kernels: str = "auto") -> list[Form]:
+    """What can compute this problem here and is asked for, one form at least; the best estimate first.
+
+    Raises UserError for an unknown name, and where there is none: with the reason of every set that is asked for.
+    """
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", schedule, SCHEDULES)
+    if kernels not in KERNELS:
+        raise unknown("kernels", kernels, KERNELS)
+    if problem.device.type == "cpu" and problem.dtype == torch.float32:
+        _warn_without_c()
+    reasons = {kernel_set.name: kernel_set.unsupported(problem) for kernel_set in KERNEL_SETS}
+    able = [
+        (ESTIMATE[name] + kernel_set.estimate(problem), Form(name, kernel_set.name))
+        for kernel_set in KERNEL_SETS
+        if reasons[kernel_set.name] is None
+        for name in kernel_set.schedules
+        if name != "dense" or problem.ranks == 1
+    ]
+    forms = [form for _, form in sorted(able)]
+    asked = [form for form in forms if _is_asked_for(form, schedule, kernels)]
+    if not asked:
+        raise UserError(_cannot(problem, schedule, kernels, reasons, forms))
+    return asked
+
+
+def _is_asked_for(form: Form, schedule: str, kernels: str) -> bool:
+    if form.schedule == schedule == "dense":  # one operation of torch, whatever the kernels
+        return True
+    return kernels in ("auto", form.kernels) and schedule in ("auto", form.schedule)
+
+
+def _cannot(
+    problem: Problem, schedule: str, kernels: str, reasons: dict[str, str | None], forms: list[Form]
+) -> str:
+    if schedule == "dense" and problem.ranks > 1:
+        return f"schedule='dense' needs every channel on one rank: this one of {problem.ranks}; use auto"
+    shape = [problem.batch, problem.inputs, *problem.size]
+    fit = {form.kernels for form in forms if schedule in ("auto", form.schedule)}
+    *some, last = "auto", *sorted(fit)
+    return (
+        f"kernels={kernels!r} cannot compute {shape} in {problem.dtype} on {problem.device}: "
+        f"{reasons[kernels] or f'schedule={schedule!r} has no such kernels'}; use {', '.join(some)} or {last}"
+    )
+
+
+@cache
+def _warn_without_c() -> None:
+    """Once a process: that torch computes what C kernels would compute faster, and why."""
+    if (why := available()) is not None:
+        log.warning("two-level convolutions are computed without the C kernels: %s", why)
+
+
+def decide(problem: Problem, able: Sequence[Form], *, may_measure: bool) -> Decision | None:
+    """The fastest of `able`; None where it is not known and may not be measured now."""
+    if len(able) == 1 or problem.macs < autotune.SMALL_MACS or problem.device.type not in ("cpu", "cuda"):
+        return Decision(able[0], {})
+    known = measurements().known(problem, able)
+    if known is None and may_measure:
+        return measurements().measure(problem, able, lambda problem: runs(problem, able))
+    return known
+
+
+def runs(problem: Problem, able: Sequence[Form]) -> list[Run]:
+    """Forward and backward of random tensors of the problem's sizes, by each form."""
+    if problem.device.type == "cpu":
+        images = max(1, int(problem.batch * autotune.CPU_MACS / problem.macs))
+        problem = dataclasses.replace(problem, batch=min(problem.batch, images))
+    tensors = problem.tensors()
+    return [_run_of(form, problem, tensors) for form in able]
+
+
+def _run_of(form: Form, problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> Run:
+    geometry = problem.geometry
+    schedule = _plan(form).schedule
+    if schedule is None:
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+
+        def run_dense() -> None:
+            with torch.enable_grad():
+                y = schedules.dense(*leaves, geometry)
+                torch.autograd.grad(y, leaves, y.detach())
+
+        return run_dense
+    exchange = LOCAL if problem.ranks == 1 else Copies(problem.ranks)
+    everything = (True, True, True, True)
+
+    def run() -> None:
+        with torch.no_grad():
+            y, z = schedule.forward(*tensors, geometry, exchange)
+            schedule.backward(y, *tensors, z, geometry, exchange, everything)
+
+    return run

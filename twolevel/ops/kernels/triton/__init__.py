@@ -1,0 +1,25 @@
+"""Group convolution by Triton kernels; imported without Triton, it supports nothing and says so."""
+
+from twolevel.ops.kernels.triton.choices import Choices, tune
+from twolevel.ops.kernels.triton.configs import CONFIGS, OPERATIONS, Config, candidates, pick
+from twolevel.ops.kernels.triton.grouped import GroupedConv2d, forward, input_grad, unsupported, weight_grad
+from twolevel.ops.kernels.triton.kernel_set import TritonKernels
+from twolevel.ops.kernels.triton.problem import Problem, problem_of
+
+__all__ = [
+    "CONFIGS",
+    "OPERATIONS",
+    "Choices",
+    "Config",
+    "GroupedConv2d",
+    "Problem",
+    "TritonKernels",
+    "candidates",
+    "forward",
+    "input_grad",
+    "pick",
+    "problem_of",
+    "tune",
+    "unsupported",
+    "weight_grad",
+]
