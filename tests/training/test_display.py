@@ -21,6 +21,9 @@ EPOCH = {
     "test_loss": 12.3456,
     "test_error": 54.321,
     "ema_test_error": 45.678,
+    "test_images": 50_000,
+    "test_not_finite": 0,
+    "ema_test_not_finite": 0,
     "learning_rate": 0.000123456,
     "images_per_second": 1_234_567.8,
 }

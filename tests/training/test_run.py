@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_the_name_of_an_output_is_printed_as_it_is(pool, tiny, tmp_path):
         tmp_path / "mk[" / "red]:fire:"
     )  # "[/red]" ends a colour that never began, and ":fire:" is an emoji
     (outcome,) = run(pool, "train", *tiny, "--output", output)
-    assert f"twolevel evaluate {output}\n" in outcome.out
+    assert f"twolevel evaluate {shlex.quote(str(output))}\n" in outcome.out
 
 
 def test_its_config_json_reproduces_a_run(pool, tiny, tmp_path):

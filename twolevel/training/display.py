@@ -80,12 +80,12 @@ class Display:
             f"test loss {loss_text(record['test_loss'])}  accuracy {100 - record['test_error']:.2f} %{ema}  "
         )
         rate, speed = f"lr {record['learning_rate']:.4g}", f"{record['images_per_second']:,.0f} images/s"
-        lost = _not_finite(record)
         if self.wide:
-            self.say(f"{epoch}{train}{test}{rate}  {speed}{lost and '  '}{lost}")
+            self.say(f"{epoch}{train}{test}{rate}  {speed}")
         else:
-            indent = f"\n{'':{len(epoch)}}"
-            self.say(f"{epoch}{train}{speed}{indent}{test}{rate}{lost and indent}{lost}")
+            self.say(f"{epoch}{train}{speed}\n{'':{len(epoch)}}{test}{rate}")
+        if lost := _not_finite(record):
+            self.say(f"{'':{len(epoch)}}{lost}")
         self.last_line = time.monotonic()
 
 
