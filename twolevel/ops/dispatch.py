@@ -79,15 +79,16 @@ def plan_for(
     where it is not the time for it: where the caller says so, and while a CUDA graph is captured. Raises UserError for
     an unknown name and for what cannot compute these tensors here.
     """
-    weights = (local, restriction, coarse)
     key = (
         *(x.shape, x.dtype, x.device, type(x), x.is_contiguous(memory_format=torch.channels_last)),
-        *((w.shape, w.dtype, w.device, type(w)) for w in weights),
+        *(local.shape, local.dtype, local.device, type(local)),
+        *(restriction.shape, restriction.dtype, restriction.device, type(restriction)),
+        *(coarse.shape, coarse.dtype, coarse.device, type(coarse)),
         *(geometry, ranks, schedule, kernels, torch.get_num_threads()),
     )
     plan = _plans.get(key)
     if plan is None:
-        problem = Problem.of(x, *weights, geometry, ranks)
+        problem = Problem.of(x, local, restriction, coarse, geometry, ranks)
         able = able_forms(problem, schedule, kernels)
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if problem.odd:  # a measurement is of plain tensors: others compute nothing, or something else

@@ -9,7 +9,6 @@ from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.dispatch import Kernels, Schedule, plan_for
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.strides import in_strides_of
 
 
 def two_level_conv2d(
@@ -66,7 +65,6 @@ class _TwoLevel(torch.autograd.Function):
         again = torch.is_grad_enabled()
         backward = schedules.backward_with_graph if again else ctx.schedule.backward
         wanted = ctx.needs_input_grad[:4]
-        gx, *grads = backward(gy, x, local, restriction, coarse, z, ctx.geometry, ctx.exchange, wanted)
-        weights = zip(grads, (local, restriction, coarse), strict=True)
-        grads = [None if grad is None else in_strides_of(grad, weight) for grad, weight in weights]
-        return gx, *grads, None, None, None
+        # Weights' gradients may have other strides than the weights: autograd copies them where it accumulates.
+        grads = backward(gy, x, local, restriction, coarse, z, ctx.geometry, ctx.exchange, wanted)
+        return *grads, None, None, None

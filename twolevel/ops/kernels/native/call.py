@@ -79,6 +79,8 @@ def total(parts: Tensor | None) -> Tensor | None:
 def parts_of(number: int, values: int) -> list[tuple[int, int]]:
     """`range(number)` as (begin, end) for each thread; one part, which may be empty, where there is little to do."""
     threads = max(1, min(torch.get_num_threads(), number, values // WORTH_VALUES))
+    if threads == 1:
+        return [(0, number)]
     edges = [number * part // threads for part in range(threads + 1)]
     return list(pairwise(edges))
 
@@ -86,11 +88,14 @@ def parts_of(number: int, values: int) -> list[tuple[int, int]]:
 def share_out(call: Callable[[int, int, int], int], parts: list[tuple[int, int]]) -> None:
     """Call with (part, begin, end), all parts at once. Raises MemoryError."""
     last = len(parts) - 1
-    # The last part is this thread's own. ctypes lets go of the interpreter during a call.
-    others = [_pool(os.getpid(), last).submit(call, part, *parts[part]) for part in range(last)]
-    statuses = [call(last, *parts[last]), *(other.result() for other in others)]
-    if any(statuses):
+    if any(_share_out(call, parts, last) if last else [call(0, *parts[0])]):
         raise MemoryError("no memory for the working space of a two-level convolution")
+
+
+def _share_out(call: Callable[[int, int, int], int], parts: list[tuple[int, int]], last: int) -> list[int]:
+    # The last part is this thread's own. ctypes releases the GIL during a call.
+    others = [_pool(os.getpid(), last).submit(call, part, *parts[part]) for part in range(last)]
+    return [call(last, *parts[last]), *(other.result() for other in others)]
 
 
 @cache

@@ -29,27 +29,16 @@ class NativeKernels(TorchKernels):
     def estimate(self, problem: Problem) -> float:
         return 1
 
-    def restrict(self, x, weight, geometry):
-        return small.restrict(x, weight, geometry)
+    restrict = staticmethod(small.restrict)
+    add_coarse_ = staticmethod(small.add_coarse_)
+    coarse_input_grad = staticmethod(small.coarse_input_grad)
+    coarse_weight_grad = staticmethod(small.coarse_weight_grad)
+    coarse_grads = staticmethod(small.coarse_grads)
 
     def restrict_backward(self, gz, x, weight, geometry, gx, want_weight):
         if gx is not None and not gx.is_contiguous(memory_format=torch.channels_last):
             return super().restrict_backward(gz, x, weight, geometry, gx, want_weight)
         return small.restrict_backward(gz, x, weight, geometry, gx, want_weight)
-
-    def add_coarse_(self, y, z, coarse):
-        if not y.is_contiguous(memory_format=torch.channels_last):
-            return super().add_coarse_(y, z, coarse)
-        return small.add_coarse_(y, z, coarse)
-
-    def coarse_input_grad(self, gy, coarse):
-        return small.coarse_input_grad(gy, coarse)
-
-    def coarse_weight_grad(self, gy, z):
-        return small.coarse_weight_grad(gy, z)
-
-    def coarse_grads(self, gy, z, coarse):
-        return small.coarse_grads(gy, z, coarse)
 
 
 class NarrowKernels(NativeKernels):
@@ -68,8 +57,5 @@ class NarrowKernels(NativeKernels):
     def estimate(self, problem: Problem) -> float:
         return 0 if local_wins(problem) else 2
 
-    def local(self, x, weight, geometry, groups):
-        return local(x, weight, geometry, groups)
-
-    def local_backward(self, gy, x, weight, geometry, groups, wanted):
-        return local_backward(gy, x, weight, geometry, groups, wanted)
+    local = staticmethod(local)
+    local_backward = staticmethod(local_backward)

@@ -63,8 +63,8 @@ def restrict_backward(
 
 
 def add_coarse_(y: Tensor, z: Tensor, coarse: Tensor) -> Tensor:
-    """y + C z, accumulated into y (channels_last); returns y."""
-    assert y.is_contiguous(memory_format=LAST)
+    """y + C z, accumulated into y where that is channels_last, else into a copy."""
+    y = y.contiguous(memory_format=LAST)
     z, coarse, pixels = z.contiguous(), coarse.contiguous(), y[:, 0].numel()
     function = call.function("twolevel_add_coarse")
     arguments = (y.data_ptr(), z.data_ptr(), coarse.data_ptr(), *coarse.shape[:2], pixels)
