@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from twolevel.errors import unknown
-from twolevel.nn.arguments import as_given, as_images, check_groups, geometry, pair
+from twolevel.nn.arguments import as_images, check_groups, geometry, pair
 from twolevel.ops import KERNELS, LOCAL, SCHEDULES, Exchange, Kernels, Schedule, two_level_conv2d
 from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.problem import Problem
@@ -67,8 +67,9 @@ class TwoLevelConv2d(nn.Module):
         self.coarse = nn.Conv2d(groups, out_channels, 1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
+        images = as_images(x, self.local.in_channels, "TwoLevelConv2d")
         y = two_level_conv2d(
-            as_images(x, self.local.in_channels, "TwoLevelConv2d"),
+            images,
             self.local.weight,
             self.restriction.weight,
             self.coarse.weight,
@@ -77,7 +78,7 @@ class TwoLevelConv2d(nn.Module):
             kernels=self.kernels,
             exchange=self.exchange,
         )
-        return as_given(y, x)
+        return y if images is x else y[0]
 
     def problem(self, x: Tensor) -> Problem:
         """What there is to compute for x here, of which `twolevel.ops.dispatch` decides by what."""

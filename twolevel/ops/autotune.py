@@ -65,7 +65,7 @@ class Measurements:
     def known(self, problem: Problem, able: Sequence[Form]) -> Decision | None:
         """What was measured before, None where nothing was."""
         kept = _valid(self.store.get(line(problem, able)), able)
-        return kept and Decision(Form(*kept["form"]), kept["ms"])
+        return None if kept is None else Decision(Form(*kept["form"]), kept["ms"])
 
     def measure(
         self, problem: Problem, able: Sequence[Form], runs: Callable[[Problem], list[Run]]

@@ -91,11 +91,12 @@ def _backward(
     # An operator returns tensors, in strides that the compiler knows beforehand.
     likes = (x, local, restriction, coarse)
     chosen = _schedule(*likes, geometry, ranks, schedule, kernels, may_measure)
-    gradients = chosen.backward(gy, *likes, z, geometry, registered(exchange), tuple(wanted))
-    return tuple(
+    gradients = chosen.backward(gy, *likes, z, geometry, registered(exchange), _four(wanted))
+    gx, g_local, g_restriction, g_coarse = (
         x.new_empty(0) if gradient is None else in_strides_of(gradient, like)
         for gradient, like in zip(gradients, likes, strict=True)
     )
+    return gx, g_local, g_restriction, g_coarse
 
 
 @_backward.register_fake
@@ -114,9 +115,11 @@ def _setup(ctx, inputs, output) -> None:
 def _gradients(ctx, gy, _):
     wanted = [*ctx.needs_input_grad[:4]]
     if torch.is_grad_enabled():  # a second derivative is wanted, which the operator below has not
-        *geometry, _, _, _, exchange, _ = ctx.rest
+        stride, padding, dilation, _, _, _, exchange, _ = ctx.rest
+        geometry = _geometry(stride, padding, dilation)
+        x, local, restriction, coarse, z = ctx.saved_tensors
         found = schedules.backward_with_graph(
-            gy, *ctx.saved_tensors, _geometry(*geometry), registered(exchange), tuple(wanted)
+            gy, x, local, restriction, coarse, z, geometry, registered(exchange), _four(wanted)
         )
         return *found, *[None] * len(ctx.rest)
     found = _backward(gy, *ctx.saved_tensors, *ctx.rest, wanted)
@@ -144,5 +147,11 @@ def _schedule(
     return plan.schedule
 
 
-def _geometry(*pairs: list[int]) -> Geometry:
-    return Geometry(*(tuple(pair) for pair in pairs))
+def _four(wanted: list[bool]) -> tuple[bool, bool, bool, bool]:
+    x, local, restriction, coarse = wanted
+    return x, local, restriction, coarse
+
+
+def _geometry(stride: list[int], padding: list[int], dilation: list[int]) -> Geometry:
+    (sh, sw), (ph, pw), (dh, dw) = stride, padding, dilation
+    return Geometry((sh, sw), (ph, pw), (dh, dw))

@@ -23,7 +23,7 @@ from torch import Tensor
 from twolevel.errors import UserError, unknown
 from twolevel.ops import autotune, schedules
 from twolevel.ops.autotune import Decision, Form, Run, measurements
-from twolevel.ops.exchange import LOCAL, Copies
+from twolevel.ops.exchange import LOCAL, Copies, Exchange
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.base import KernelSet
 from twolevel.ops.kernels.native import NarrowKernels, NativeKernels, available
@@ -187,15 +187,15 @@ def _run_of(form: Form, problem: Problem, tensors: tuple[Tensor, Tensor, Tensor,
     geometry = problem.geometry
     schedule = _plan(form).schedule
     if schedule is None:
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        x, local, restriction, coarse = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
 
         def run_dense() -> None:
             with torch.enable_grad():
-                y = schedules.dense(*leaves, geometry)
+                y = schedules.dense(x, local, restriction, coarse, geometry)
                 torch.autograd.grad(y, leaves, y.detach())
 
         return run_dense
-    exchange = LOCAL if problem.ranks == 1 else Copies(problem.ranks)
+    exchange: Exchange = LOCAL if problem.ranks == 1 else Copies(problem.ranks)
     everything = (True, True, True, True)
 
     def run() -> None:

@@ -27,6 +27,7 @@ class Pending(Protocol):
 
     def wait(self) -> Tensor:
         """Block (or make the current stream wait) until the result is there, and return it."""
+        ...
 
 
 class Exchange(Protocol):
@@ -37,9 +38,11 @@ class Exchange(Protocol):
 
     def gather(self, own: Tensor) -> Pending:
         """Start `[G/P, B, H, W] -> [G, B, H, W]`, the parts of all ranks in order of rank."""
+        ...
 
     def scatter_sum(self, parts: Tensor) -> Pending:
         """Start `[G, B, H, W] -> [G/P, B, H, W]`, this rank's part of the sum over ranks."""
+        ...
 
 
 class _Done(NamedTuple):
@@ -60,13 +63,14 @@ class _Local:
     def gather(self, own: Tensor) -> Pending:
         return _Done(own)
 
-    scatter_sum = gather
+    def scatter_sum(self, parts: Tensor) -> Pending:
+        return _Done(parts)
 
     def __reduce__(self) -> str:
         return "LOCAL"  # a copy, or what is read from a file, is the one that there is
 
 
-LOCAL = _Local()
+LOCAL: Exchange = _Local()
 
 
 class Copies:

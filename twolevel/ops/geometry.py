@@ -21,4 +21,5 @@ def output_size(size: Sequence[int], kernel: Sequence[int], geometry: Geometry) 
             f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). "
             f"Kernel size: ({reach[0]} x {reach[1]}). Kernel size can't be greater than actual input size"
         )
-    return tuple((padded[d] - reach[d]) // geometry.stride[d] + 1 for d in (0, 1))
+    height, width = ((padded[d] - reach[d]) // geometry.stride[d] + 1 for d in (0, 1))
+    return height, width

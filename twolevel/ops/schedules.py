@@ -46,6 +46,7 @@ class Schedule(Protocol):
         exchange: Exchange,
     ) -> tuple[Tensor, Tensor]:
         """(y, z)."""
+        ...
 
     def backward(
         self,
@@ -62,6 +63,7 @@ class Schedule(Protocol):
         """The gradients, None where not wanted. Every rank takes part in the exchange, whatever it wants itself:
         its C feeds the other ranks' restrictions.
         """
+        ...
 
 
 class Overlapped:

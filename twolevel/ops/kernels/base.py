@@ -24,12 +24,15 @@ class KernelSet(Protocol):
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why these kernels cannot compute the problem here, as what follows "kernels=...: "; None where they can."""
+        ...
 
     def estimate(self, problem: Problem) -> float:
         """The lower, the faster these kernels are thought to be; the numbers mean nothing else."""
+        ...
 
     def restrict(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         """r * x for this rank's groups: `[G/P, B, H', W']`, contiguous."""
+        ...
 
     def restrict_backward(
         self,
@@ -41,9 +44,11 @@ class KernelSet(Protocol):
         want_weight: bool,
     ) -> Tensor | None:
         """Add the gradient of x into `gx` unless that is None; return the weight's if wanted. gz `[G/P, B, H', W']`."""
+        ...
 
     def local(self, x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
         """A * x, in the memory format of x."""
+        ...
 
     def local_backward(
         self,
@@ -55,11 +60,13 @@ class KernelSet(Protocol):
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x and A, None where not wanted."""
+        ...
 
     def local_and_restriction(
         self, x: Tensor, local: Tensor, restriction: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
         """`local` and `restrict` in one pass over x."""
+        ...
 
     def local_and_restriction_backward(
         self,
@@ -72,20 +79,26 @@ class KernelSet(Protocol):
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of x, A and r, None where not wanted."""
+        ...
 
     def add_coarse_(self, y: Tensor, z: Tensor, coarse: Tensor) -> Tensor:
         """y + C z, accumulated into y."""
+        ...
 
     def local_and_coarse(
         self, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, z: Tensor, coarse: Tensor
     ) -> Tensor:
         """A * x + C z, where z is there already."""
+        ...
 
     def coarse_input_grad(self, gy: Tensor, coarse: Tensor) -> Tensor:
         """C^T gy: `[G, B, H', W']`, contiguous."""
+        ...
 
     def coarse_weight_grad(self, gy: Tensor, z: Tensor) -> Tensor:
         """gy z^T summed over images and pixels: `[m/P, G, 1, 1]`."""
+        ...
 
     def coarse_grads(self, gy: Tensor, z: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """`coarse_input_grad` and `coarse_weight_grad`, where no rank waits for the first."""
+        ...

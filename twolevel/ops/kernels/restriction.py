@@ -40,10 +40,10 @@ def ways(problem: Problem) -> tuple[Way, ...]:
 def restrict(x: Tensor, weight: Tensor, geometry: Geometry, way: Way) -> Tensor:
     """x `[B, n, H, W]`, weight `[G, n/G, kh, kw]` -> representatives z `[G, B, H', W']`, contiguous."""
     if way == "grouped":
-        return F.conv2d(x, weight, None, *geometry, len(weight)).transpose(0, 1).contiguous()
+        return _conv(x, weight, geometry, len(weight)).transpose(0, 1).contiguous()
     if way == "products":
         return tap_products.forward(x, weight, geometry)
-    channels = F.conv2d(x, _by_channel(weight), None, *geometry, x.shape[1])
+    channels = _conv(x, _by_channel(weight), geometry, x.shape[1])
     batch, number, height, width = channels.shape
     rows = channels.permute(0, 2, 3, 1).reshape(batch * height * width, number)
     return (_membership(weight) @ rows.t()).view(len(weight), batch, height, width)
@@ -64,9 +64,14 @@ def restrict_backward(
         gw = None if gw is None else gw.view(weight.shape)
     else:
         more, gw = conv_backward(gz.transpose(0, 1), x, weight, geometry, len(weight), wanted)
-    if gx is not None:
+    if gx is not None and more is not None:
         gx.add_(more)
     return gw
+
+
+def _conv(x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
+    stride, padding, dilation = geometry
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
 def conv_backward(

@@ -40,7 +40,7 @@ class Library(NamedTuple):
 def library() -> Library:
     """Compile unless that has been done before, and load. Raises Unavailable."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    with resources.as_file(resources.files(__package__)) as folder:
+    with resources.as_file(resources.files("twolevel.ops.kernels.native")) as folder:
         sources = sorted(path for path in folder.iterdir() if path.suffix in (".c", ".h"))
         native, processor = _target(compiler)
         flags = [*FLAGS, *native]

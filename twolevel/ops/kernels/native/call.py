@@ -69,10 +69,8 @@ def pointer_to_row(tensor: Tensor | None, row: int) -> int | None:
     return None if tensor is None else tensor[row].data_ptr()
 
 
-def total(parts: Tensor | None) -> Tensor | None:
+def total(parts: Tensor) -> Tensor:
     """The sum of `[parts, ...]` over parts, in their order."""
-    if parts is None:
-        return None
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 

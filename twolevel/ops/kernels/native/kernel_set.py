@@ -1,7 +1,9 @@
 """The C kernels as sets: for the small operations of a two-level convolution, and for narrow groups as well."""
 
 import torch
+from torch import Tensor
 
+from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.native import small
 from twolevel.ops.kernels.native.local import fills_vectors, local, local_backward, local_wins
 from twolevel.ops.kernels.torch import TorchKernels
@@ -29,13 +31,30 @@ class NativeKernels(TorchKernels):
     def estimate(self, problem: Problem) -> float:
         return 1
 
-    restrict = staticmethod(small.restrict)
-    add_coarse_ = staticmethod(small.add_coarse_)
-    coarse_input_grad = staticmethod(small.coarse_input_grad)
-    coarse_weight_grad = staticmethod(small.coarse_weight_grad)
-    coarse_grads = staticmethod(small.coarse_grads)
+    def restrict(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        return small.restrict(x, weight, geometry)
 
-    def restrict_backward(self, gz, x, weight, geometry, gx, want_weight):
+    def add_coarse_(self, y: Tensor, z: Tensor, coarse: Tensor) -> Tensor:
+        return small.add_coarse_(y, z, coarse)
+
+    def coarse_input_grad(self, gy: Tensor, coarse: Tensor) -> Tensor:
+        return small.coarse_input_grad(gy, coarse)
+
+    def coarse_weight_grad(self, gy: Tensor, z: Tensor) -> Tensor:
+        return small.coarse_weight_grad(gy, z)
+
+    def coarse_grads(self, gy: Tensor, z: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        return small.coarse_grads(gy, z, coarse)
+
+    def restrict_backward(
+        self,
+        gz: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        gx: Tensor | None,
+        want_weight: bool,
+    ) -> Tensor | None:
         if gx is not None and not gx.is_contiguous(memory_format=torch.channels_last):
             return super().restrict_backward(gz, x, weight, geometry, gx, want_weight)
         return small.restrict_backward(gz, x, weight, geometry, gx, want_weight)
@@ -57,5 +76,16 @@ class NarrowKernels(NativeKernels):
     def estimate(self, problem: Problem) -> float:
         return 0 if local_wins(problem) else 2
 
-    local = staticmethod(local)
-    local_backward = staticmethod(local_backward)
+    def local(self, x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
+        return local(x, weight, geometry, groups)
+
+    def local_backward(
+        self,
+        gy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        groups: int,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return local_backward(gy, x, weight, geometry, groups, wanted)

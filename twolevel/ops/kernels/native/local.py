@@ -64,4 +64,4 @@ def local_backward(
         lambda part, begin, end: function(*arguments, call.pointer_to_row(gw, part), len(weight), begin, end),
         parts,
     )
-    return gx, call.total(gw)
+    return gx, None if gw is None else call.total(gw)

@@ -59,7 +59,7 @@ def restrict_backward(
     call.share_out(
         lambda part, begin, end: function(*arguments, call.pointer_to_row(gw, part), batch, begin, end), parts
     )
-    return call.total(gw)
+    return None if gw is None else call.total(gw)
 
 
 def add_coarse_(y: Tensor, z: Tensor, coarse: Tensor) -> Tensor:
@@ -76,38 +76,48 @@ def add_coarse_(y: Tensor, z: Tensor, coarse: Tensor) -> Tensor:
 
 def coarse_input_grad(gy: Tensor, coarse: Tensor) -> Tensor:
     """C^T gy: `[G, B, H', W']`, contiguous."""
-    return _coarse_grads(gy, None, coarse)[0]
+    gy = gy.contiguous(memory_format=LAST)
+    gz = gy.new_empty(coarse.shape[1], len(gy), *gy.shape[2:])
+    _coarse_grads(gy, None, coarse, gz, None)
+    return gz
 
 
 def coarse_weight_grad(gy: Tensor, z: Tensor) -> Tensor:
     """gy z^T summed over images and pixels: `[m, G, 1, 1]`."""
-    return _coarse_grads(gy, z, None)[1]
+    gy = gy.contiguous(memory_format=LAST)
+    gw = _sums(gy, z)
+    _coarse_grads(gy, z, None, None, gw)
+    return call.total(gw)
 
 
 def coarse_grads(gy: Tensor, z: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
     """(`coarse_input_grad`, `coarse_weight_grad`) in one pass over gy."""
-    return _coarse_grads(gy, z, coarse)
-
-
-def _coarse_grads(gy: Tensor, z: Tensor | None, coarse: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     gy = gy.contiguous(memory_format=LAST)
-    batch, channels, *size = gy.shape
-    rows = coarse.shape[1] if z is None else len(z)
-    pixels = batch * size[0] * size[1]
-    parts = call.parts_of(pixels, gy.numel())
-    gz = gw = None
-    if z is not None:
-        z = z.contiguous()
-        # Zeros: of no images z has no address, which tells the kernel that no gradient is wanted.
-        gw = gy.new_zeros(len(parts), channels, rows, 1, 1)
-    if coarse is not None:
-        coarse = coarse.contiguous()
-        gz = gy.new_empty(rows, batch, *size)
+    gz, gw = gy.new_empty(z.shape), _sums(gy, z)
+    _coarse_grads(gy, z, coarse, gz, gw)
+    return gz, call.total(gw)
+
+
+def _sums(gy: Tensor, z: Tensor) -> Tensor:
+    """Where each thread adds up its gradient of C: `[threads, m, G, 1, 1]`."""
+    # Zeros: of no images z has no address, which tells the kernel that no gradient is wanted.
+    return gy.new_zeros(len(_parts(gy)), gy.shape[1], len(z), 1, 1)
+
+
+def _parts(gy: Tensor) -> list[tuple[int, int]]:
+    return call.parts_of(gy.numel() // gy.shape[1], gy.numel())
+
+
+def _coarse_grads(
+    gy: Tensor, z: Tensor | None, coarse: Tensor | None, gz: Tensor | None, gw: Tensor | None
+) -> None:
+    """Fill `gz`, which needs `coarse`, and `gw`, which needs `z`, in one pass over gy."""
+    z, coarse = (None if t is None else t.contiguous() for t in (z, coarse))
+    rows = len(gz) if gz is not None else gw.shape[2] if gw is not None else 0
     function = call.function("twolevel_coarse_grads")
     arguments = (gy.data_ptr(), call.pointer(z), call.pointer(coarse), call.pointer(gz))
-    sizes = (channels, rows, pixels)
+    sizes = (gy.shape[1], rows, gy.numel() // gy.shape[1])
     call.share_out(
         lambda part, begin, end: function(*arguments, call.pointer_to_row(gw, part), *sizes, begin, end),
-        parts,
+        _parts(gy),
     )
-    return gz, call.total(gw)

@@ -8,6 +8,8 @@ The functions record nothing for autograd; `GroupedConv2d` does. Packed groups (
 other blocks are zeros, so an infinity or NaN in one of them reaches the others as NaN.
 """
 
+from typing import overload
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -29,6 +31,36 @@ from twolevel.ops.problem import Problem as Layer
 # The weight gradient is split over pixels into about so many programs. It is a constant, and not a count of the
 # card's processors, so that the order of the sum does not depend on the card.
 SPLIT_PROGRAMS = 512
+
+
+@overload
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    groups: int,
+    restriction: None = None,
+    coarse: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    config: Config | None = None,
+    precision: str = "ieee",
+) -> Tensor: ...
+
+
+@overload
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    groups: int,
+    restriction: Tensor,
+    coarse: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    config: Config | None = None,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def forward(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.torch import TorchKernels
 from twolevel.ops.kernels.triton import grouped
 from twolevel.ops.kernels.triton.choices import Choices, tune
@@ -41,21 +42,31 @@ class TritonKernels(TorchKernels):
     def estimate(self, problem: Problem) -> float:
         return 30  # never a guess: without a measurement its configuration is one too
 
-    def restrict(self, x, weight, geometry):
+    def restrict(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         return self.local(x, weight, geometry, len(weight)).transpose(0, 1).contiguous()
 
-    def restrict_backward(self, gz, x, weight, geometry, gx, want_weight):
+    def restrict_backward(
+        self, gz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, gx: Tensor | None, want_weight: bool
+    ) -> Tensor | None:
         wanted = (gx is not None, want_weight)
         more, gw = self.local_backward(gz.transpose(0, 1), x, weight, geometry, len(weight), wanted)
-        if gx is not None:
+        if gx is not None and more is not None:
             gx.add_(more)
         return gw
 
-    def local(self, x, weight, geometry, groups):
+    def local(self, x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
         config = self._config("forward", x, weight, geometry, groups)
         return grouped.forward(x, weight, geometry, groups, config=config, precision=_precision())
 
-    def local_backward(self, gy, x, weight, geometry, groups, wanted):
+    def local_backward(
+        self,
+        gy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        groups: int,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
         gy = gy.contiguous(memory_format=torch.channels_last)
         gx = gw = None
         if wanted[0]:
@@ -70,23 +81,42 @@ class TritonKernels(TorchKernels):
             )
         return gx, gw
 
-    def local_and_restriction(self, x, local, restriction, geometry):
+    def local_and_restriction(
+        self, x: Tensor, local: Tensor, restriction: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
         groups = len(restriction)
         config = self._config("forward", x, local, geometry, groups, restriction)
         return grouped.forward(x, local, geometry, groups, restriction, config=config, precision=_precision())
 
-    def local_and_restriction_backward(self, gy, gz, x, local, restriction, geometry, wanted):
+    def local_and_restriction_backward(
+        self,
+        gy: Tensor,
+        gz: Tensor,
+        x: Tensor,
+        local: Tensor,
+        restriction: Tensor,
+        geometry: Geometry,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         gx, g_local = self.local_backward(gy, x, local, geometry, len(restriction), wanted[:2])
         return gx, g_local, self.restrict_backward(gz, x, restriction, geometry, gx, wanted[2])
 
-    def local_and_coarse(self, x, weight, geometry, groups, z, coarse):
+    def local_and_coarse(
+        self, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, z: Tensor, coarse: Tensor
+    ) -> Tensor:
         config = self._config("forward", x, weight, geometry, groups)
         return grouped.forward(
             x, weight, geometry, groups, coarse=coarse.flatten(1), z=z, config=config, precision=_precision()
         )
 
     def _config(
-        self, operation: Operation, x: Tensor, weight: Tensor, geometry, groups: int, restriction=None
+        self,
+        operation: Operation,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        groups: int,
+        restriction: Tensor | None = None,
     ) -> Config | None:
         """The measured configuration; None, the estimate, where none can be measured."""
         if not x.is_cuda:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 # Decided when the kernels are decorated: TRITON_INTERPRET changed afterwards has no effect on them.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue] it is imported lazily
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def gather_product(
         x_i = i * x_scale_h + x_start_h + t_h * x_step_h
         x_j = j * x_scale_w + x_start_w + t_w * x_step_w
         inside = row_ok & (x_i >= 0) & (x_i < x_height) & (x_j >= 0) & (x_j < x_width)
-        channel = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        channel = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)  # pyright: ignore[reportOperatorIssue] constexpr
         channel_ok = (channel < PACK * C) & (first_group * C + channel < x_channels)
         x_at = ((image * x_height + x_i) * x_width + x_j)[:, None] * x_channels + first_group * C
         pixels = tl.load(x + x_at + channel[None, :], mask=inside[:, None] & channel_ok[None, :], other=0.0)

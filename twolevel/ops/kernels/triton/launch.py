@@ -45,7 +45,7 @@ def launch(
 
         # The interpreter makes arrays of one element of other arguments, and in Triton 3.6 hands these to range(),
         # which NumPy from 2.4 on refuses.
-        bounds = {name: constexpr(bound) for name, bound in bounds.items()}
+        bounds = {name: constexpr(bound) for name, bound in bounds.items()}  # pyright: ignore[reportAssignmentType] they stand for ints
     on_device = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with on_device:
         getattr(kernels, kernel)[(programs,)](

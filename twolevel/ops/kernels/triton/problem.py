@@ -43,9 +43,10 @@ class Problem:
     def out_size(self) -> tuple[int, int]:
         """(H', W')."""
         axes = zip((self.height, self.width), self.kernel, *self.geometry, strict=True)
-        return tuple(
+        height, width = (
             (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in axes
         )
+        return height, width
 
     @cached_property
     def pixels(self) -> int:
@@ -106,7 +107,7 @@ def problem_of(
     if min(geometry.stride) < 1 or min(geometry.dilation) < 1 or min(geometry.padding) < 0:
         raise UserError(f"{geometry}: stride and dilation must be at least 1, padding at least 0")
     problem = Problem(
-        batch, inputs, outputs, groups, height, width, tuple(kernel), geometry, dtype, restriction
+        batch, inputs, outputs, groups, height, width, (kernel[0], kernel[1]), geometry, dtype, restriction
     )
     largest = max(
         math.prod(x_shape), problem.pixels * (outputs + restriction * groups), math.prod(weight_shape)
