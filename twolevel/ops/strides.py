@@ -11,13 +11,10 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def in_strides_of(gradient: Tensor, like: Tensor) -> Tensor:
-    """The gradient in the strides of its tensor, as its users expect: compilers, and buckets of DDP."""
-    if gradient.stride() == like.stride():
+    """The gradient in the strides of its tensor, as compilers expect; a copy where it has others."""
+    strides = torch.empty_like(like, device="meta").stride()
+    if gradient.stride() == strides:
         return gradient
-    strides = torch.empty_like(like, device="meta").stride()  # those of `like` unless it has gaps or overlaps
-    sizes = zip(like.shape, gradient.stride(), strides, strict=True)
-    if all(size == 1 or own == other for size, own, other in sizes):
-        return gradient.as_strided(like.shape, strides)
     return torch.empty_strided(like.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(
         gradient
     )
