@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.report import Device
 from benchmarks.step import Step
 from twolevel import models
 from twolevel.data.augment import Normalise
@@ -28,6 +27,7 @@ from twolevel.data.cifar import MEAN_STD
 from twolevel.data.memory import LabelledImages, TrainInMemory
 from twolevel.data.order import Order
 from twolevel.errors import UserError
+from twolevel.settings import Device
 
 WARM_UP = 1  # blocks of either kind before the first timed one
 IMAGES = 50_000

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import report
-from benchmarks.report import Device
 from benchmarks.stock import StockTwoLevelConv2d
 from twolevel import models
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
+from twolevel.settings import Device
 
 PASSES = ("forward", "input gradient", "weight gradient")
 # What the roofline is measured by: side of the product; channels and height of the convolution; elements of the

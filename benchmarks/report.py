@@ -10,16 +10,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
 from matplotlib.figure import Figure
 
 from twolevel.errors import UserError
+from twolevel.settings import Device
 
 RESULTS = Path(__file__).parent / "results"
-Device = Literal["auto", "cpu", "cuda"]
 
 
 def parse(cls: type, name: str, argv: list[str]) -> Any:

@@ -30,11 +30,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from benchmarks import report
-from benchmarks.report import Device
 from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
 from twolevel.distributed import parallelize
 from twolevel.ops import Copies
+from twolevel.settings import Device
 
 WARM_UP = 2  # steps of each peer before the first timed one: memory, choices of algorithms, optimiser state
 

@@ -18,13 +18,13 @@ import torch
 
 from benchmarks import report
 from benchmarks.links import Link, Nodes, NoLink, joined
-from benchmarks.report import Device
 from benchmarks.scaling import launch, paper, show
 from benchmarks.scaling.cases import STRONG, Case, Job, cases_of, with_peers
 from benchmarks.scaling.projection import project
 from benchmarks.scaling.rows import rows_of
 from benchmarks.strategies import STRATEGIES
 from twolevel.errors import UserError, unknown
+from twolevel.settings import Device
 
 NO_LINK = "none"
 

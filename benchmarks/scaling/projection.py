@@ -21,7 +21,7 @@ from benchmarks.strategies import OVER_DATA, Training, build
 from twolevel import models
 from twolevel.errors import UserError
 from twolevel.nn.layout import ends
-from twolevel.training.config import PIPELINES
+from twolevel.settings import PIPELINES
 
 WARM_UP = 2
 LABEL = "projection: one rank of N on one device, nothing crosses"

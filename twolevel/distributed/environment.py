@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from twolevel.distributed.launchers import LOOPBACK, Ranks, discover, port_of
 from twolevel.errors import UserError, unknown
-
-DEVICES = ("auto", "cpu", "cuda")
+from twolevel.settings import DEVICES
 
 
 @dataclass(frozen=True)

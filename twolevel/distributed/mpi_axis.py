@@ -17,6 +17,7 @@ from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
 from twolevel.distributed.environment import usable_cores
 from twolevel.distributed.launchers import discover
 from twolevel.errors import UserError, unknown
+from twolevel.settings import CARRIERS
 
 # How long a rank looks whether an exchange is over before it sleeps. Where ranks share cores: what an exchange takes
 # between ranks that are on time, by benchmarks/exchange.py. Where each has its own nobody else wants it, and to be
@@ -25,7 +26,6 @@ POLL_S = 100e-6
 POLL_ALONE_S = 1e-3
 SLEEP_S = 50e-6
 MOST_ITEMS = 2**31 - 1  # of one collective and rank: counts are C ints before MPI 4
-EXCHANGES = ("auto", "group", "mpi")
 SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)  # MPI has no sum of them
 
 
@@ -40,8 +40,8 @@ def exchange_of(mesh: DeviceMesh, exchange: str, timeout_s: float = 600) -> Mesh
     Raises:
         UserError: another `exchange`; "mpi" for a mesh of GPUs, or as in `MPIAxis`.
     """
-    if exchange not in EXCHANGES:
-        raise unknown("exchange", exchange, EXCHANGES)
+    if exchange not in CARRIERS:
+        raise unknown("exchange", exchange, CARRIERS)
     on_cpus = mesh.device_type == "cpu"
     group = mesh.get_group("group")
     if exchange == "mpi" and not on_cpus:

@@ -1,7 +1,6 @@
 """Dynamic group convolution (DGC): every image and head picks the input channels that it uses."""
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from twolevel.nn.arguments import as_given, as_images, check_groups
 from twolevel.nn.dynamic_inference import DynamicGroupInference
 from twolevel.nn.whole import WholeConv2d, he_normal_
 from twolevel.ops.autocast import without_autocast
-
-Threshold = Literal["head", "global"]
+from twolevel.settings import THRESHOLDS, Threshold
 
 # Channels are dropped from progress 1/12 on, in full from 3/4 on.
 FIRST_DROP, LAST_DROP = 1 / 12, 3 / 4
@@ -95,8 +93,8 @@ class DynamicGroupConv2d(WholeConv2d):
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
-        if threshold not in get_args(Threshold):
-            raise unknown("threshold", threshold, get_args(Threshold))
+        if threshold not in THRESHOLDS:
+            raise unknown("threshold", threshold, THRESHOLDS)
         if not 0 <= xi < 1 or round(xi * in_channels) >= in_channels:
             raise UserError(f"xi={xi} keeps no channel of {in_channels}; use 0 <= xi < 1, such as 0.75")
         if reduction is None:

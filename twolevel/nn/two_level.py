@@ -4,9 +4,10 @@ from torch import Tensor, nn
 
 from twolevel.errors import unknown
 from twolevel.nn.arguments import as_images, check_groups, geometry, pair
-from twolevel.ops import KERNELS, LOCAL, SCHEDULES, Exchange, Kernels, Schedule, two_level_conv2d
+from twolevel.ops import LOCAL, Exchange, two_level_conv2d
 from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.problem import Problem
+from twolevel.settings import KERNELS, SCHEDULES, Kernels, Schedule
 
 
 class TwoLevelConv2d(nn.Module):

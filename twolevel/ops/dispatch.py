@@ -15,7 +15,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,7 @@ from twolevel.ops.kernels.native import NarrowKernels, NativeKernels, available
 from twolevel.ops.kernels.torch import TorchKernels
 from twolevel.ops.kernels.triton import TritonKernels
 from twolevel.ops.problem import Problem
-
-Schedule = Literal["auto", "overlapped", "fused", "dense"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
-Kernels = Literal["auto", "grouped", "products", "depthwise", "native", "narrow", "triton"]
-KERNELS: tuple[str, ...] = get_args(Kernels)
+from twolevel.settings import KERNELS, SCHEDULES
 
 KERNEL_SETS: tuple[KernelSet, ...] = (
     NarrowKernels(),

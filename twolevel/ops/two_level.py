@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from twolevel.ops import compiled, schedules
 from twolevel.ops.autocast import cast_for_convolution
-from twolevel.ops.dispatch import Kernels, Schedule, plan_for
+from twolevel.ops.dispatch import plan_for
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
+from twolevel.settings import Kernels, Schedule
 
 
 def two_level_conv2d(

@@ -1,0 +1,53 @@
+"""Every value that a named option can have, and what a resumed run may change: the only lists (imports no torch).
+
+Each list stands here once, as a `Literal` for annotations and the command line, and as a tuple of its names for checks.
+Data sets are in `twolevel.data.registry`, networks in `twolevel.models.registry`: one line each, with where it is.
+"""
+
+from dataclasses import field
+from typing import Any, Literal, get_args
+
+# Convolutions; `twolevel.nn.factory` builds them.
+Conv = Literal["sc", "gc", "gc2l", "shuffle", "flgc", "dgconv", "dgc"]
+CONVS: tuple[str, ...] = get_args(Conv)
+
+# gc2l: when its parts are computed, and by what.
+Schedule = Literal["auto", "overlapped", "fused", "dense"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+Kernels = Literal["auto", "grouped", "products", "depthwise", "native", "narrow", "triton"]
+KERNELS: tuple[str, ...] = get_args(Kernels)
+
+# dgc: whose channels are compared with each other at test time; the norm of its lasso.
+Threshold = Literal["head", "global"]
+THRESHOLDS: tuple[str, ...] = get_args(Threshold)
+LassoForm = Literal["paper", "public"]
+
+# How the ranks that data_parallel leaves share a network; those of them that split its layers.
+Parallel = Literal["group", "channel", "fsdp", "naive", "gpipe", "1f1b"]
+PARALLELS: tuple[str, ...] = get_args(Parallel)
+PIPELINES = ("naive", "gpipe", "1f1b")
+MICROBATCHED = ("gpipe", "1f1b")
+
+# What carries representatives between ranks.
+Carrier = Literal["auto", "group", "mpi"]
+CARRIERS: tuple[str, ...] = get_args(Carrier)
+
+Device = Literal["auto", "cpu", "cuda"]
+DEVICES: tuple[str, ...] = get_args(Device)
+
+# bf16 is autocast; of a plan and of what ranks exchange there is no float64.
+Precision = Literal["float32", "bf16", "float64"]
+PlanPrecision = Literal["float32", "bf16"]
+
+LRSchedule = Literal["multistep", "cosine"]
+
+# Which weights of a run: as trained, or their exponential moving average.
+WeightsOf = Literal["model", "ema"]
+
+# What a run that goes on from a checkpoint may do to a setting: nothing, change it with a warning, or change it.
+OnResume = Literal["fixed", "warned", "free"]
+
+
+def setting(default: Any, *, resume: OnResume) -> Any:
+    """A dataclass field that is an option, with what a resumed run may do to it; other fields are `warned`."""
+    return field(default=default, metadata={"resume": resume})
