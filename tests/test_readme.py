@@ -11,20 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from twolevel import commands, models
+from twolevel import models
+from twolevel.cli.count import CountConfig
+from twolevel.cli.evaluate import EvaluateConfig
+from twolevel.cli.export import ExportConfig
+from twolevel.cli.options import parse
+from twolevel.cli.plan import PlanConfig
+from twolevel.cli.report import ReportConfig
 from twolevel.models.files import save
-from twolevel.options import parse
 from twolevel.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONFIGS = {
     "train": TrainConfig,
-    "evaluate": commands.EvaluateConfig,
-    "export": commands.ExportConfig,
-    "report": commands.ReportConfig,
-    "count": commands.CountConfig,
-    "plan": commands.PlanConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
+    "count": CountConfig,
+    "plan": PlanConfig,
 }
 LAUNCHERS_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--local-addr", "--oversubscribe", "--bind-to", "--allow-run-as-root"),

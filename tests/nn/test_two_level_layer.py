@@ -12,7 +12,8 @@ from torch import nn
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
-from twolevel.ops import LOCAL, SCHEDULES, dense_weight
+from twolevel.ops import LOCAL, dense_weight
+from twolevel.settings import SCHEDULES
 
 # The same sums of at most some hundred float64 products, in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
-from twolevel.ops import SCHEDULES, Geometry, dense_weight, two_level_conv2d
+from twolevel.ops import Geometry, dense_weight, two_level_conv2d
 from twolevel.ops.kernels import native
+from twolevel.settings import SCHEDULES
 
 # Both sides add at most some thousand products of normal numbers in float64, in different orders.
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}

@@ -1,21 +1,16 @@
 """How the convolutions are computed. Ranks appear here only as an `Exchange` that the caller passes in."""
 
-from twolevel.ops.dispatch import KERNELS, SCHEDULES, Kernels, Schedule
 from twolevel.ops.exchange import LOCAL, Copies, Exchange, Pending
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.schedules import dense_weight
 from twolevel.ops.two_level import two_level_conv2d
 
 __all__ = [
-    "KERNELS",
     "LOCAL",
-    "SCHEDULES",
     "Copies",
     "Exchange",
     "Geometry",
-    "Kernels",
     "Pending",
-    "Schedule",
     "dense_weight",
     "two_level_conv2d",
 ]

@@ -1,8 +1,10 @@
 """The command line: `twolevel train | evaluate | export | report | count | plan | doctor`.
 
-Commands import what they need when they run, so that help comes at once.
+A command is a module of this package, whose `run` takes the words after its name, and a line of COMMANDS. It imports
+torch only when it runs, so that help appears at once.
 """
 
+import importlib
 import os
 import re
 import select
@@ -10,7 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from twolevel.errors import Stopped, UserError, unknown
 
@@ -21,7 +23,7 @@ COMMANDS = {
     "report": "draw a run: its curve, and what learned or dynamic groups chose",
     "count": "count parameters, multiply-accumulates and bytes exchanged",
     "plan": "list the ways to train a network on so many processors, their cost, and which to take",
-    "doctor": "say what this machine has and what twolevel makes of it",
+    "doctor": "show what this machine has and what twolevel uses of it",
 }
 
 OPTIONS = ("--help", "--version")
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             if _rank() != 0:
                 warnings.simplefilter("ignore")
-            _commands()[name](rest)
+            importlib.import_module(f"twolevel.cli.{name}").run(rest)
     except UserError as error:
         prefix = f"[rank {_rank()}] " if "RANK" in os.environ or _rank() else ""
         command = f" {name}" if name in COMMANDS else ""
@@ -102,7 +104,7 @@ def entry() -> None:
         sys.exit(code)
     if mpi is not None and not code and not mpi.Is_finalized():
         mpi.Finalize()  # after a failure it would wait for ranks that wait for this one
-    # Threads of Gloo may still let go of a tensor, which aborts the process while Python shuts down.
+    # Threads of Gloo may still release a tensor, which aborts the process while Python shuts down.
     os._exit(code)
 
 
@@ -143,12 +145,6 @@ def _help() -> str:
     head = "usage: twolevel COMMAND [options]      (twolevel COMMAND --help explains each option)"
     about = "Train wide convolutional networks, their convolutions split by channel group over processors."
     return "\n".join([head, "", about, "", "commands:", *lines, "", EXAMPLES])
-
-
-def _commands() -> dict[str, Callable[[list[str]], None]]:
-    from twolevel import commands
-
-    return {name: getattr(commands, name) for name in COMMANDS}
 
 
 def _rank() -> int:

@@ -1,4 +1,4 @@
-"""What this machine has, and what twolevel makes of it."""
+"""`twolevel doctor`: what this machine has, and what twolevel uses of it."""
 
 import os
 import platform
@@ -8,18 +8,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
-import torch
-import torch.distributed as dist
-import torchvision
-
 from twolevel import __version__
-from twolevel.distributed.environment import usable_cores
-from twolevel.distributed.launchers import discover
-from twolevel.ops.kernels import native
+from twolevel.errors import UserError
+
+
+def run(argv: list[str]) -> None:
+    if argv:
+        print("usage: twolevel doctor\n\nShow what this machine has and what twolevel uses of it.")
+        if argv[0] not in ("-h", "--help"):
+            raise UserError(f"doctor takes no options, not {argv[0]!r}")
+        sys.exit(0)
+    for what, finding in examine():
+        print(f"{what:14} {finding}")
 
 
 def examine() -> Iterator[tuple[str, str]]:
     """Pairs of a thing and what was found."""
+    import torch
+    import torch.distributed as dist
+    import torchvision
+
+    from twolevel.distributed.environment import usable_cores
+    from twolevel.distributed.launchers import discover
+    from twolevel.ops.kernels import native
+
     yield "twolevel", __version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, torchvision {torchvision.__version__}"

@@ -1,0 +1,57 @@
+"""`twolevel evaluate`: test a run, a checkpoint or an exported file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from twolevel.cli.options import parse
+from twolevel.settings import Precision, WeightsOf
+from twolevel.training.config import MeshConfig
+
+
+@dataclass
+class EvaluateConfig:
+    """Test a run (its newest checkpoint), one checkpoint, or an exported file, on any number of ranks."""
+
+    path: tyro.conf.Positional[Path]
+    """folder of a run or a checkpoint, or a .safetensors file"""
+
+    weights: WeightsOf = "model"
+    """the weights themselves, or their exponential moving average"""
+
+    data: str | None = None
+    """data set: sample, cifar10, cifar100 or imagenet; that of the run unless given"""
+
+    data_root: Path | None = None
+    """folder of the data set; that of the run unless given"""
+
+    workers: int | None = None
+    """processes that decode ImageNet images; those of the run unless given"""
+
+    precision: Precision = "float32"
+    """bf16 is autocast"""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def run(argv: list[str]) -> None:
+    config = parse(EvaluateConfig, "evaluate", argv)
+    from twolevel.training.display import loss_text
+    from twolevel.training.weights import evaluate_weights
+
+    tested = evaluate_weights(
+        config.path,
+        config.weights,
+        data=config.data,
+        data_root=config.data_root,
+        workers=config.workers,
+        precision=config.precision,
+        mesh=config.mesh,
+    )
+    if tested is not None:
+        loss, error, images, not_finite = tested
+        number = f"{images:,} images" + (f", {not_finite:,} of them not finite" if not_finite else "")
+        print(
+            f"test loss {loss_text(loss, 4)}  error {error:.2f} %  accuracy {100 - error:.2f} %  ({number})"
+        )
