@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import report
+from twolevel.cli.options import parse
 from twolevel.nn import TwoLevelConv2d
 from twolevel.ops import LOCAL
 from twolevel.ops.dispatch import plan_for
-from twolevel.options import parse
 
 CALLS = 200  # in one timing, so that the clock's own step does not count
 

@@ -4,8 +4,7 @@ Each list stands here once, as a `Literal` for annotations and the command line,
 Data sets are in `twolevel.data.registry`, networks in `twolevel.models.registry`: one line each, with where it is.
 """
 
-from dataclasses import field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 # Convolutions; `twolevel.nn.factory` builds them.
 Conv = Literal["sc", "gc", "gc2l", "shuffle", "flgc", "dgconv", "dgc"]
@@ -44,10 +43,8 @@ LRSchedule = Literal["multistep", "cosine"]
 # Which weights of a run: as trained, or their exponential moving average.
 WeightsOf = Literal["model", "ema"]
 
-# What a run that goes on from a checkpoint may do to a setting: nothing, change it with a warning, or change it.
-OnResume = Literal["fixed", "warned", "free"]
-
-
-def setting(default: Any, *, resume: OnResume) -> Any:
-    """A dataclass field that is an option, with what a resumed run may do to it; other fields are `warned`."""
-    return field(default=default, metadata={"resume": resume})
+# Metadata of a setting's dataclass field: what a run that goes on from a checkpoint may do to it. Without metadata it
+# may change the setting with a warning.
+FIXED = {"on_resume": "fixed"}  # the state in the checkpoint would mean something else
+FREE = {"on_resume": "free"}  # changes nothing of the run, or only rounding
+STARTING = {"on_resume": "starting"}  # how a run is started, not what it is: no run's record holds it

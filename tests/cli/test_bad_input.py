@@ -9,7 +9,7 @@ import pytest
 from command import command, command_by_rank, run, write_image_folder
 
 import twolevel
-from twolevel.training.config import LONGEST_TIMEOUT
+from twolevel.training.config.mesh import LONGEST_TIMEOUT
 
 TRAIN = ["train", "--model", "wrn-10-1", "--max-steps", "1"]
 
@@ -69,7 +69,7 @@ def fresh(tmp_path, monkeypatch) -> Path:
         ("--precision half", "'half'"),
         ("--cuda-graph", "cuda_graph=True needs a GPU, and ranks compute on the cpu; leave it out"),
         ("--kernels native --precision float64", "it computes in float32 on CPUs; use auto"),
-        ("--kernels triton", "kernels=triton does not do for precision=float32 on cpu"),
+        ("--kernels triton", "kernels=triton is invalid for precision=float32 on cpu"),
         ("--kernels fast", "'fast'"),
         ("--config nowhere.json", "--config 'nowhere.json' cannot be read"),
     ],

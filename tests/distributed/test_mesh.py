@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from twolevel.distributed import init_mesh
 from twolevel.training.config import MeshConfig
-from twolevel.training.setup import join
+from twolevel.training.context import join
 
 AXES = ("data", "group")
 

@@ -191,9 +191,9 @@ def refuse(pool, *argv, ranks: int = 1) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("RUN --images 0", "images=0 does not do; use 1 to 50"),
-        ("RUN --images 51", "images=51 does not do; use 1 to 50"),
-        ("RUN --batches 0", "batches=0 does not do; use 1 or more"),
+        ("RUN --images 0", "images=0 is invalid; use 1 to 50"),
+        ("RUN --images 51", "images=51 is invalid; use 1 to 50"),
+        ("RUN --batches 0", "batches=0 is invalid; use 1 or more"),
         ("RUN --workers -1", "workers=-1 is invalid; use an integer of 0 or more"),
         ("RUN --data-root nowhere", "nowhere/train"),
         ("nowhere", "nowhere is not a run's folder: it has no checkpoints/; give one like runs/last"),

@@ -1,9 +1,10 @@
 """What a run reads: the data set, its place and how it is cut into batches (imports no torch)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from twolevel.errors import UserError, unknown
+from twolevel.settings import FIXED, FREE
 
 NUM_CLASSES = {"sample": 10, "cifar10": 10, "cifar100": 100}
 """The data sets of 32 x 32 images; the remaining one, imagenet, has the classes of its folder."""
@@ -19,22 +20,22 @@ class DataConfig:
         UserError: a field has a value that cannot be honoured.
     """
 
-    data: str = "sample"
+    data: str = field(default="sample", metadata=FIXED)
     """data set: sample (2,500 CIFAR-10 images in the package), cifar10, cifar100 or imagenet"""
 
-    data_root: Path = Path("data")
+    data_root: Path = field(default=Path("data"), metadata=FREE)
     """folder of the data set: CIFAR as torchvision lays it out, or ImageNet's train/ and val/"""
 
-    download: bool = False
+    download: bool = field(default=False, metadata=FREE)
     """fetch CIFAR into data_root where it is missing or damaged"""
 
-    batch_size: int = 128
+    batch_size: int = field(default=128, metadata=FIXED)
     """images a step, over all data-parallel ranks together"""
 
     augment: bool = True
     """random crops and flips of the training images"""
 
-    workers: int = 4
+    workers: int = field(default=4, metadata=FREE)
     """processes of each rank that decode ImageNet images; 0 decodes in the rank itself"""
 
     image_size: int = 224

@@ -17,6 +17,7 @@ from twolevel.errors import Stopped, UserError
 from twolevel.terminal import program
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import TrainConfig
+from twolevel.training.context import Context, join
 from twolevel.training.display import Display, waiting
 from twolevel.training.evaluate import evaluate
 from twolevel.training.forms import ChosenForms, fix_forms
@@ -25,8 +26,8 @@ from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate, make_sgd
 from twolevel.training.output import claim
 from twolevel.training.precise_batch_norm import check_number, recompute_statistics
+from twolevel.training.preflight import check_kernels, check_resumable, warn_of_ignored
 from twolevel.training.rules import copy_choices, rules_for
-from twolevel.training.setup import Context, check_kernels, check_resumable, join, warn_of_ignored
 from twolevel.training.state import TrainState, seed_ranks
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest

@@ -30,8 +30,8 @@ from twolevel.errors import UserError
 from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import MeshConfig
+from twolevel.training.context import Context, join
 from twolevel.training.evaluate import EVAL_BATCH
-from twolevel.training.setup import Context, join
 from twolevel.training.weights import Weights
 
 Picture = tuple[str, Figure, str]
@@ -119,22 +119,22 @@ def write_report(
     set cannot be read, and where pictures cannot be written.
     """
     if images is not None and not 1 <= images <= MOST_IMAGES:
-        raise UserError(f"images={images} does not do; use 1 to {MOST_IMAGES}")
+        raise UserError(f"images={images} is invalid; use 1 to {MOST_IMAGES}")
     if batches is not None and batches < 1:
-        raise UserError(f"batches={batches} does not do; use 1 or more")
+        raise UserError(f"batches={batches} is invalid; use 1 or more")
     given = {"images": images, "batches": batches, "data_root": data_root, "workers": workers}
     given = {name: value for name, value in given.items() if value is not None}
-    ranks = join(MeshConfig(device=device), {"path": str(path)})
+    context = join(MeshConfig(device=device), {"path": str(path)})
     try:
-        size = ranks.world.size
+        size = context.world.size
         if size > 1:
             raise UserError(f"report draws one set of pictures and takes one process, not {size} ranks")
-        return _draw_all(Run.find(path), ranks, given)
+        return _draw_all(Run.find(path), context, given)
     finally:
-        ranks.close()
+        context.close()
 
 
-def _draw_all(run: Run, ranks: Context, given: dict[str, Any]) -> Report:
+def _draw_all(run: Run, context: Context, given: dict[str, Any]) -> Report:
     report, folder = Report(), run.path / "report"
     with _writing(folder):
         folder.mkdir(exist_ok=True)
@@ -144,14 +144,14 @@ def _draw_all(run: Run, ranks: Context, given: dict[str, Any]) -> Report:
             report.files[curve] = "loss and error over epochs"
     conv = run.weights.options["conv"]
     if conv == "dgc":
-        pictures = _kept_pictures(run, ranks, given)
+        pictures = _kept_pictures(run, context, given)
     else:
         for name, value in given.items():
             _warn(f"{name}={str(value)!r} is ignored: no picture of conv={conv} takes test images")
         if conv not in ("dgconv", "flgc"):
             report.note = f"conv={conv} learns no groups and drops no channels: there is the curve alone"
             return report
-        pictures = _group_pictures(run, ranks)
+        pictures = _group_pictures(run, context)
     for name, figure, what in pictures:
         with _writing(folder):
             figure.savefig(folder / name, dpi=120)
@@ -159,18 +159,18 @@ def _draw_all(run: Run, ranks: Context, given: dict[str, Any]) -> Report:
     return report
 
 
-def _kept_pictures(run: Run, ranks: Context, given: dict[str, Any]) -> Iterator[Picture]:
+def _kept_pictures(run: Run, context: Context, given: dict[str, Any]) -> Iterator[Picture]:
     """What the heads of a DGC network keep and drop of test images."""
     options = {name: value for name, value in given.items() if name in ("data_root", "workers")}
     # Training batches are not looked at.
     config = DataConfig(**run.weights.data | options | {"batch_size": 1})
-    data = ranks.load_data(config, 0, run.weights.dtype)
+    data = context.load_data(config, 0, run.weights.dtype)
     if data.num_classes != run.weights.options["num_classes"]:
         raise UserError(
             f"{config.data} has {data.num_classes} classes, the network of {run.path} "
             f"{run.weights.options['num_classes']}"
         )
-    network = _network(run, ranks)
+    network = _network(run, context)
     layers = spread(layers_of(network, DynamicGroupConv2d))
     batches = islice(data.test.eval_batches(EVAL_BATCH), given.get("batches", BATCHES))
     patterns = kept_patterns(network, layers, batches, given.get("images", IMAGES))
@@ -191,7 +191,7 @@ def _kept_pictures(run: Run, ranks: Context, given: dict[str, Any]) -> Iterator[
     yield "drop_frequency.png", figure, f"how often each channel is dropped, over {counted}"
 
 
-def _group_pictures(run: Run, ranks: Context) -> Iterator[Picture]:
+def _group_pictures(run: Run, context: Context) -> Iterator[Picture]:
     """The groups that the layers of a DGConv or FLGC network have learned: over epochs, and now."""
     gated = run.weights.options["conv"] == "dgconv"
     epochs = run.epochs_with("dgconv_gates" if gated else "flgc_groups")
@@ -202,17 +202,17 @@ def _group_pictures(run: Run, ranks: Context) -> Iterator[Picture]:
     elif epochs:
         figure = draw.group_sizes_over_epochs(when, spread(group_sizes(epochs)), run.title)
         yield "groups.png", figure, "channels of each group over epochs"
-    layers = spread(layers_of(_network(run, ranks), DGConv2d if gated else FLGConv2d))
+    layers = spread(layers_of(_network(run, context), DGConv2d if gated else FLGConv2d))
     masks = {name: connections(layer) for name, layer in layers.items()}
     yield "connectivity.png", draw.connectivity(masks, run.title), "which channels are connected now"
 
 
-def _network(run: Run, ranks: Context) -> nn.Module:
+def _network(run: Run, context: Context) -> nn.Module:
     """The network with the run's newest weights, in their type."""
     precision = "float64" if run.weights.dtype == torch.float64 else "float32"
     image_shape = DataConfig(**run.weights.data).image_shape
-    network = ranks.build(ranks.strategy(precision), run.weights.options, 0, image_shape)
-    run.weights.load_into(network, ranks.mesh)
+    network = context.build(context.strategy(precision), run.weights.options, 0, image_shape)
+    run.weights.load_into(network, context.mesh)
     return network
 
 

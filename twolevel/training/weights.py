@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +15,12 @@ from twolevel.distributed.agreement import together
 from twolevel.errors import UserError
 from twolevel.models import create, files
 from twolevel.nn import layout_of
+from twolevel.settings import WeightsOf
 from twolevel.training import checkpoint
 from twolevel.training.config import MeshConfig, TrainConfig
+from twolevel.training.context import join
 from twolevel.training.evaluate import Tested, evaluate
-from twolevel.training.setup import join
 from twolevel.training.state import named_parts
-
-Which = Literal["model", "ema"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class Weights:
     path: Path
     options: dict[str, Any]
     data: dict[str, Any]
-    which: Which
+    which: WeightsOf
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def find(cls, path: Path, which: Which = "model") -> "Weights":
+    def find(cls, path: Path, which: WeightsOf = "model") -> "Weights":
         """The weights at `path`: a run's folder (its newest checkpoint), a checkpoint's, or a file.
 
         Raises UserError where there are none, they are damaged, or no moving average was kept.
@@ -110,7 +109,7 @@ def _config(path: Path, state: dict[str, Any]) -> TrainConfig:
 
 def evaluate_weights(
     path: Path,
-    which: Which,
+    which: WeightsOf,
     *,
     data: str | None = None,
     data_root: Path | None = None,
@@ -122,25 +121,25 @@ def evaluate_weights(
 
     The data set is the one they were trained on, unless what is given says otherwise.
     """
-    ranks = join(mesh, {"path": str(path), "weights": which, "data": data, "precision": precision})
+    context = join(mesh, {"path": str(path), "weights": which, "data": data, "precision": precision})
     try:
-        with together(ranks.device):
+        with together(context.device):
             weights = Weights.find(path, which)
             given = {"data": data, "data_root": data_root, "workers": workers}
             given = {name: value for name, value in given.items() if value is not None}
             # Training batches are not looked at: any size does that divides over the replicas.
-            config = DataConfig(**weights.data | given | {"batch_size": ranks.mesh["data"].size()})
+            config = DataConfig(**weights.data | given | {"batch_size": context.mesh["data"].size()})
         dtype = torch.float64 if precision == "float64" else torch.float32
-        images = ranks.load_data(config, 0, dtype)
+        images = context.load_data(config, 0, dtype)
         if images.num_classes != weights.options["num_classes"]:
             raise UserError(
                 f"{config.data} has {images.num_classes} classes, the network of {path} "
                 f"{weights.options['num_classes']}"
             )
-        strategy = ranks.strategy(precision)
-        network = ranks.build(strategy, weights.options, 0, images.image_shape)
-        weights.load_into(network, ranks.mesh)
+        strategy = context.strategy(precision)
+        network = context.build(strategy, weights.options, 0, images.image_shape)
+        weights.load_into(network, context.mesh)
         tested = evaluate(network, images.test, strategy)
-        return tested if ranks.first else None
+        return tested if context.first else None
     finally:
-        ranks.close()
+        context.close()

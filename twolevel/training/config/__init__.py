@@ -1,0 +1,95 @@
+"""A training run as nested dataclasses, whose fields are the options of `twolevel train` (imports no torch).
+
+Each section is a file. Each field is followed by its help text, and its metadata says what a resumed run may do to it
+(`twolevel.settings`). Fields that default to None take the published recipe's value for the data set; `TrainConfig`
+fills them in, so that the `config.json` of a run holds them all.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from twolevel.data.config import DataConfig
+from twolevel.errors import UserError
+from twolevel.training.config.mesh import MeshConfig
+from twolevel.training.config.model import ModelConfig
+from twolevel.training.config.optimiser import OptimiserConfig
+from twolevel.training.config.rules import RuleConfig
+from twolevel.training.config.run import RunConfig
+from twolevel.training.validation import check, from_dict
+
+__all__ = ["MeshConfig", "ModelConfig", "OptimiserConfig", "RuleConfig", "RunConfig", "TrainConfig"]
+
+# Epochs, milestones, weight decay: Lee, Park, Lee, "Two-level Group Convolution", section 4; the digits of
+# the decay are not in the paper and are the conventional ones.
+CIFAR_RECIPE = {"epochs": 200, "lr_milestones": (60, 120, 160), "weight_decay": 5e-4}
+IMAGENET_RECIPE = {"epochs": 90, "lr_milestones": (30, 60), "weight_decay": 1e-4}
+
+
+@dataclass
+class TrainConfig:
+    """Train a network, sharded over the ranks that torchrun, mpirun or srun has started, or on one."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    rules: RuleConfig = field(default_factory=RuleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        recipe = IMAGENET_RECIPE if self.data.data == "imagenet" else CIFAR_RECIPE
+        for name, value in recipe.items():
+            belongs = name != "lr_milestones" or self.optimiser.lr_schedule == "multistep"
+            if getattr(self.optimiser, name) is None and belongs:
+                setattr(self.optimiser, name, value)
+        if self.run.output is None:
+            self.run.output = Path(
+                "runs", f"{self.model.model}-{self.model.conv}-{self.model.groups}-{self.data.data}"
+            )
+        check(self.optimiser, "weight_decay", self.optimiser.weight_decay >= 0, "0 or more")
+        if self.optimiser.warmup_epochs > self.optimiser.epochs:
+            raise UserError(
+                f"warmup_epochs={self.optimiser.warmup_epochs} is more than epochs={self.optimiser.epochs}"
+            )
+        self.mesh.check_conv(self.model.conv)
+        if self.mesh.parallel == "fsdp" and self.optimiser.ema_decay is not None:
+            raise UserError(
+                f"ema_decay={self.optimiser.ema_decay} is invalid with parallel=fsdp, whose parameters have no copy "
+                "on a rank; leave it out or use --data-parallel"
+            )
+        parts = self.mesh.data_parallel * self.optimiser.accumulate
+        if self.data.batch_size % parts:
+            raise UserError(
+                f"batch_size={self.data.batch_size} does not divide by data_parallel={self.mesh.data_parallel} x "
+                f"accumulate={self.optimiser.accumulate}; use a multiple of {parts}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as `config.json` holds them: what the run is, not how it was started."""
+        on_resume = self.on_resume()
+        return {
+            section: {name: value for name, value in values.items() if on_resume[name] != "starting"}
+            for section, values in self._values().items()
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its own name; names are unique across the sections."""
+        return {name: value for section in self._values().values() for name, value in section.items()}
+
+    def on_resume(self) -> dict[str, str]:
+        """What a resumed run may do to each setting, by its name, in the order of the sections."""
+        return {
+            setting.name: setting.metadata.get("on_resume", "warned")
+            for section in fields(self)
+            for setting in fields(getattr(self, section.name))
+        }
+
+    def _values(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def from_dict(cls, sections: dict[str, Any], origin: str = "config") -> Self:
+        """The inverse of `to_dict`. Raises UserError for a section or setting that does not exist."""
+        return from_dict(cls, sections, origin)

@@ -1,0 +1,72 @@
+"""Settings of the ranks and of how they share a network."""
+
+from dataclasses import dataclass, field
+
+from twolevel.errors import UserError
+from twolevel.settings import FREE, MICROBATCHED, PIPELINES, Carrier, Device, Parallel
+from twolevel.training.validation import check, check_finite, check_least
+
+# The convolutions that a way to share a network can take; parallel=group takes all.
+CONVS_OF = {"channel": ("sc", "gc"), "fsdp": ("sc", "gc", "gc2l")}
+CONVS_OF |= dict.fromkeys(PIPELINES, ("sc", "gc", "gc2l", "shuffle"))
+
+LONGEST_TIMEOUT = 1e9  # torch adds it to the time of day in nanoseconds, in 64 bits
+
+
+@dataclass
+class MeshConfig:
+    """The ranks: data_parallel x group_parallel of them."""
+
+    parallel: Parallel = field(default="group", metadata=FREE)
+    """what ranks split: groups, filters of dense convolutions (channel), parameters (fsdp) or layers (others)"""
+
+    data_parallel: int = field(default=1, metadata=FREE)
+    """replicas, each with its share of the batch; with fsdp all ranks, which need not be said"""
+
+    group_parallel: int | None = field(default=None, metadata=FREE)
+    """ranks over which each replica's groups, filters or layers are split; all that data_parallel leaves"""
+
+    microbatches: int | None = None
+    """gpipe, 1f1b: parts of a batch that follow each other through the layers; one a rank unless given"""
+
+    sync_batch_norm: bool = False
+    """take batch statistics over all replicas instead of each rank's own"""
+
+    device: Device = field(default="auto", metadata=FREE)
+    """where to compute"""
+
+    exchange: Carrier = field(default="auto", metadata=FREE)
+    """what carries representatives: the ranks' process group (NCCL, Gloo) or mpi4py; auto: mpi under mpirun on CPUs"""
+
+    timeout: float = field(default=600.0, metadata=FREE)
+    """seconds after which a rank gives up waiting for the others"""
+
+    def __post_init__(self):
+        check_finite(self)
+        check_least(self, 1, "data_parallel", "group_parallel", "microbatches")
+        in_range = 0 < self.timeout <= LONGEST_TIMEOUT
+        check(self, "timeout", in_range, f"a positive number of seconds, at most {LONGEST_TIMEOUT:g}")
+        if self.microbatches is not None and self.parallel not in MICROBATCHED:
+            raise UserError(
+                f"microbatches={self.microbatches} are of parallel=gpipe and 1f1b, not of "
+                f"parallel={self.parallel}; leave them out"
+            )
+        if self.parallel == "fsdp" and self.group_parallel not in (None, 1):
+            raise UserError(
+                f"group_parallel={self.group_parallel} is invalid with parallel=fsdp, which shards over all ranks; "
+                "leave it out"
+            )
+        if self.parallel in PIPELINES and self.data_parallel > 1:
+            raise UserError(
+                f"data_parallel={self.data_parallel} is invalid with parallel={self.parallel}, which has no replicas "
+                "here; leave it out"
+            )
+
+    def check_conv(self, conv: str) -> None:
+        """Raise UserError for a kind of convolution that this way to share a network cannot take."""
+        convs = CONVS_OF.get(self.parallel, (conv,))
+        if conv not in convs:
+            raise UserError(
+                f"parallel={self.parallel} takes conv={' or '.join(convs)}, not conv={conv}; "
+                "use one of these or parallel=group"
+            )

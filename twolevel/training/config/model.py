@@ -1,0 +1,70 @@
+"""Settings of the network and its convolutions."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from twolevel.errors import UserError
+from twolevel.settings import FIXED, FREE, Kernels, Schedule, Threshold
+from twolevel.training.validation import check, check_finite
+
+# Settings that one kind of convolution alone has.
+CONV_OPTIONS = {
+    "gc2l": ["schedule", "kernels"],
+    "shuffle": ["permutation_seed"],
+    "dgc": ["xi", "threshold", "saliency_bound"],
+}
+
+
+@dataclass
+class ModelConfig:
+    """The network and its convolutions."""
+
+    model: str = field(default="wrn-28-10", metadata=FIXED)
+    """network: wrn-D-k, mobilenetv2, resnet18, resnext50, condensenet-50, ...; the README lists them all"""
+
+    conv: str = field(default="gc2l", metadata=FIXED)
+    """convolution: sc (standard), gc (group), gc2l (two-level group), shuffle, flgc, dgconv or dgc"""
+
+    groups: int | None = field(default=None, metadata=FIXED)
+    """channel groups, of dgc the heads; 4 unless given (32 for ResNeXt), 1 for sc; dgconv learns them"""
+
+    schedule: Schedule = field(default="auto", metadata=FREE)
+    """gc2l: when its parts are computed, and when the exchange; auto: what is fastest, by a measurement kept on disk"""
+
+    kernels: Kernels = field(default="auto", metadata=FREE)
+    """gc2l: by what its parts are computed: torch (the first three), C on CPUs (native, narrow), Triton"""
+
+    permutation_seed: int | None = None
+    """shuffle: a fixed random permutation of the channels from this seed, instead of the shuffle"""
+
+    xi: float = 0.75
+    """dgc: share of the input channels that each head drops in the end"""
+
+    threshold: Threshold = "head"
+    """dgc: at test time each head drops its least salient channels, or all heads those below one threshold"""
+
+    saliency_bound: float | None = None
+    """dgc: kept channels are multiplied by no more than this; the paper has no bound"""
+
+    def __post_init__(self):
+        if self.groups is None:
+            default = 32 if self.model.startswith("resnext") else 4
+            self.groups = 1 if self.conv in ("sc", "dgconv") else default
+        check_finite(self)
+        seed = self.permutation_seed
+        check(self, "permutation_seed", seed is None or -(2**63) <= seed < 2**64, "an integer of 64 bits")
+        bound = self.saliency_bound
+        check(self, "saliency_bound", bound is None or bound > 0, "a positive number, such as 6")
+        check(self, "xi", 0 <= self.xi < 1, "a number from 0 to below 1")
+        for conv, names in CONV_OPTIONS.items():
+            for name in names:
+                value = getattr(self, name)
+                if conv != self.conv and value != getattr(type(self), name):
+                    raise UserError(
+                        f"{name}={value} is of conv={conv}, not of conv={self.conv}; leave it out"
+                    )
+
+    def create_options(self) -> dict[str, Any]:
+        """Arguments of `twolevel.models.create`, but for the number of classes."""
+        options = {"name": self.model, "conv": self.conv, "groups": self.groups}
+        return options | {name: getattr(self, name) for name in CONV_OPTIONS.get(self.conv, ())}

@@ -1,0 +1,55 @@
+"""Settings of where results go and how the run is carried out."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from twolevel.settings import FIXED, FREE, STARTING, Precision
+from twolevel.training.validation import check_least
+
+
+@dataclass
+class RunConfig:
+    """Where results go, and how the run is carried out."""
+
+    output: Path | None = field(default=None, metadata=FREE)
+    """folder of the run: config.json, metrics, checkpoints, curve; runs/MODEL-CONV-GROUPS-DATA unless given"""
+
+    resume: bool = field(default=False, metadata=STARTING)
+    """go on from the newest checkpoint in the output folder"""
+
+    seed: int = field(default=0, metadata=FIXED)
+    """of initial weights, order, crops and flips; the same for any number of ranks"""
+
+    precision: Precision = "float32"
+    """bf16 is autocast: weights and gradients stay float32"""
+
+    compile: bool = field(default=False, metadata=FREE)
+    """run the network through torch.compile"""
+
+    cuda_graph: bool = field(default=False, metadata=FREE)
+    """launch a whole training step at once, as a CUDA graph; one replica on GPUs"""
+
+    max_steps: int | None = field(default=None, metadata=FREE)
+    """stop after this many steps in all, in the middle of an epoch if need be"""
+
+    checkpoint_steps: int | None = field(default=None, metadata=FREE)
+    """write a checkpoint every so many steps, besides the one after each epoch"""
+
+    keep_checkpoints: int = field(default=2, metadata=FREE)
+    """newest checkpoints to keep"""
+
+    log_steps: int = field(default=20, metadata=FREE)
+    """steps between two records of loss and accuracy; reading them waits for the device"""
+
+    remeasure: bool = field(default=False, metadata=STARTING)
+    """gc2l: measure again by what each layer is computed best, instead of taking what the run has recorded"""
+
+    forms: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict, metadata=FREE)
+    """by what each size of two-level layer is computed ("schedule kernels"); of config.json, no option"""
+
+    def __post_init__(self):
+        self.output = self.output and Path(self.output).expanduser()
+        check_least(self, 1, "max_steps", "checkpoint_steps", "keep_checkpoints", "log_steps")

@@ -1,0 +1,87 @@
+"""The ranks of a command, and from settings to a network on them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import DeviceMesh
+
+from twolevel import data, models
+from twolevel.data.config import DataConfig
+from twolevel.distributed import init_mesh
+from twolevel.distributed.agreement import require_equal, together
+from twolevel.distributed.environment import World, start, stop
+from twolevel.distributed.mpi_axis import MPIAxis
+from twolevel.training.config import MeshConfig
+from twolevel.training.strategies import STRATEGIES, Strategy
+
+
+@dataclass
+class Context:
+    """The ranks of a command, which agree on what they were asked to do."""
+
+    world: World
+    mesh: DeviceMesh
+    config: MeshConfig
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def first(self) -> bool:
+        return self.world.rank == 0
+
+    def load_data(self, config: DataConfig, seed: int, dtype: torch.dtype = torch.float32) -> data.Data:
+        """The data set as this rank sees it; fetched and verified by one rank of a node first."""
+        with together(self.device):
+            if self.world.local_rank == 0:
+                data.prepare(config)
+        with together(self.device):
+            place = {"data_rank": self.mesh.get_local_rank("data"), "data_size": self.mesh["data"].size()}
+            return data.load(config, seed=seed, device=self.device, dtype=dtype, **place)
+
+    def strategy(self, precision: str) -> Strategy:
+        """The way in which these ranks share a network that computes in `precision`."""
+        return STRATEGIES[self.config.parallel](self.config, self.mesh, self.device, precision)
+
+    def build(
+        self,
+        strategy: Strategy,
+        options: dict[str, Any],
+        seed: int,
+        image_shape: tuple[int, int, int],
+        *,
+        sync_batch_norm: bool = False,
+    ) -> nn.Module:
+        """This rank's part of `models.create(**options)`, drawn from `seed`; no rank builds the whole."""
+        with together(self.device), torch.device("meta"):
+            self.config.check_conv(options["conv"])
+            network = models.create(**options)
+        # Outside `together`: it may hold a collective, and it fails on all ranks or on none.
+        return strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm)
+
+    def carriers(self, network: nn.Module) -> str:
+        """What carries tensors between these ranks: over MPI go those of layers that have its axis."""
+        over_mpi = any(isinstance(v, MPIAxis) for module in network.modules() for v in vars(module).values())
+        if not over_mpi:
+            return self.world.backend
+        return "mpi" if self.mesh["data"].size() == 1 else f"mpi, {self.world.backend} between replicas"
+
+    def close(self) -> None:
+        stop(self.world)
+
+
+def join(mesh: MeshConfig, settings: dict[str, Any]) -> Context:
+    """Meet the other ranks, make sure that all have the same settings, and lay out the mesh."""
+    world = start(mesh.device, mesh.timeout)
+    try:
+        require_equal("configurations", settings, world.device)
+        data, group = mesh.data_parallel, mesh.group_parallel
+        if mesh.parallel == "fsdp":
+            data, group = (world.size if data == 1 else data), 1
+        return Context(world, init_mesh(data, group, device=mesh.device, timeout_s=mesh.timeout), mesh)
+    except BaseException:
+        stop(world)
+        raise
