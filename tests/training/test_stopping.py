@@ -9,7 +9,7 @@ import torch.distributed as dist
 from command import command, records, run
 
 from twolevel.training import stopping
-from twolevel.training.loop import Trainer
+from twolevel.training.epoch import Epochs
 from twolevel.training.stopping import SIGNALS, StopRequest
 
 
@@ -21,7 +21,7 @@ def await_agreement(stop: StopRequest) -> None:
 
 def asked_to_stop(number: int, place: str, step: int, *argv: str):
     """The command, in which the last rank alone gets a signal: within that training step, or in the test after it."""
-    take_step, say = Trainer._step, Trainer._test
+    take_step, say = Epochs.step, Epochs.test
 
     def signalled(self):
         if dist.get_rank() == dist.get_world_size() - 1:
@@ -40,11 +40,11 @@ def asked_to_stop(number: int, place: str, step: int, *argv: str):
         return say(self)
 
     before = [signal.getsignal(each) for each in SIGNALS]
-    setattr(Trainer, place, {"_step": step_signalled, "_test": test_signalled}[place])
+    setattr(Epochs, place, {"step": step_signalled, "test": test_signalled}[place])
     try:
         outcome = command(*argv)
     finally:
-        Trainer._step, Trainer._test = take_step, say
+        Epochs.step, Epochs.test = take_step, say
     assert [signal.getsignal(each) for each in SIGNALS] == before
     return outcome
 
@@ -57,7 +57,7 @@ def test_a_run_asked_to_stop_is_saved_and_goes_on(pool, tiny, tmp_path, ranks, n
     whole, output = tmp_path / "whole", tmp_path / "stopped"
     run(pool, "train", *options, "--output", whole, ranks=ranks)
     argv = [str(word) for word in ("train", *options, "--output", output)]
-    for outcome in pool.run(asked_to_stop, number, "_step", 5, *argv, ranks=ranks, init=False):
+    for outcome in pool.run(asked_to_stop, number, "step", 5, *argv, ranks=ranks, init=False):
         assert outcome.code == 130
     steps = [path.name for path in (output / "checkpoints").iterdir()]
     assert max(steps) == "step-00000005"
@@ -77,7 +77,7 @@ def test_a_run_asked_to_stop_in_a_test_makes_up_for_it(pool, tiny, tmp_path, ran
     whole, output = tmp_path / "whole", tmp_path / "stopped"
     run(pool, "train", *options, "--output", whole, ranks=ranks)
     argv = [str(word) for word in ("train", *options, "--output", output)]
-    for outcome in pool.run(asked_to_stop, signal.SIGTERM, "_test", 6, *argv, ranks=ranks, init=False):
+    for outcome in pool.run(asked_to_stop, signal.SIGTERM, "test", 6, *argv, ranks=ranks, init=False):
         assert outcome.code == 130
     assert len(records(output, "epoch")) == 1
     run(pool, "train", *options, "--output", output, "--resume", ranks=ranks)
@@ -89,7 +89,7 @@ def test_a_global_threshold_is_not_taken_twice_where_a_test_is_made_up_for(pool,
     whole, output = tmp_path / "whole", tmp_path / "stopped"
     run(pool, "train", *options, "--output", whole)
     argv = [str(word) for word in ("train", *options, "--output", output)]
-    pool.run(asked_to_stop, signal.SIGTERM, "_test", 3, *argv, ranks=1, init=False)
+    pool.run(asked_to_stop, signal.SIGTERM, "test", 3, *argv, ranks=1, init=False)
     run(pool, "train", *options, "--output", output, "--resume")
     thresholds = [[r["dgc_threshold"] for r in records(path, "epoch")] for path in (whole, output)]
     assert thresholds[0] == thresholds[1]
@@ -185,7 +185,7 @@ def test_data_workers_leave_signals_to_their_parent(pool, tiny, tmp_path):
 def signalled_with_workers(*argv: str):
     import multiprocessing
 
-    take_step = Trainer._step
+    take_step = Epochs.step
 
     def signalled(self, images, labels):
         rate = take_step(self, images, labels)
@@ -196,8 +196,8 @@ def signalled_with_workers(*argv: str):
             signal.raise_signal(signal.SIGTERM)
         return rate
 
-    Trainer._step = signalled
+    Epochs.step = signalled
     try:
         return command(*argv)
     finally:
-        Trainer._step = take_step
+        Epochs.step = take_step

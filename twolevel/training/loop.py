@@ -1,42 +1,37 @@
-"""The training loop."""
+"""A run from its settings to its last words; `epoch.py` has what happens in between."""
 
 import json
-import math
 import shlex
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twolevel.data import Data
-from twolevel.distributed import sync_buffers
 from twolevel.distributed.agreement import together
-from twolevel.errors import Stopped, UserError
+from twolevel.errors import Stopped
 from twolevel.terminal import program
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import TrainConfig
 from twolevel.training.context import Context, join
 from twolevel.training.display import Display, waiting
-from twolevel.training.evaluate import evaluate
+from twolevel.training.epoch import Epochs
 from twolevel.training.forms import ChosenForms, fix_forms
 from twolevel.training.graphed import GraphedStep, check_capturable
 from twolevel.training.metrics import MetricsLog
-from twolevel.training.optimiser import learning_rate, make_sgd
+from twolevel.training.optimiser import make_sgd
 from twolevel.training.output import claim
-from twolevel.training.precise_batch_norm import check_number, recompute_statistics
+from twolevel.training.precise_batch_norm import check_number
 from twolevel.training.preflight import check_kernels, check_resumable, warn_of_ignored
-from twolevel.training.rules import copy_choices, rules_for
+from twolevel.training.rules import rules_for
 from twolevel.training.state import TrainState, seed_ranks
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest
 
-# A batch of test images is a unit of work between two steps; of both tests of an epoch there are fewer than this.
-UNITS = 1 << 20
 
-
-def train(config: TrainConfig) -> dict | None:
+def train(config: TrainConfig) -> dict[str, Any] | None:
     """Carry out a run; every rank calls it with the same configuration.
 
     Leaves in the output folder `config.json`, `metrics.jsonl`, `epochs.csv`, `tensorboard/`,
@@ -45,244 +40,140 @@ def train(config: TrainConfig) -> dict | None:
 
     Raises UserError for what cannot be honoured, and Stopped where a signal asked for an end; both on every rank.
     """
-    ranks = join(config.mesh, config.flat())
+    context = join(config.mesh, config.flat())
     try:
-        with together(ranks.device):
-            check_kernels(config, ranks.device)
+        with together(context.device):
+            check_kernels(config, context.device)
             if config.run.cuda_graph:
-                check_capturable(config, ranks.device, ranks.world.backend)
-            warn_of_ignored(config, ranks.mesh)
+                check_capturable(config, context.device, context.world.backend)
+            warn_of_ignored(config, context.mesh)
         run = config.run
-        with claim(run.output, resume=run.resume, first=ranks.first, device=ranks.device) as start:
-            return Trainer(config, ranks, start).run()
+        with claim(run.output, resume=run.resume, first=context.first, device=context.device) as start:
+            return Trainer(config, context, start).run()
     finally:
-        ranks.close()
+        context.close()
 
 
 class Trainer:
     """One run on this rank, which goes on from the checkpoint `start` unless that is None."""
 
-    def __init__(self, config: TrainConfig, ranks: Context, start: Path | None):
-        self.config, self.ranks = config, ranks
-        mesh, run, rule = ranks.mesh, config.run, config.optimiser
-        recorded = run.forms
-        if start is not None:
-            with together(ranks.device):
-                written = checkpoint.read_state(start)
-                check_resumable(config, written, ranks.world.size)
-                recorded = written["config"]["run"].get("forms", {})
-
+    def __init__(self, config: TrainConfig, context: Context, start: Path | None):
+        self.config, self.context = config, context
+        recorded = self._recorded_forms(start)
+        run, optimiser = config.run, config.optimiser
         dtype = torch.float64 if run.precision == "float64" else torch.float32
-        self.data: Data = ranks.load_data(config.data, run.seed, dtype)
-        check_number(rule.precise_batch_norm, self.data.train)
-        self.strategy = ranks.strategy(run.precision)
-        self.strategy.check_batch(config.data.batch_size, rule.accumulate)
+        self.data: Data = context.load_data(config.data, run.seed, dtype)
+        check_number(optimiser.precise_batch_norm, self.data.train)
+        self.strategy = context.strategy(run.precision)
+        self.strategy.check_batch(config.data.batch_size, optimiser.accumulate)
         options = config.model.create_options() | {"num_classes": self.data.num_classes}
         sync = config.mesh.sync_batch_norm
-        model = ranks.build(self.strategy, options, run.seed, self.data.image_shape, sync_batch_norm=sync)
+        model = context.build(self.strategy, options, run.seed, self.data.image_shape, sync_batch_norm=sync)
         self.chosen = self._choose_forms(model, {} if run.remeasure else recorded)
         run.forms = recorded | self.chosen.forms
-        ema = None
-        if rule.ema_decay is not None:
-            average = get_ema_multi_avg_fn(rule.ema_decay)
-            ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        steps = self.data.train.steps_per_epoch
-        self.state = TrainState(config, model, make_sgd(model, rule), mesh, steps, self.data.num_classes, ema)
+        self.state = self._make_state(model)
         seed_ranks(run.seed, 0)
         if start is not None:
             self.state.load(start)
         self.rules = rules_for(model, config.rules)
         if run.compile:
             self.strategy.compile_(model)
-        self.train_step = TrainStep(self.strategy, model, self.state.optimiser, rule, self.rules)
-        if run.cuda_graph:
-            self.train_step = GraphedStep(self.train_step)
-        self.all_steps = rule.epochs * steps
-        self.last_step = min(self.all_steps, run.max_steps or math.inf)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        step = TrainStep(self.strategy, model, self.state.optimiser, optimiser, self.rules)
+        self.train_step = GraphedStep(step) if run.cuda_graph else step
+        self.all_steps = optimiser.epochs * self.state.steps_per_epoch
+        self.last_step = min(self.all_steps, run.max_steps or self.all_steps)
+
+    def _recorded_forms(self, start: Path | None) -> dict[str, str]:
+        """The forms that the run's settings or its checkpoint hold; makes sure that the run may go on from that."""
+        if start is None:
+            return self.config.run.forms
+        with together(self.context.device):
+            written = checkpoint.read_state(start)
+            check_resumable(self.config, written, self.context.world.size)
+            return written["config"]["run"].get("forms", {})
 
     def _choose_forms(self, model: nn.Module, recorded: dict[str, str]) -> ChosenForms:
-        batch = (
-            self.config.data.batch_size // self.ranks.mesh["data"].size() // self.config.optimiser.accumulate
-        )
-        with waiting("choosing kernels", shown=self.ranks.first):
-            return fix_forms(
-                model, self.strategy, batch // self.strategy.microbatches, self.data.image_shape, recorded
-            )
+        images = self.config.data.batch_size // self.context.mesh["data"].size()
+        batch = images // self.config.optimiser.accumulate // self.strategy.microbatches
+        with waiting("choosing kernels", shown=self.context.first):
+            return fix_forms(model, self.strategy, batch, self.data.image_shape, recorded)
 
-    def run(self) -> dict | None:
-        state, run = self.state, self.config.run
-        self.display = Display(self.last_step, state.step, shown=self.ranks.first)
-        self.metrics = None
-        with together(self.ranks.device):
-            if self.ranks.first:
-                (run.output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
-                if self.chosen.why:
-                    (run.output / "forms.json").write_text(json.dumps(self.chosen.why, indent=1) + "\n")
-                self.metrics = MetricsLog(run.output, state.step)
-        last = None
+    def _make_state(self, model: nn.Module) -> TrainState:
+        decay, ema = self.config.optimiser.ema_decay, None
+        if decay is not None:
+            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        sgd = make_sgd(model, self.config.optimiser)
+        steps = self.data.train.steps_per_epoch
+        return TrainState(self.config, model, sgd, self.context.mesh, steps, self.data.num_classes, ema)
+
+    def run(self) -> dict[str, Any] | None:
+        """Carry it out; the record of the last epoch, None where no epoch ends."""
+        state, first = self.state, self.context.first
+        self.display = Display(self.last_step, state.step, shown=first)
+        metrics_log = None
+        with together(self.context.device):
+            if first:
+                metrics_log = self._begin_records()
         try:
-            with self.display as display, StopRequest() as self.stop:
-                display.say(self._headline())
-                if self.chosen.measured:
-                    display.say(
-                        f"chose kernels for {len(self.chosen.forms)} sizes of layers in {self.chosen.seconds:.0f} s "
-                        f"({run.output / 'forms.json'})"
-                    )
-                while state.untested or state.step < self.last_step:
-                    last = self._epoch() or last
+            with self.display, StopRequest() as stop:
+                self._opening_words()
+                epochs = Epochs(
+                    config=self.config,
+                    data=self.data,
+                    strategy=self.strategy,
+                    state=state,
+                    train_step=self.train_step,
+                    rules=self.rules,
+                    display=self.display,
+                    metrics=metrics_log,
+                    stop=stop,
+                    all_steps=self.all_steps,
+                    last_step=self.last_step,
+                )
+                last = epochs.run()
         except Stopped:
             if state.saved != state.step:
                 state.save()
             raise
         finally:
-            if self.metrics is not None:
-                self.metrics.close()
-        if self.ranks.first:
+            if metrics_log is not None:
+                metrics_log.close()
+        if first:
             self._closing_words(last)
         return last
 
-    def _epoch(self) -> dict | None:
-        """Go on to the end of the epoch and test, or to the last step where that comes before."""
-        if not self.state.untested:
-            self._train()
-            if self.state.position:
-                return None
-        return self._test()
+    def _begin_records(self) -> MetricsLog:
+        """Write what is known before the first step."""
+        output = self.output
+        (output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+        if self.chosen.why:
+            (output / "forms.json").write_text(json.dumps(self.chosen.why, indent=1) + "\n")
+        return MetricsLog(output, self.state.step)
 
-    def _train(self) -> None:
-        state, run = self.state, self.config.run
-        epoch, began = state.epoch, time.perf_counter()
-        self.interval_began = began
-        images_before = state.epoch_sums[2]
-        state.model.train()
-        logged, rate = True, 0.0
-        for images, labels in self.data.train.batches(epoch, state.position):
-            if self.stop.due(state.step * UNITS):
-                if not logged:
-                    self._log(epoch, rate)
-                raise self._stopped()
-            rate = self._step(images, labels)
-            state.step += 1
-            saving = run.checkpoint_steps is not None and state.step % run.checkpoint_steps == 0
-            stopping = state.step == self.last_step
-            ending = state.position == 0
-            logged = saving or stopping or ending or state.step % run.log_steps == 0
-            if logged:
-                self._log(epoch, rate)
-            if ending:
-                break
-            if saving or stopping:
-                state.save()
-            if stopping:
-                return
-        loss, right, number = state.epoch_sums
-        seconds = time.perf_counter() - began
-        state.untested = {
-            "kind": "epoch",
-            "epoch": epoch + 1,
-            "step": state.step,
-            "train_loss": loss / number,
-            "train_error": 100 * (1 - right / number),
-            "learning_rate": rate,
-            "images_per_second": (number - images_before) / seconds,
-            "seconds": seconds,
-        }
-        state.epoch_sums = [0.0, 0.0, 0.0]
-        for r in self.rules:
-            state.untested |= r.end_epoch()
-        if state.ema is not None:
-            copy_choices(state.model, state.ema.module)
+    @property
+    def output(self) -> Path:
+        return self.config.run.output
 
-    def _test(self) -> dict:
-        """Test what the epoch has trained, record it, and write a checkpoint."""
-        state = self.state
-        record = dict(state.untested)
-        unit = (state.step - 1) * UNITS  # of the epoch's last step
-        for index, (prefix, model) in enumerate((("", state.model), ("ema_", state.ema))):
-            if model is None:
-                continue
-            sync_buffers(model, state.mesh)
-            if number := self.config.optimiser.precise_batch_norm:
-                recompute_statistics(model, self.data.train, record["epoch"] - 1, number, self.strategy)
-            first = unit + 1 + index * UNITS // 2
-
-            def pause(batch: int, first: int = first) -> None:
-                if self.stop.due(first + min(batch, UNITS // 2 - 2)):  # ALL_BATCHES is the last
-                    raise self._stopped()
-
-            tested = evaluate(model, self.data.test, self.strategy, pause)
-            if tested.not_finite == tested.images:
-                raise UserError(
-                    f"no output of the network is finite for any of {tested.images} test images after step "
-                    f"{state.step}; nothing of this epoch was saved; try a lower --learning-rate or a --clip-norm"
-                )
-            record |= tested.record(prefix)
-        if self.ranks.first:
-            self.metrics.write(record)
-            self.display.epoch(record, self.config.optimiser.epochs)
-        state.untested = None
-        state.save()
-        return record
-
-    def _stopped(self) -> Stopped:
-        return Stopped(
-            f"stopped at step {self.state.step} of {self.all_steps}, which is saved in {self.config.run.output}; "
-            "go on with --resume"
-        )
-
-    def _step(self, images: Tensor, labels: Tensor) -> float:
-        """One optimiser step on this rank's share of a batch; returns the learning rate. No host wait."""
-        state = self.state
-        rate = learning_rate(self.config.optimiser, state.step, state.steps_per_epoch)
-        self.train_step.set_rate(rate)
-        for r in self.rules:
-            r.begin_step(state.step / self.all_steps)
-        self.sums += self.train_step(images, labels)
-        if state.ema is not None:
-            state.ema.update_parameters(state.model)
-            copy_choices(state.model, state.ema.module)
-        return rate
-
-    def _log(self, epoch: int, rate: float) -> None:
-        """Read the sums since the last record; waits for the device."""
-        state = self.state
-        sums = self.strategy.total(self.sums)
-        self.sums.zero_()
-        loss, right, number = sums
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {state.step} with learning_rate={rate:g}; "
-                "try a lower --learning-rate, a --warmup-epochs, or a --clip-norm"
+    def _opening_words(self) -> None:
+        self.display.say(self._headline())
+        if self.chosen.measured:
+            self.display.say(
+                f"chose kernels for {len(self.chosen.forms)} sizes of layers in {self.chosen.seconds:.0f} s "
+                f"({self.output / 'forms.json'})"
             )
-        state.epoch_sums = [a + b for a, b in zip(state.epoch_sums, sums, strict=True)]
-        now = time.perf_counter()
-        record = {
-            "kind": "step",
-            "epoch": epoch + 1,
-            "step": state.step,
-            "loss": loss / number,
-            "error": 100 * (1 - right / number),
-            "learning_rate": rate,
-            "images_per_second": number / (now - self.interval_began),
-        }
-        self.interval_began = now
-        if self.ranks.first:
-            self.metrics.write(record)
-            self.display.step(record)
 
     def _headline(self) -> str:
         config, state = self.config, self.state
         going_on = f", from step {state.step}" if state.step else ""
         return (
             f"{config.model.model} {config.model.conv} groups={config.model.groups} on {config.data.data}: "
-            f"{self.strategy} on {self.ranks.device.type} ({self.ranks.carriers(state.model)}), "
+            f"{self.strategy} on {self.context.device.type} ({self.context.carriers(state.model)}), "
             f"{self.strategy.held(state.model):,} parameters on this one, "
             f"{config.optimiser.epochs} epochs of {state.steps_per_epoch} steps{going_on}"
         )
 
-    def _closing_words(self, last: dict | None) -> None:
-        output: Path = self.config.run.output
+    def _closing_words(self, last: dict[str, Any] | None) -> None:
+        output = self.output
         if self.state.step < self.all_steps:
             self.display.say(f"stopped at step {self.state.step} of {self.all_steps}; go on with --resume")
         if last is None:

@@ -1,0 +1,193 @@
+"""One epoch of a run after the other: train, test, record, save."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twolevel.data import Data
+from twolevel.distributed import sync_buffers
+from twolevel.errors import Stopped, UserError
+from twolevel.training.config import TrainConfig
+from twolevel.training.display import Display
+from twolevel.training.evaluate import evaluate
+from twolevel.training.graphed import GraphedStep
+from twolevel.training.metrics import MetricsLog
+from twolevel.training.optimiser import learning_rate
+from twolevel.training.precise_batch_norm import recompute_statistics
+from twolevel.training.rules import Rule, copy_choices
+from twolevel.training.state import TrainState
+from twolevel.training.step import TrainStep
+from twolevel.training.stopping import StopRequest
+from twolevel.training.strategies import Strategy
+
+# A batch of test images is a unit of work between two steps; of both tests of an epoch there are fewer than this.
+UNITS = 1 << 20
+
+
+@dataclass
+class Epochs:
+    """The epochs of a run on this rank. `metrics` is None on all ranks but the first.
+
+    `last_step` is the number of steps after which the run ends, at most `all_steps`, those of all its epochs.
+    """
+
+    config: TrainConfig
+    data: Data
+    strategy: Strategy
+    state: TrainState
+    train_step: TrainStep | GraphedStep
+    rules: list[Rule]
+    display: Display
+    metrics: MetricsLog | None
+    stop: StopRequest
+    all_steps: int
+    last_step: int
+    began: float = field(default=0.0, init=False)
+    """When the steps began that are not recorded yet."""
+    rate: float = field(default=0.0, init=False)
+    """The learning rate of the last step."""
+
+    def __post_init__(self):
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.strategy.device)
+
+    def run(self) -> dict[str, Any] | None:
+        """All that are left; the record of the last one, None where no epoch ends."""
+        last = None
+        while self.state.untested or self.state.step < self.last_step:
+            if self.state.untested or self.train():
+                last = self.test()
+        return last
+
+    def train(self) -> bool:
+        """Go on to the end of the epoch, or to the last step where that comes before; whether the epoch ended."""
+        state, run = self.state, self.config.run
+        epoch, began = state.epoch, time.perf_counter()
+        self.began = began
+        images_before = state.epoch_sums[2]
+        state.model.train()
+        recorded = True
+        for images, labels in self.data.train.batches(epoch, state.position):
+            if self.stop.due(state.step * UNITS):
+                if not recorded:
+                    self.record_steps(epoch)
+                raise self.stopped()
+            self.rate = self.step(images, labels)
+            state.step += 1
+            saving = run.checkpoint_steps is not None and state.step % run.checkpoint_steps == 0
+            stopping = state.step == self.last_step
+            ending = state.position == 0
+            recorded = saving or stopping or ending or state.step % run.log_steps == 0
+            if recorded:
+                self.record_steps(epoch)
+            if ending:
+                break
+            if saving or stopping:
+                state.save()
+            if stopping:
+                return False
+        self.finish(epoch, time.perf_counter() - began, images_before)
+        return True
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """One optimiser step on this rank's share of a batch; returns the learning rate. No host wait."""
+        state = self.state
+        rate = learning_rate(self.config.optimiser, state.step, state.steps_per_epoch)
+        self.train_step.set_rate(rate)
+        for rule in self.rules:
+            rule.begin_step(state.step / self.all_steps)
+        self.sums += self.train_step(images, labels)
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+            copy_choices(state.model, state.ema.module)
+        return rate
+
+    def record_steps(self, epoch: int) -> None:
+        """Record the steps since the last record; waits for the device."""
+        state = self.state
+        sums = self.strategy.total(self.sums)
+        self.sums.zero_()
+        loss, right, number = sums
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {state.step} with learning_rate={self.rate:g}; "
+                "try a lower --learning-rate, a --warmup-epochs, or a --clip-norm"
+            )
+        state.epoch_sums = [a + b for a, b in zip(state.epoch_sums, sums, strict=True)]
+        now = time.perf_counter()
+        record = {
+            "kind": "step",
+            "epoch": epoch + 1,
+            "step": state.step,
+            "loss": loss / number,
+            "error": 100 * (1 - right / number),
+            "learning_rate": self.rate,
+            "images_per_second": number / (now - self.began),
+        }
+        self.began = now
+        if self.metrics is not None:
+            self.metrics.write(record)
+            self.display.step(record)
+
+    def finish(self, epoch: int, seconds: float, images_before: float) -> None:
+        """Keep a trained epoch's record until it is tested; `images_before` were seen by an earlier process."""
+        state = self.state
+        loss, right, number = state.epoch_sums
+        state.untested = {
+            "kind": "epoch",
+            "epoch": epoch + 1,
+            "step": state.step,
+            "train_loss": loss / number,
+            "train_error": 100 * (1 - right / number),
+            "learning_rate": self.rate,
+            "images_per_second": (number - images_before) / seconds,
+            "seconds": seconds,
+        }
+        state.epoch_sums = [0.0, 0.0, 0.0]
+        for rule in self.rules:
+            state.untested |= rule.end_epoch()
+        if state.ema is not None:
+            copy_choices(state.model, state.ema.module)
+
+    def test(self) -> dict[str, Any]:
+        """Test the network that the epoch has trained and its moving average, record the epoch, write a checkpoint."""
+        state = self.state
+        assert state.untested is not None
+        record = dict(state.untested)
+        unit = (state.step - 1) * UNITS  # of the epoch's last step
+        record |= self.test_network(state.model, record["epoch"] - 1, unit + 1)
+        if state.ema is not None:
+            record |= self.test_network(state.ema, record["epoch"] - 1, unit + 1 + UNITS // 2, "ema_")
+        if self.metrics is not None:
+            self.metrics.write(record)
+            self.display.epoch(record, self.config.optimiser.epochs)
+        state.untested = None
+        state.save()
+        return record
+
+    def test_network(self, network: nn.Module, epoch: int, first: int, prefix: str = "") -> dict[str, Any]:
+        """What the record of `epoch` says of one network; `first` is the unit of work of its first batch."""
+        sync_buffers(network, self.state.mesh)
+        if number := self.config.optimiser.precise_batch_norm:
+            recompute_statistics(network, self.data.train, epoch, number, self.strategy)
+
+        def pause(batch: int) -> None:
+            if self.stop.due(first + min(batch, UNITS // 2 - 2)):  # ALL_BATCHES is the last
+                raise self.stopped()
+
+        tested = evaluate(network, self.data.test, self.strategy, pause)
+        if tested.not_finite == tested.images:
+            raise UserError(
+                f"no output of the network is finite for any of {tested.images} test images after step "
+                f"{self.state.step}; nothing of this epoch was saved; try a lower --learning-rate or a --clip-norm"
+            )
+        return tested.record(prefix)
+
+    def stopped(self) -> Stopped:
+        return Stopped(
+            f"stopped at step {self.state.step} of {self.all_steps}, which is saved in {self.config.run.output}; "
+            "go on with --resume"
+        )
