@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from twolevel.cli.options import parse
+from twolevel.data.registry import list_of_names
 from twolevel.settings import Precision, WeightsOf
 from twolevel.training.config import MeshConfig
+
+_NAMES = list_of_names(about=False)
 
 
 @dataclass
@@ -20,8 +24,9 @@ class EvaluateConfig:
     weights: WeightsOf = "model"
     """the weights themselves, or their exponential moving average"""
 
-    data: str | None = None
-    """data set: sample, cifar10, cifar100 or imagenet; that of the run unless given"""
+    data: Annotated[str | None, tyro.conf.arg(help=f"data set: {_NAMES}; that of the run unless given")] = (
+        None
+    )
 
     data_root: Path | None = None
     """folder of the data set; that of the run unless given"""

@@ -13,7 +13,9 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
-from twolevel.data.memory import LabelledImages
+from twolevel.data.config import DataConfig
+from twolevel.data.memory import LabelledImages, in_memory
+from twolevel.data.split import Data, View
 from twolevel.errors import UserError
 
 SOURCES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -23,6 +25,18 @@ MEAN_STD = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 """Mean and standard deviation of each channel, over every pixel of the 50,000 training images / 255."""
+
+
+def prepare(config: DataConfig) -> None:
+    """Fetch the data set if `config.download`, and verify it. Raises UserError as `download` and `verify` do."""
+    (download if config.download else verify)(config.data, config.data_root)
+
+
+def load(config: DataConfig, view: View) -> Data:
+    """The data set as a rank sees it. Raises UserError as `read` and `in_memory` do."""
+    train, test, classes = read(config.data, config.data_root)
+    mean, std = MEAN_STD[config.data]
+    return in_memory(config, view, train=train, test=test, classes=classes, mean=mean, std=std)
 
 
 def read(name: str, root: Path) -> tuple[LabelledImages, LabelledImages, list[str]]:
@@ -43,7 +57,7 @@ def verify(name: str, root: Path) -> None:
     """Check that every file of data set `name` is there and has its published md5.
 
     Raises:
-        UserError: one is missing or damaged; the message says which and what would do.
+        UserError: one is missing or damaged; the message says which, and what to do.
     """
     folder = root / SOURCES[name].base_folder
     hint = "add --download, set --data-root to the folder that holds it, or use --data sample"

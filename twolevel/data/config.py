@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import tyro
+
+from twolevel.data.registry import DATA_SETS, DataSet, list_of_names
 from twolevel.errors import UserError, unknown
 from twolevel.settings import FIXED, FREE
 
-NUM_CLASSES = {"sample": 10, "cifar10": 10, "cifar100": 100}
-"""The data sets of 32 x 32 images; the remaining one, imagenet, has the classes of its folder."""
-
-DATA_SETS = (*NUM_CLASSES, "imagenet")
+# Settings that some data sets alone use.
+NOT_OF_ALL = ("data_root", "download", "workers", "image_size")
 
 
 @dataclass
@@ -20,8 +22,9 @@ class DataConfig:
         UserError: a field has a value that cannot be honoured.
     """
 
-    data: str = field(default="sample", metadata=FIXED)
-    """data set: sample (2,500 CIFAR-10 images in the package), cifar10, cifar100 or imagenet"""
+    data: Annotated[str, tyro.conf.arg(help=f"data set: {list_of_names(about=True)}")] = field(
+        default="sample", metadata=FIXED
+    )
 
     data_root: Path = field(default=Path("data"), metadata=FREE)
     """folder of the data set: CIFAR as torchvision lays it out, or ImageNet's train/ and val/"""
@@ -49,11 +52,13 @@ class DataConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{name}={value!r} is invalid; use an integer of {least} or more")
-        if self.download and self.data == "imagenet":
-            raise UserError(
-                "download=True: imagenet has to be asked for at image-net.org; "
-                "put its train/ and val/ under data_root and leave download out"
-            )
+        if self.download and self.data_set.no_download:
+            raise UserError(f"download=True: {self.data_set.no_download}")
+
+    @property
+    def data_set(self) -> DataSet:
+        """What is known of the data set before it is read."""
+        return DATA_SETS[self.data]
 
     @property
     def num_classes(self) -> int:
@@ -62,25 +67,18 @@ class DataConfig:
         Raises:
             UserError: the ImageNet folder is missing or has no classes.
         """
-        if self.data == "imagenet":
-            return len(class_folders(self.data_root / "train"))
-        return NUM_CLASSES[self.data]
+        return self.data_set.num_classes or len(class_folders(self.data_root / "train"))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape (3, height, width) of one image as the network sees it."""
-        size = self.image_size if self.data == "imagenet" else 32
+        size = self.data_set.image_size or self.image_size
         return (3, size, size)
 
     def ignored(self) -> list[str]:
         """The fields that differ from their default but have no effect on this data set."""
-        without_effect = {
-            "sample": ("data_root", "download", "workers", "image_size"),
-            "cifar10": ("workers", "image_size"),
-            "cifar100": ("workers", "image_size"),
-            "imagenet": (),
-        }
-        return [n for n in without_effect[self.data] if getattr(self, n) != getattr(DataConfig, n)]
+        without_effect = [name for name in NOT_OF_ALL if name not in self.data_set.uses]
+        return [name for name in without_effect if getattr(self, name) != getattr(DataConfig, name)]
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -14,8 +14,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as TF
 
 from twolevel.data.augment import Normalise, draw_resized_crop
-from twolevel.data.config import class_folders
+from twolevel.data.config import DataConfig, class_folders
 from twolevel.data.order import Order, share
+from twolevel.data.split import Data, View
 from twolevel.errors import UserError
 from twolevel.streams import stream
 
@@ -27,6 +28,30 @@ RESIZE = 256 / 224
 
 Job = tuple[list[int], tuple[int, int, int] | None]
 """The images of one batch; to augment them, also (seed, epoch, place in the epoch of the first)."""
+
+
+def prepare(config: DataConfig) -> None:
+    """Verify the folders. Raises UserError as `verify` does."""
+    verify(config.data_root)
+
+
+def load(config: DataConfig, view: View) -> Data:
+    """The folders as a rank sees them.
+
+    Raises:
+        UserError: as `verify`; a class without images; a batch that is too large or does not divide over the ranks.
+    """
+    classes = verify(config.data_root)
+    train, test = (ImageFiles(config.data_root / split, config.image_size) for split in ("train", "val"))
+    order = Order(len(train), config.batch_size, view.seed, view.data_rank, view.data_size)
+    normalise = Normalise(*MEAN_STD, view.device, view.dtype)
+    return Data(
+        train=TrainFolder(train, normalise, view.device, config.workers, order, config.augment),
+        test=EvalFolder(test, normalise, view.device, config.workers, view.data_rank, view.data_size),
+        num_classes=len(classes),
+        classes=classes,
+        image_shape=config.image_shape,
+    )
 
 
 def verify(root: Path) -> list[str]:

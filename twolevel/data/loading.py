@@ -1,15 +1,21 @@
 """From a configuration to a data set: `prepare` on one rank of a node, then `load` on every rank."""
 
+import importlib
 import warnings
+from typing import Protocol, cast
 
 import torch
 
-from twolevel.data import cifar, imagenet, sample
-from twolevel.data.augment import Normalise
 from twolevel.data.config import DataConfig
-from twolevel.data.memory import EvalInMemory, TrainInMemory
-from twolevel.data.order import Order
-from twolevel.data.split import Data
+from twolevel.data.split import Data, View
+
+
+class DataSetModule(Protocol):
+    """What the module of a data set has; see `twolevel.data.registry`."""
+
+    def prepare(self, config: DataConfig) -> None: ...
+
+    def load(self, config: DataConfig, view: View) -> Data: ...
 
 
 def prepare(config: DataConfig) -> None:
@@ -25,13 +31,7 @@ def prepare(config: DataConfig) -> None:
             f"{name}={str(getattr(config, name))!r} is ignored: it has no effect on data={config.data!r}",
             stacklevel=2,
         )
-    if config.data == "imagenet":
-        imagenet.verify(config.data_root)
-    elif config.data in cifar.SOURCES:
-        if config.download:
-            cifar.download(config.data, config.data_root)
-        else:
-            cifar.verify(config.data, config.data_root)
+    _module(config).prepare(config)
 
 
 def load(
@@ -52,43 +52,9 @@ def load(
         UserError: the data set is missing or damaged, or `config.batch_size` is more than it holds
             or does not divide over the ranks.
     """
-    device = torch.device(device)
-    if config.data == "imagenet":
-        return _load_folder(config, seed, device, data_rank, data_size, dtype)
-    if config.data == "sample":
-        (train, test, classes), constants = sample.load_sample(), cifar.MEAN_STD["cifar10"]
-    else:
-        train, test, classes = cifar.read(config.data, config.data_root)
-        constants = cifar.MEAN_STD[config.data]
-    order = Order(len(train), config.batch_size, seed, data_rank, data_size)
-    normalise = Normalise(*constants, device, dtype)
-    return Data(
-        train=TrainInMemory(train.to(device), normalise, order, config.augment),
-        test=EvalInMemory(test.to(device), normalise, data_rank, data_size),
-        num_classes=len(classes),
-        classes=classes,
-        image_shape=config.image_shape,
-    )
+    view = View(seed=seed, device=torch.device(device), dtype=dtype, data_rank=data_rank, data_size=data_size)
+    return _module(config).load(config, view)
 
 
-def _load_folder(
-    config: DataConfig,
-    seed: int,
-    device: torch.device,
-    data_rank: int,
-    data_size: int,
-    dtype: torch.dtype,
-) -> Data:
-    classes = imagenet.verify(config.data_root)
-    train, test = (
-        imagenet.ImageFiles(config.data_root / split, config.image_size) for split in ("train", "val")
-    )
-    order = Order(len(train), config.batch_size, seed, data_rank, data_size)
-    shared = (Normalise(*imagenet.MEAN_STD, device, dtype), device, config.workers)
-    return Data(
-        train=imagenet.TrainFolder(train, *shared, order, config.augment),
-        test=imagenet.EvalFolder(test, *shared, data_rank, data_size),
-        num_classes=len(classes),
-        classes=classes,
-        image_shape=config.image_shape,
-    )
+def _module(config: DataConfig) -> DataSetModule:
+    return cast(DataSetModule, importlib.import_module(f"twolevel.data.{config.data_set.module}"))

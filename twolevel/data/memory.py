@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from twolevel.data.augment import Normalise, crop_and_flip, draw_crops
+from twolevel.data.config import DataConfig
 from twolevel.data.order import Order, share
+from twolevel.data.split import Data, View
 from twolevel.streams import stream
 
 
@@ -78,3 +80,29 @@ class EvalInMemory:
         for begin in range(self.share.start, self.share.stop, batch_size):
             rows = slice(begin, min(begin + batch_size, self.share.stop))
             yield self.normalise(self.data.images[rows]), self.data.labels[rows]
+
+
+def in_memory(
+    config: DataConfig,
+    view: View,
+    *,
+    train: LabelledImages,
+    test: LabelledImages,
+    classes: list[str],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Data:
+    """A data set of these images, moved to the device of `view`; `mean` and `std` of each channel normalise them.
+
+    Raises:
+        UserError: a batch is more than the training images, or does not divide over the ranks.
+    """
+    order = Order(len(train), config.batch_size, view.seed, view.data_rank, view.data_size)
+    normalise = Normalise(mean, std, view.device, view.dtype)
+    return Data(
+        train=TrainInMemory(train.to(view.device), normalise, order, config.augment),
+        test=EvalInMemory(test.to(view.device), normalise, view.data_rank, view.data_size),
+        num_classes=len(classes),
+        classes=classes,
+        image_shape=config.image_shape,
+    )

@@ -16,7 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from twolevel.data import cifar
-from twolevel.data.memory import LabelledImages
+from twolevel.data.config import DataConfig
+from twolevel.data.memory import LabelledImages, in_memory
+from twolevel.data.registry import CIFAR_CITATION
+from twolevel.data.split import Data, View
 from twolevel.errors import UserError
 
 FOLDER = Path(__file__).parent / "bundled"
@@ -24,7 +27,16 @@ IMAGES_PER_CLASS = {"train": 200, "test": 50}
 COLUMNS = 25
 """Images in a row of a sheet: both splits fill whole rows."""
 
-CITATION = 'Alex Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009'
+
+def prepare(config: DataConfig) -> None:
+    """Nothing: the sample is in the package."""
+
+
+def load(config: DataConfig, view: View) -> Data:
+    """The sample as a rank sees it. Raises UserError as `load_sample` and `in_memory` do."""
+    train, test, classes = load_sample()
+    mean, std = cifar.MEAN_STD["cifar10"]
+    return in_memory(config, view, train=train, test=test, classes=classes, mean=mean, std=std)
 
 
 def load_sample(folder: Path = FOLDER) -> tuple[LabelledImages, LabelledImages, list[str]]:
@@ -51,7 +63,7 @@ def build(root: Path, folder: Path = FOLDER) -> None:
         UserError: CIFAR-10 is missing or damaged.
     """
     train, test, classes = cifar.read("cifar10", root)
-    facts: dict[str, object] = {"from": "CIFAR-10", "cite": CITATION, "classes": classes}
+    facts: dict[str, object] = {"from": "CIFAR-10", "cite": CIFAR_CITATION, "classes": classes}
     folder.mkdir(exist_ok=True)
     for split, data in (("train", train), ("test", test)):
         chosen = first_of_each_class(data.labels, IMAGES_PER_CLASS[split])

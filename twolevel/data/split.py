@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -53,7 +54,21 @@ class EvalSplit(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How one rank sees a data set: its share of it, and its device and type.
+
+    Data rank `data_rank` of `data_size`; `seed` fixes the order, the crops and the flips.
+    """
+
+    seed: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    data_rank: int = 0
+    data_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """A data set, ready to train on."""
 

@@ -25,7 +25,6 @@ from twolevel.analysis.patterns import (
 )
 from twolevel.data.augment import Normalise
 from twolevel.data.config import DataConfig
-from twolevel.data.sample import CITATION
 from twolevel.errors import UserError
 from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
 from twolevel.training import checkpoint, metrics
@@ -183,7 +182,8 @@ def _kept_pictures(run: Run, context: Context, given: dict[str, Any]) -> Iterato
 
     pictures = thumbnails(patterns.images, data.test.normalise)
     names = [data.classes[label] for label in patterns.labels]
-    source = "" if config.data == "imagenet" else f"Images: {CITATION}"
+    citation = config.data_set.citation
+    source = f"Images: {citation}" if citation else ""
     figure = draw.kept_channels(patterns, pictures, names, run.title, source)
     yield "kept_channels.png", figure, f"channels that each head keeps of {shown} test images"
     counted = f"{patterns.num_images:,} of {len(data.test):,} test images"

@@ -21,11 +21,6 @@ from twolevel.training.validation import check, from_dict
 
 __all__ = ["MeshConfig", "ModelConfig", "OptimiserConfig", "RuleConfig", "RunConfig", "TrainConfig"]
 
-# Epochs, milestones, weight decay: Lee, Park, Lee, "Two-level Group Convolution", section 4; the digits of
-# the decay are not in the paper and are the conventional ones.
-CIFAR_RECIPE = {"epochs": 200, "lr_milestones": (60, 120, 160), "weight_decay": 5e-4}
-IMAGENET_RECIPE = {"epochs": 90, "lr_milestones": (30, 60), "weight_decay": 1e-4}
-
 
 @dataclass
 class TrainConfig:
@@ -39,8 +34,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        recipe = IMAGENET_RECIPE if self.data.data == "imagenet" else CIFAR_RECIPE
-        for name, value in recipe.items():
+        for name, value in asdict(self.data.data_set.recipe).items():
             belongs = name != "lr_milestones" or self.optimiser.lr_schedule == "multistep"
             if getattr(self.optimiser, name) is None and belongs:
                 setattr(self.optimiser, name, value)
