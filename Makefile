@@ -11,7 +11,8 @@ OLDEST = torch==2.11.0 torchvision==0.26.0
 
 help:
 	@echo "make demo         install into .venv, then train GC-2L over $(RANKS) ranks on the bundled sample"
-	@echo "make test         install into .venv, then check the style and run every test"
+	@echo "make check        install into .venv, then check style and types"
+	@echo "make test         the same, then run every test"
 	@echo "make test-oldest  install $(OLDEST) into .venv-oldest, then run every test,"
 	@echo "                  or some: make test-oldest TESTS='tests/ops tests/nn'"
 	@echo "make clean        remove .venv, .venv-oldest and what a build left"
@@ -39,9 +40,12 @@ demo: .venv/installed
 	@echo "  $(TRAIN) \\"
 	@echo "      --data cifar10 --download"
 
-test: .venv/installed
+check: .venv/installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+test: check
 	.venv/bin/python -m pytest
 
 test-oldest: .venv-oldest/installed
@@ -50,4 +54,4 @@ test-oldest: .venv-oldest/installed
 clean:
 	rm -rf .venv .venv-oldest build *.egg-info
 
-.PHONY: help demo test test-oldest clean
+.PHONY: help demo check test test-oldest clean
