@@ -20,7 +20,7 @@ from benchmarks.collectives import by_kind, counting
 from benchmarks.strategies import OVER_DATA, Training, build
 from twolevel import models
 from twolevel.errors import UserError
-from twolevel.nn.layout import ends
+from twolevel.nn.structure import ends
 from twolevel.settings import PIPELINES
 
 WARM_UP = 2

@@ -9,7 +9,7 @@ from benchmarks.collectives import by_kind
 from benchmarks.scaling.cases import WEAK_WIDTH, Case, Job
 from twolevel import models
 from twolevel.analysis import count
-from twolevel.nn.layout import ends
+from twolevel.nn.structure import ends
 
 
 def rows_of(job: Job, cases: list[Case], found: dict) -> list[dict]:

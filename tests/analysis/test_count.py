@@ -13,8 +13,8 @@ from twolevel.analysis.report import count_table
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
+from twolevel.nn.base import WholeConv2d
 from twolevel.nn.structure import ACTIVATIONS
-from twolevel.nn.whole import WholeConv2d
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
-from twolevel.nn.layout import convolutions
+from twolevel.nn.structure import convolutions
 
 
 def test_standard_convolutions_give_torchvisions_network():

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from twolevel.errors import UserError
 from twolevel.models import create, wide_resnet, wide_resnet34_2
 from twolevel.nn import TwoLevelConv2d
-from twolevel.nn.layout import convolutions
+from twolevel.nn.structure import convolutions
 
 # Float64 sums of at most some hundred numbers in every layer, taken in the same order up to that of groups.
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}

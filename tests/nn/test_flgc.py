@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError
 from twolevel.nn.flgc import FLGConv2d, one_hot_rows
-from twolevel.nn.fold import fold_permutations
+from twolevel.nn.inference.fold import fold_permutations
 
 CL = torch.channels_last
 # The same sums of at most some hundred float64 products, in another order.

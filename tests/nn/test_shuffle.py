@@ -11,7 +11,7 @@ from torch import nn
 from twolevel.errors import UserError
 from twolevel.nn import initialize
 from twolevel.nn.channels import take_channels
-from twolevel.nn.fold import fold_permutations
+from twolevel.nn.inference.fold import fold_permutations
 from twolevel.nn.shuffle import ShuffleConv2d
 
 CL = torch.channels_last

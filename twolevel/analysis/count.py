@@ -12,8 +12,8 @@ from twolevel.analysis.elementwise import ElementCounter
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_divides
-from twolevel.nn.layout import ends, named_layers
-from twolevel.nn.whole import WholeConv2d
+from twolevel.nn.base import WholeConv2d
+from twolevel.nn.structure import ends, named_layers
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 

@@ -29,7 +29,8 @@ from twolevel.distributed.within_groups import PER_CHANNEL, is_per_channel
 from twolevel.errors import UserError
 from twolevel.nn import layout_of
 from twolevel.nn.arguments import check_divides
-from twolevel.nn.layout import Layout, channel_dims, ends
+from twolevel.nn.layout import Layout, channel_dims
+from twolevel.nn.structure import ends
 from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.restriction import conv_backward

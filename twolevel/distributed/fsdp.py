@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from twolevel.distributed.layerwise import draw, synchronise_batch_norm
 from twolevel.errors import UserError
 from twolevel.nn import Layout, layout_of
-from twolevel.nn.whole import WholeConv2d
+from twolevel.nn.base import WholeConv2d
 
 
 def shard_parameters(

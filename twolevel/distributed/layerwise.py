@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from twolevel.distributed.batch_norm import SyncedBatchNorm2d
 from twolevel.distributed.collectives import MeshAxis
-from twolevel.distributed.within_groups import trace_layers
 from twolevel.errors import UserError
 from twolevel.nn import Layout, initialize
+from twolevel.nn.structure import trace_layers
 
 
 def draw(module: nn.Module, name: str, whole: Layout, seed: int, device: torch.device | str) -> None:

@@ -14,7 +14,7 @@ from twolevel.distributed.within_groups import check_within_groups
 from twolevel.errors import UserError
 from twolevel.nn import Layout, TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_groups
-from twolevel.nn.layout import ends
+from twolevel.nn.structure import ends
 
 
 def parallelize(

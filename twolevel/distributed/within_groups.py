@@ -11,33 +11,16 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
-from twolevel.nn.bias import ChannelBias
-from twolevel.nn.layout import ends
-from twolevel.nn.structure import DROPOUTS, PER_CHANNEL, PER_CHANNEL_FUNCTIONS, PER_CHANNEL_METHODS
-from twolevel.nn.whole import WholeConv2d
+from twolevel.nn.structure import (
+    DROPOUTS,
+    PER_CHANNEL,
+    PER_CHANNEL_FUNCTIONS,
+    PER_CHANNEL_METHODS,
+    ends,
+    trace_layers,
+)
 
 SPATIAL = ({2, 3}, {-1, -2})
-
-
-class _LayerTracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, TwoLevelConv2d | WholeConv2d | ChannelBias) or super().is_leaf_module(
-            module, name
-        )
-
-
-def trace_layers(model: nn.Module, how: str, instead: str) -> fx.Graph:
-    """The operations of a network, our convolutions and torch's layers as one each.
-
-    Raises UserError, which says `how` it was to be split and what to do `instead`, where torch.fx cannot read it.
-    """
-    try:
-        return _LayerTracer().trace(model)
-    except Exception as error:
-        raise UserError(
-            f"{type(model).__name__} cannot be split {how}: torch.fx cannot read its graph "
-            f"({type(error).__name__}: {error}); {instead}".replace("\n", " ")
-        ) from error
 
 
 def check_within_groups(model: nn.Module, ranks: int) -> None:

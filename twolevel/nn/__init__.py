@@ -1,8 +1,8 @@
 """Convolutions split by channel group, each a drop-in for torch.nn.Conv2d."""
 
 from twolevel.nn.convert import Conversion, convert
+from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.dgconv import DGConv2d
-from twolevel.nn.dynamic import DynamicGroupConv2d
 from twolevel.nn.factory import KINDS, make_conv
 from twolevel.nn.flgc import FLGConv2d
 from twolevel.nn.init import initialize

@@ -1,4 +1,4 @@
-"""Channels in another order."""
+"""What is done to channels one by one: taken in another order, or given a bias."""
 
 import torch
 from torch import Tensor, nn
@@ -46,3 +46,14 @@ def _find_shuffle(module: PermuteChannels, _=None) -> None:
     if 1 < second < channels and channels % second == 0:
         shuffled = torch.arange(channels, device=module.index.device).view(-1, second).t().flatten()
         module.shuffle = channels // second if torch.equal(module.index, shuffled) else 0
+
+
+class ChannelBias(nn.Module):
+    """x + b for each channel: x `[B, C, H, W]`, bias `[C]`. The bias of a converted convolution, apart from it."""
+
+    def __init__(self, channels: int, device=None, dtype=None):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias[:, None, None]

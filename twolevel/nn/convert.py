@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.bias import ChannelBias
 from twolevel.nn.carry import DRAWN, carry_weights
+from twolevel.nn.channels import ChannelBias
 from twolevel.nn.factory import KINDS, make_conv
 from twolevel.nn.init import initialize
-from twolevel.nn.layout import convolutions
+from twolevel.nn.structure import convolutions
 
 Skip = Callable[[str, nn.Conv2d], bool] | Iterable[str]
 

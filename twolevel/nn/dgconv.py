@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from twolevel.errors import UserError, unknown
+from twolevel.nn.base import WholeConv2d, he_normal_
 from twolevel.nn.channels import PermuteChannels
-from twolevel.nn.whole import WholeConv2d, he_normal_
 
 Initial = Literal["random", "dense", "depthwise"]
 INITIAL: tuple[str, ...] = get_args(Initial)
@@ -163,7 +163,7 @@ class DGConv2d(WholeConv2d):
         """One group convolution between two permutations of channels, or alone where its groups are contiguous.
 
         nn.Sequential(PermuteChannels, nn.Conv2d, PermuteChannels), or nn.Conv2d; frozen, in evaluation mode.
-        `twolevel.nn.fold.fold_permutations` removes permutations into neighbouring layers.
+        `twolevel.nn.inference.fold.fold_permutations` removes permutations into neighbouring layers.
         """
         groups = self.channel_groups()
         options = {"device": self.weight.device, "dtype": self.weight.dtype}

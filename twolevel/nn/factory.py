@@ -6,8 +6,8 @@ from torch import nn
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import check_groups
+from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.dgconv import DGConv2d
-from twolevel.nn.dynamic import DynamicGroupConv2d
 from twolevel.nn.flgc import FLGConv2d
 from twolevel.nn.shuffle import ShuffleConv2d
 from twolevel.nn.two_level import TwoLevelConv2d

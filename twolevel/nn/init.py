@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from twolevel.nn.base import WholeConv2d
 from twolevel.nn.layout import Layout, layout_of
-from twolevel.nn.whole import WholeConv2d
 from twolevel.streams import stream
 
 

@@ -5,13 +5,12 @@ stream, and `twolevel.distributed.parallelize` gives each rank the parts of its 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from twolevel.nn.two_level import TwoLevelConv2d
-from twolevel.nn.whole import WholeConv2d
+from twolevel.nn.base import WholeConv2d
+from twolevel.nn.structure import convolutions, ends
 
 
 @dataclass(frozen=True)
@@ -98,24 +97,3 @@ def channel_groups(model: nn.Module) -> int:
 
 def _groups(conv: nn.Module) -> int:
     return 1 if isinstance(conv, WholeConv2d) else conv.groups
-
-
-def convolutions(model: nn.Module) -> list[nn.Module]:
-    """The convolutions of a network in the order of their definition, each of ours as one."""
-    kinds = TwoLevelConv2d | WholeConv2d | nn.Conv2d
-    return [module for _, module in named_layers(model) if isinstance(module, kinds)]
-
-
-def ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:
-    """The stem (the first convolution, where it is dense) and the classifier (the first linear layer)."""
-    first = next(iter(convolutions(model)), None)
-    stem = first if isinstance(first, nn.Conv2d) and first.groups == 1 else None
-    return stem, next((m for _, m in named_layers(model) if isinstance(m, nn.Linear)), None)
-
-
-def named_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, without the parts of our convolutions."""
-    yield name, module
-    if not isinstance(module, TwoLevelConv2d | WholeConv2d):
-        for child, inner in module.named_children():
-            yield from named_layers(inner, f"{name}.{child}" if name else child)

@@ -1,23 +1,13 @@
-"""Group convolution whose output channels are then shuffled, and what layers that reorder channels share."""
+"""Group convolution whose output channels are then shuffled."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.nn.arguments import as_given, as_images, check_groups
+from twolevel.nn.base import WholeConv2d, he_normal_
 from twolevel.nn.channels import PermuteChannels, take_channels
-from twolevel.nn.whole import WholeConv2d, he_normal_
-from twolevel.ops import Geometry
-
-
-def frozen_conv2d(weight: Tensor, geometry: Geometry, groups: int = 1) -> nn.Conv2d:
-    """A convolution in evaluation mode with a copy of `weight` `[m, n/G, k, k]` that takes no gradient."""
-    out_channels, width, *kernel_size = weight.shape
-    options = {**geometry._asdict(), "groups": groups, "bias": False}
-    # On the meta device there is no initial weight to draw, so the global random stream stays as it was.
-    conv = nn.Conv2d(width * groups, out_channels, kernel_size, **options, device="meta")
-    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    return conv.eval()
+from twolevel.nn.inference.grouped import frozen_conv2d
 
 
 class ShuffleConv2d(WholeConv2d):
@@ -83,7 +73,7 @@ class ShuffleConv2d(WholeConv2d):
 
         The shuffle cannot be folded into the filters: filters in another order would read the inputs of
         other groups. It remains one copy of the output, some percent of the convolution's time on a CPU, until
-        `twolevel.nn.fold.fold_permutations` moves it into a dense layer that follows.
+        `twolevel.nn.inference.fold.fold_permutations` moves it into a dense layer that follows.
         """
         conv = frozen_conv2d(self.weight, self.geometry, self.groups)
         order = self.permutation

@@ -1,16 +1,76 @@
-"""THE table of operations that treat every channel alone, by module, function and method.
-
-A parameter or tensor of its own, one number a channel, takes an operation out of it (`nn.PReLU`): whoever cuts or
-permutes the channels would have to do so with that tensor. Numbers that all channels share are free.
-"""
+"""What a network is: its layers by name, its stem and classifier, its graph, and which operations act per channel."""
 
 import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from twolevel.nn.bias import ChannelBias
+from twolevel.errors import UserError
+from twolevel.nn.base import WholeConv2d
+from twolevel.nn.channels import ChannelBias, PermuteChannels
+from twolevel.nn.two_level import TwoLevelConv2d
+
+
+def convolutions(model: nn.Module) -> list[nn.Module]:
+    """The convolutions of a network in the order of their definition, each of ours as one."""
+    kinds = TwoLevelConv2d | WholeConv2d | nn.Conv2d
+    return [module for _, module in named_layers(model) if isinstance(module, kinds)]
+
+
+def ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:
+    """The stem (the first convolution, where it is dense) and the classifier (the first linear layer)."""
+    first = next(iter(convolutions(model)), None)
+    stem = first if isinstance(first, nn.Conv2d) and first.groups == 1 else None
+    return stem, next((m for _, m in named_layers(model) if isinstance(m, nn.Linear)), None)
+
+
+def named_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without the parts of our convolutions."""
+    yield name, module
+    if not isinstance(module, TwoLevelConv2d | WholeConv2d):
+        for child, inner in module.named_children():
+            yield from named_layers(inner, f"{name}.{child}" if name else child)
+
+
+class LayerTracer(fx.Tracer):
+    """Steps into a network's own blocks, but not into layers: our convolutions and torch's modules.
+
+    With `childless`, any module without children is a layer.
+    """
+
+    def __init__(self, *, childless: bool = False):
+        super().__init__()
+        self.childless = childless
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, TwoLevelConv2d | WholeConv2d | ChannelBias | PermuteChannels):
+            return True
+        if self.childless and not any(True for _ in m.children()):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def trace_layers(model: nn.Module, how: str, instead: str) -> fx.Graph:
+    """The operations of a network, our convolutions and torch's layers as one each.
+
+    Raises UserError, which says `how` it was to be split and what to do `instead`, where torch.fx cannot read it.
+    """
+    try:
+        return LayerTracer().trace(model)
+    except Exception as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be split {how}: torch.fx cannot read its graph "
+            f"({type(error).__name__}: {error}); {instead}".replace("\n", " ")
+        ) from error
+
+
+# THE table of operations that treat every channel alone, by module, function and method.
+#
+# A parameter or tensor of its own, one number a channel, takes an operation out of it (`nn.PReLU`): whoever cuts or
+# permutes the channels would have to do so with that tensor. Numbers that all channels share are free.
 
 # Each number of the result depends on one number of the input: by the name of the function, with its module.
 ACTIVATIONS = {
@@ -47,13 +107,13 @@ ARITHMETIC = "add sub mul div pow neg abs square sqrt exp clamp clamp_min clamp_
 OPERATORS = "add iadd sub isub mul imul truediv itruediv pow ipow neg pos".split()
 
 
-def functions_of(names: object) -> set:
+def functions_of(names: Iterable[str]) -> set[Any]:
     """What torch calls by these names: functions, methods as functions, and the forms of both that work in place."""
     forms = [form for name in names for form in (name, f"{name}_")]
     return {getattr(space, form) for space in (F, torch, Tensor) for form in forms if hasattr(space, form)}
 
 
-def methods_of(names: object) -> set[str]:
+def methods_of(names: Iterable[str]) -> set[str]:
     """The methods of a tensor by these names, in place too."""
     return {form for name in names for form in (name, f"{name}_") if hasattr(Tensor, form)}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
-from twolevel.nn.whole import WholeConv2d
+from twolevel.nn.base import WholeConv2d
 from twolevel.training.config import RuleConfig
 
 

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
-from twolevel.nn.layout import channel_groups, ends, named_layers
-from twolevel.nn.structure import ACTIVATIONS, KEEPS_RESULT, POOLS, functions_of
-from twolevel.nn.whole import WholeConv2d
+from twolevel.nn.base import WholeConv2d
+from twolevel.nn.layout import channel_groups
+from twolevel.nn.structure import ACTIVATIONS, KEEPS_RESULT, POOLS, ends, functions_of, named_layers
 
 Kind = Literal["conv", "two-level", "norm", "activation", "add", "mean", "pool", "linear", "other"]
 Shape = tuple[int, ...]

@@ -20,7 +20,7 @@ from twolevel.ops import Geometry
 from twolevel.ops.autocast import without_autocast
 
 if TYPE_CHECKING:
-    from twolevel.nn.dynamic import DynamicGroupConv2d
+    from twolevel.nn.dgc import DynamicGroupConv2d
 
 Form = Literal["product", "transposed", "transposed_last", "forward", "forward_last"]
 

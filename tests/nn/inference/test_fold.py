@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from twolevel.errors import UserError
 from twolevel.nn.channels import PermuteChannels
 from twolevel.nn.dgconv import DGConv2d
-from twolevel.nn.fold import fold_permutations
+from twolevel.nn.inference.fold import fold_permutations
 from twolevel.nn.structure import ACTIVATIONS
 
 # The same sums of at most some hundred float64 products, in another order.

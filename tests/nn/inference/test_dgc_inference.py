@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from twolevel.errors import UserError
-from twolevel.nn.dynamic import DynamicGroupConv2d
-from twolevel.nn.dynamic_inference import DynamicGroupInference, fastest_form, possible_forms
+from twolevel.nn.dgc import DynamicGroupConv2d
+from twolevel.nn.inference.dgc import DynamicGroupInference, fastest_form, possible_forms
 from twolevel.ops import Geometry
 
 # The same sums of at most some thousand float64 products, in another order.

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import as_given, as_images, check_groups
-from twolevel.nn.dynamic_inference import DynamicGroupInference
-from twolevel.nn.whole import WholeConv2d, he_normal_
+from twolevel.nn.base import WholeConv2d, he_normal_
+from twolevel.nn.inference.dgc import DynamicGroupInference
 from twolevel.ops.autocast import without_autocast
 from twolevel.settings import THRESHOLDS, Threshold
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from twolevel.errors import UserError
+from twolevel.nn.base import WholeConv2d
 from twolevel.nn.channels import PermuteChannels
-from twolevel.nn.structure import ACTIVATIONS, DROPOUTS, functions_of, methods_of
-from twolevel.nn.whole import WholeConv2d
+from twolevel.nn.structure import ACTIVATIONS, DROPOUTS, LayerTracer, functions_of, methods_of
 
 
 class Folding(NamedTuple):
@@ -51,7 +51,7 @@ def fold_permutations(model: nn.Module) -> Folding:
     if not present:
         return Folding(model, folded, kept)
     try:
-        graph = _Tracer().trace(model)
+        graph = LayerTracer(childless=True).trace(model)
     except Exception as error:  # whatever the network's own code raises on torch.fx's stand-ins for tensors
         reason = f"torch.fx cannot trace the network: {str(error).splitlines()[0] if str(error) else error!r}"
         warnings.warn(f"no permutation is folded, as {reason}", stacklevel=2)
@@ -74,14 +74,6 @@ ELEMENTWISE_METHODS = methods_of(ACTIVATIONS)
 
 class _Stopped(Exception):
     """Why a permutation cannot go on."""
-
-
-class _Tracer(fx.Tracer):
-    """Steps into the network's own blocks, but not into layers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        opaque = isinstance(m, PermuteChannels | WholeConv2d) or not any(True for _ in m.children())
-        return opaque or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Chains:

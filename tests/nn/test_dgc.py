@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
-from twolevel.nn.dynamic import DynamicGroupConv2d
+from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.init import initialize
 
 # The same sums of at most some hundred float64 products, in another order.

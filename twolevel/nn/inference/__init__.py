@@ -1,0 +1,1 @@
+"""Exact, faster forms of our convolutions for inference, and what is folded into their neighbours."""
