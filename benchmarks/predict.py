@@ -18,11 +18,11 @@ from torch import nn
 from benchmarks import report
 from benchmarks.step import WARM_UP, Step, one_rank
 from twolevel import models
-from twolevel.analysis.planning import calibrate, presets
-from twolevel.analysis.planning.cost import walk
-from twolevel.analysis.planning.machine import Machine
-from twolevel.analysis.planning.timing import Timing
-from twolevel.analysis.planning.workload import trace
+from twolevel.analysis.planner import calibrate, presets
+from twolevel.analysis.planner.costs.base import walk
+from twolevel.analysis.planner.machine import Machine
+from twolevel.analysis.planner.timing import Timing
+from twolevel.analysis.planner.workload import trace
 from twolevel.errors import UserError
 
 WITHIN = 0.2  # a prediction is good if it is off by no more than this share of what was measured

@@ -9,12 +9,13 @@ from torch import nn
 
 from twolevel import models
 from twolevel.analysis import count
-from twolevel.analysis.planning.channel_cost import channel_cost
-from twolevel.analysis.planning.cost import Setting, group_cost
-from twolevel.analysis.planning.fsdp_cost import fsdp_cost
-from twolevel.analysis.planning.machine import Link, Machine
-from twolevel.analysis.planning.pipeline_cost import pipeline_cost
-from twolevel.analysis.planning.workload import trace
+from twolevel.analysis.planner.costs.base import Setting
+from twolevel.analysis.planner.costs.channel import channel_cost
+from twolevel.analysis.planner.costs.fsdp import fsdp_cost
+from twolevel.analysis.planner.costs.group import group_cost
+from twolevel.analysis.planner.costs.pipeline import pipeline_cost
+from twolevel.analysis.planner.machine import Link, Machine
+from twolevel.analysis.planner.workload import trace
 from twolevel.errors import UserError
 
 CURVES = {"float32": ((1, 1.0), (2, 1.0)), "bf16": ((1, 1.0), (2, 1.0))}
@@ -37,7 +38,9 @@ def test_collectives_of_a_group_are_the_counted_ones(ranks, precision):
     with torch.device("meta"):
         network = models.create("wrn-16-4", conv="gc2l", groups=8)
     counted = count(network, (3, 32, 32), ranks=ranks, batch_size=32, dtype=dtype)
-    cost = group_cost(trace(network, (3, 32, 32)), Setting(SIMPLE, 32, precision), "gc2l", 1, ranks)
+    cost = group_cost(
+        trace(network, (3, 32, 32)), Setting(SIMPLE, 32, precision), "gc2l", data=1, group=ranks
+    )
     assert Counter((m.kind, m.bytes_in, m.bytes_sent) for m in cost.messages) == Counter(
         (c.kind, c.bytes_in, c.bytes_sent) for c in counted.collectives
     )
@@ -51,10 +54,10 @@ def with_link(latency, bandwidth):
 
 def test_exchange_hides_under_the_local_convolution_and_no_further():
     traced = workload("wrn-10-2", "gc2l", 4)
-    free = group_cost(traced, Setting(with_link(0, 1e15), 4), "gc2l", 1, 4)
+    free = group_cost(traced, Setting(with_link(0, 1e15), 4), "gc2l", data=1, group=4)
     assert free.exposed == pytest.approx(0, abs=1e-9)
     assert free.step == pytest.approx(free.compute)
-    slow = group_cost(traced, Setting(with_link(10.0, 1e15), 4), "gc2l", 1, 4)
+    slow = group_cost(traced, Setting(with_link(10.0, 1e15), 4), "gc2l", data=1, group=4)
     # Three steps of a ring take 30 s; 10 s twice for logits by a tree: no layer hides more than its own seconds.
     layers = len([m for m in slow.messages if m.kind != "all-reduce"])
     assert slow.communication == pytest.approx(30 * layers + 40)
@@ -66,9 +69,9 @@ def test_exchange_hides_under_the_local_convolution_and_no_further():
 
 def test_backward_hides_the_gradients_of_replicas():
     traced = workload("wrn-10-2")
-    free = group_cost(traced, Setting(with_link(0, 1e15), 4), "sc", 2, 1)
+    free = group_cost(traced, Setting(with_link(0, 1e15), 4), "sc", data=2, group=1)
     assert free.exposed == pytest.approx(0, abs=1e-6)
-    slow = group_cost(traced, Setting(with_link(100.0, 1e15), 4), "sc", 2, 1)
+    slow = group_cost(traced, Setting(with_link(100.0, 1e15), 4), "sc", data=2, group=1)
     assert slow.collectives == {"all-reduce": 2, "broadcast": 2}
     # Each of the buckets takes 200 s, one after the other, from when the first is ready; statistics 100 s before.
     assert slow.exposed == pytest.approx(600, rel=0.01)
@@ -77,11 +80,13 @@ def test_backward_hides_the_gradients_of_replicas():
 
 def test_stages_work_one_after_the_other_and_microbatches_at_once():
     traced, setting = workload("wrn-10-2"), Setting(with_link(0, 1e15), 8)
-    alone = group_cost(traced, setting, "sc", 1, 1)
-    naive = pipeline_cost(traced, setting, "naive", 2, 1)
+    alone = group_cost(traced, setting, "sc", data=1, group=1)
+    naive = pipeline_cost(traced, setting, "naive", stages=2, microbatches=1)
     # The same work; only the optimiser's is divided.
     assert naive.step == pytest.approx(alone.step, rel=0.05)
-    gpipe, interleaved = (pipeline_cost(traced, setting, s, 2, 4) for s in ("gpipe", "1f1b"))
+    gpipe, interleaved = (
+        pipeline_cost(traced, setting, s, stages=2, microbatches=4) for s in ("gpipe", "1f1b")
+    )
     assert gpipe.step == interleaved.step < naive.step
     assert interleaved.activation_bytes < gpipe.activation_bytes
     # Each of four microbatches takes a quarter, and the last stage waits once for the first one.
@@ -91,10 +96,13 @@ def test_stages_work_one_after_the_other_and_microbatches_at_once():
 def test_one_rank_communicates_nothing():
     traced, setting = workload("wrn-10-2", "gc2l", 4), Setting(SIMPLE, 4)
     dense = workload("wrn-10-2")
-    for cost in (group_cost(traced, setting, "gc2l", 1, 1), fsdp_cost(dense, setting, "sc", 1)):
+    for cost in (
+        group_cost(traced, setting, "gc2l", data=1, group=1),
+        fsdp_cost(dense, setting, "sc", ranks=1),
+    ):
         assert cost.messages == ()
         assert cost.step == cost.compute
-    assert channel_cost(dense, setting, 1, 1).messages == ()
+    assert channel_cost(dense, setting, data=1, ranks=1).messages == ()
 
 
 def test_channel_parallelism_sends_every_channel_and_a_group_one_of_each():
@@ -103,7 +111,10 @@ def test_channel_parallelism_sends_every_channel_and_a_group_one_of_each():
         workload("wrn-28-4", "gc2l", 4, 32),
         Setting(SIMPLE, 4),
     )
-    channel, group = channel_cost(dense, setting, 1, 4), group_cost(grouped, setting, "gc2l", 1, 4)
+    channel, group = (
+        channel_cost(dense, setting, data=1, ranks=4),
+        group_cost(grouped, setting, "gc2l", data=1, group=4),
+    )
     assert channel.bytes_sent > 10 * group.bytes_sent
 
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from twolevel.analysis.planning import presets
-from twolevel.analysis.planning.calibrate import Calibration, Grid, measured
-from twolevel.analysis.planning.collectives import (
+from twolevel.analysis.planner import presets
+from twolevel.analysis.planner.calibrate import Calibration, Grid, measured
+from twolevel.analysis.planner.machine import Link, Machine, Table, on_curve
+from twolevel.analysis.planner.messages import (
     Axis,
     all_gather,
     all_reduce,
@@ -16,9 +17,8 @@ from twolevel.analysis.planning.collectives import (
     buckets,
     drain,
 )
-from twolevel.analysis.planning.machine import Link, Machine, Table, on_curve
-from twolevel.analysis.planning.timing import Timing
-from twolevel.analysis.planning.workload import Work
+from twolevel.analysis.planner.timing import Timing
+from twolevel.analysis.planner.workload import Work
 from twolevel.errors import UserError
 
 IN, OUT = Link("in", 1.0, 100.0), Link("out", 10.0, 10.0)
@@ -155,7 +155,7 @@ def test_calibration_measures_every_table_and_its_machine_survives_a_file(tmp_pa
 
 def test_calibration_times_one_rank_of_several():
     """A rank of P reads its own channels, and adds the representatives of all."""
-    from twolevel.analysis.planning.calibrate import _layer
+    from twolevel.analysis.planner.calibrate import _layer
 
     layer = _layer("two-level", 4, 2, 3, 3)
     assert layer.local.weight.shape == (8, 4, 3, 3)
@@ -175,6 +175,6 @@ def test_layers_of_too_many_channels_are_scaled_by_their_groups():
 
 
 def test_points_that_take_too_long_are_scaled_by_their_pixels(monkeypatch):
-    monkeypatch.setattr("twolevel.analysis.planning.calibrate.LONGEST", 0.0)
+    monkeypatch.setattr("twolevel.analysis.planner.calibrate.LONGEST", 0.0)
     table = Calibration("cpu", "float32", TINY, depth=1)._convolutions("conv", 9)
     assert table.forward[1] == pytest.approx(2 * table.forward[0])

@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_iter
 from benchmarks.collectives import counting
 from twolevel import models
 from twolevel.analysis import count
-from twolevel.analysis.planning.channel_cost import channel_cost
-from twolevel.analysis.planning.cost import Setting, group_cost
-from twolevel.analysis.planning.fsdp_cost import fsdp_cost
-from twolevel.analysis.planning.machine import Link, Machine
-from twolevel.analysis.planning.memory import Part, buffers, held
-from twolevel.analysis.planning.pipeline_cost import cut
-from twolevel.analysis.planning.workload import trace
+from twolevel.analysis.planner.costs.base import Setting
+from twolevel.analysis.planner.costs.channel import channel_cost
+from twolevel.analysis.planner.costs.fsdp import fsdp_cost
+from twolevel.analysis.planner.costs.group import group_cost
+from twolevel.analysis.planner.costs.pipeline import cut
+from twolevel.analysis.planner.footprint import Part, buffers, held
+from twolevel.analysis.planner.machine import Link, Machine
+from twolevel.analysis.planner.workload import trace
 from twolevel.distributed import parallelize
 from twolevel.distributed.channel import split_channels
 from twolevel.distributed.fsdp import shard_parameters
@@ -216,10 +217,10 @@ def test_ranks_hold_and_send_what_the_model_says(pool, strategy, conv, groups, d
     batch = 4
     traced, setting = workload("wrn-10-2", conv, groups), Setting(SIMPLE, batch)
     cost = {
-        "group": lambda: group_cost(traced, setting, conv, data, inner),
-        "ddp": lambda: group_cost(traced, setting, conv, data, inner),
-        "channel": lambda: channel_cost(traced, setting, data, inner),
-        "fsdp": lambda: fsdp_cost(traced, setting, conv, data),
+        "group": lambda: group_cost(traced, setting, conv, data=data, group=inner),
+        "ddp": lambda: group_cost(traced, setting, conv, data=data, group=inner),
+        "channel": lambda: channel_cost(traced, setting, data=data, ranks=inner),
+        "fsdp": lambda: fsdp_cost(traced, setting, conv, ranks=data),
     }[strategy]()
     ranks = data * inner
     found = pool.run(ranks_hold, strategy, "wrn-10-2", conv, groups, data, inner, batch, ranks=ranks)

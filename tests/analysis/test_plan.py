@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from twolevel.analysis.planning import presets
-from twolevel.analysis.planning.cost import Setting, group_cost
-from twolevel.analysis.planning.pipeline_cost import pipeline_cost
-from twolevel.analysis.planning.plan import Networks, Request, gigabytes, meshes, plan, seconds, title
-from twolevel.analysis.planning.plan_report import draw_study, plan_json, print_plan, print_study, study_json
-from twolevel.analysis.planning.scaling import study
+from twolevel.analysis.planner import presets
+from twolevel.analysis.planner.costs.base import Setting
+from twolevel.analysis.planner.costs.group import group_cost
+from twolevel.analysis.planner.costs.pipeline import pipeline_cost
+from twolevel.analysis.planner.plan import Networks, Request, gigabytes, meshes, plan, seconds, title
+from twolevel.analysis.planner.presentation import draw_study, plan_json, print_plan, print_study, study_json
+from twolevel.analysis.planner.study import study
 from twolevel.errors import UserError
 
 TITAN = presets.machine("titan-rtx")
@@ -62,16 +63,16 @@ def test_times_are_of_the_size_that_the_paper_reports(k, strategy, groups, hours
     wanted = request(f"wrn-28-{k}")
     networks, setting = Networks(wanted), wanted.setting
     if strategy == "naive":
-        cost = pipeline_cost(networks("sc", 1), setting, "naive", groups, 1)
+        cost = pipeline_cost(networks("sc", 1), setting, "naive", stages=groups, microbatches=1)
     else:
-        cost = group_cost(networks(strategy, groups), setting, strategy, 1, groups)
+        cost = group_cost(networks(strategy, groups), setting, strategy, data=1, group=groups)
     assert 1 / 1.4 < 200 * cost.epoch(50_000) / (3600 * hours + 60 * minutes) < 1.4
 
 
 @pytest.mark.parametrize(("k", "fits"), [(40, True), (60, False), (80, False)])
 def test_dense_networks_that_did_not_fit_the_papers_card_do_not_fit(k, fits):
     wanted = request(f"wrn-28-{k}")
-    assert group_cost(Networks(wanted)("sc", 1), wanted.setting, "sc", 1, 1).fits is fits
+    assert group_cost(Networks(wanted)("sc", 1), wanted.setting, "sc", data=1, group=1).fits is fits
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 12])

@@ -5,7 +5,7 @@ import json
 import pytest
 from command import command
 
-from twolevel.analysis.planning import calibrate
+from twolevel.analysis.planner import calibrate
 
 
 def test_plan_prints_a_table_and_why():

@@ -1,38 +1,22 @@
-"""Counting, without running anything: parameters, multiply-accumulates, and what crosses ranks in a step."""
+"""Counting, without running anything: parameters, multiply-accumulates, and data sent between ranks in a step."""
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from twolevel.analysis.elementwise import ElementCounter
+from twolevel.analysis.traffic import Collective, logits_sum, representatives_exchange
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_divides
 from twolevel.nn.base import WholeConv2d
 from twolevel.nn.structure import ends, named_layers
 
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective of a training step over the `group` axis, as one of its P ranks sees it.
-
-    `bytes_in` is what the rank hands over. `bytes_sent` is what it sends by the bandwidth-optimal (ring)
-    algorithm, the same number as it receives: (P-1)/P of the whole for a gather or a scatter, and twice
-    that for an all-reduce.
-    """
-
-    kind: Kind
-    bytes_in: int
-    bytes_sent: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerCount:
     """One layer: `parameters` of the whole and `held` by one rank, multiply-accumulates of one image.
 
@@ -55,7 +39,7 @@ class LayerCount:
         return sum(c.bytes_sent for c in self.collectives)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Count:
     """A whole network on `ranks` ranks; sums over `layers`, and two numbers by the conventions of papers.
 
@@ -137,7 +121,7 @@ def count(
     ranks = layout.groups if ranks is None else ranks
     check_divides("ranks", ranks, groups=layout.groups)
 
-    whole_ends = ends(model)
+    stem, classifier = ends(model)
     outputs, elementwise = _output_shapes(model, input_shape)
     layers, held_whole_ends, published = [], 0, 0
     for name, module in named_layers(model):
@@ -147,24 +131,39 @@ def count(
         split = {k: layout.dims[f"{name}.{k}" if name else k] is not None for k in tensors}
         held = sum(t.numel() // (ranks if split[k] else 1) for k, t in tensors.items())
         parameters = sum(t.numel() for t in tensors.values())
-        held_whole_ends += parameters if module in whole_ends else held
+        held_whole_ends += parameters if module in (stem, classifier) else held
         published += module.used_parameters(nominal=True) if isinstance(module, WholeConv2d) else parameters
         macs, realised = _macs(name, module, outputs[name])
         elementwise += module.selection_operations() if isinstance(module, WholeConv2d) else 0
         layers.append(
             LayerCount(
-                name,
-                type(module).__name__,
-                outputs[name],
-                parameters,
-                held,
-                macs,
-                macs // ranks if any(split.values()) else macs,
-                realised,
-                _collectives(module, outputs[name], ranks, batch_size, dtype, module in whole_ends),
+                name=name,
+                kind=type(module).__name__,
+                output=outputs[name],
+                parameters=parameters,
+                held=held,
+                macs=macs,
+                held_macs=macs // ranks if any(split.values()) else macs,
+                realised_macs=realised,
+                collectives=_collectives(
+                    module,
+                    outputs[name],
+                    batch_size=batch_size,
+                    itemsize=dtype.itemsize,
+                    ranks=ranks,
+                    is_classifier=module is classifier,
+                ),
             )
         )
-    return Count(layout.groups, ranks, batch_size, tuple(layers), held_whole_ends, published, elementwise)
+    return Count(
+        groups=layout.groups,
+        ranks=ranks,
+        batch_size=batch_size,
+        layers=tuple(layers),
+        held_whole_ends=held_whole_ends,
+        published_parameters=published,
+        elementwise=elementwise,
+    )
 
 
 def _output_shapes(model: nn.Module, input_shape) -> tuple[dict[str, tuple[int, ...]], int]:
@@ -216,17 +215,25 @@ def _macs(name: str, module: nn.Module, output: tuple[int, ...]) -> tuple[int, i
     return 0, 0
 
 
-def _collectives(module, output, ranks, batch, dtype, is_end) -> tuple[Collective, ...]:
+def _collectives(
+    module: nn.Module,
+    output: tuple[int, ...],
+    *,
+    batch_size: int,
+    itemsize: int,
+    ranks: int,
+    is_classifier: bool,
+) -> tuple[Collective, ...]:
     if ranks == 1:
         return ()
-    others = (ranks - 1) / ranks
     if isinstance(module, TwoLevelConv2d):
-        whole = batch * module.groups * output[1] * output[2] * dtype.itemsize
-        return (
-            Collective("all-gather", whole // ranks, others * whole),
-            Collective("reduce-scatter", whole, others * whole),
+        return representatives_exchange(
+            batch=batch_size,
+            groups=module.groups,
+            pixels=output[1] * output[2],
+            itemsize=itemsize,
+            ranks=ranks,
         )
-    if isinstance(module, nn.Linear) and is_end:
-        logits = batch * output[0] * max(dtype.itemsize, 4)  # added in float32 at least
-        return (Collective("all-reduce", logits, 2 * others * logits),)
+    if is_classifier:
+        return (logits_sum(batch=batch_size, classes=output[0], itemsize=itemsize, ranks=ranks),)
     return ()

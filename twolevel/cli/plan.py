@@ -88,18 +88,18 @@ def run(argv: list[str]) -> None:
     """Plan as asked; with `calibrate`, measure this machine first, on all ranks that a launcher started."""
     config = parse(PlanConfig, "plan", argv)
     _check(config)
-    from twolevel.analysis.planning import presets
-    from twolevel.analysis.planning.command import find_machine, measure, say
-    from twolevel.analysis.planning.cost import Setting
-    from twolevel.analysis.planning.plan import Request, plan
-    from twolevel.analysis.planning.plan_report import (
+    from twolevel.analysis.planner import presets
+    from twolevel.analysis.planner.command import find_machine, measure, say
+    from twolevel.analysis.planner.costs.base import Setting
+    from twolevel.analysis.planner.plan import Request, plan
+    from twolevel.analysis.planner.presentation import (
         draw_study,
         plan_json,
         print_plan,
         print_study,
         study_json,
     )
-    from twolevel.analysis.planning.scaling import study
+    from twolevel.analysis.planner.study import study
 
     if config.calibrate:
         machine = measure(config.device, config.precision, threads=config.threads, output=config.output)

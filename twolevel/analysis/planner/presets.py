@@ -1,6 +1,6 @@
 """Machines and links by name: public figures of their makers, and shares of them that convolutions reach."""
 
-from twolevel.analysis.planning.machine import Curve, Link, Machine
+from twolevel.analysis.planner.machine import Curve, Link, Machine
 from twolevel.errors import unknown
 
 GB = 1e9

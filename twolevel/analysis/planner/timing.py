@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from twolevel.analysis.planning.machine import Machine, on_curve
-from twolevel.analysis.planning.workload import Work
+from twolevel.analysis.planner.machine import Machine, on_curve
+from twolevel.analysis.planner.workload import Work
 from twolevel.errors import UserError
 
 ITEMSIZE = {"float32": 4, "bf16": 2}

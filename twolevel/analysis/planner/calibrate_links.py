@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from twolevel.analysis.planning.machine import Link
+from twolevel.analysis.planner.machine import Link
 from twolevel.distributed.collectives import MeshAxis
 
 # Bytes of a rank: the smallest is latency alone; the largest is a rank's map of 32 x 32 for 256 images.

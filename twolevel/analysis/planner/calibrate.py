@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twolevel.analysis.planning.machine import Link, Machine, Table
+from twolevel.analysis.planner.machine import Link, Machine, Table
 from twolevel.nn import TwoLevelConv2d
 from twolevel.ops import Copies
 

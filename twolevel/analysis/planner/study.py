@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from twolevel.analysis.planning.cost import Cost
-from twolevel.analysis.planning.plan import Networks, Request, costs
+from twolevel.analysis.planner.costs.base import Cost
+from twolevel.analysis.planner.plan import Networks, Request, costs
 
 # Lines of the study, in order: name, and which costs belong to it.
 SERIES: dict[str, Callable[[Cost], bool]] = {

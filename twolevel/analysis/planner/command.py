@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from twolevel.analysis.planning import calibrate, presets
-from twolevel.analysis.planning.calibrate_links import measure_link
-from twolevel.analysis.planning.machine import Link, Machine
+from twolevel.analysis.planner import calibrate, presets
+from twolevel.analysis.planner.calibrate_links import measure_link
+from twolevel.analysis.planner.machine import Link, Machine
 from twolevel.distributed.environment import World, start, stop
 from twolevel.distributed.mesh import init_mesh
 from twolevel.distributed.mpi_axis import MPIAxis, exchange_of

@@ -7,16 +7,20 @@ gpipe   M microbatches forward, then all backward; a rank waits for P - 1 of the
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
-from twolevel.analysis.planning.collectives import Message, axes, send
-from twolevel.analysis.planning.cost import Cost, Setting, walk
-from twolevel.analysis.planning.memory import Part, buffers, held
-from twolevel.analysis.planning.workload import Layer, Workload
+from twolevel.analysis.planner.costs.base import Cost, Setting, walk
+from twolevel.analysis.planner.footprint import Part, buffers, held
+from twolevel.analysis.planner.messages import Message, axes, message, send
+from twolevel.analysis.planner.workload import Layer, Workload
+from twolevel.analysis.traffic import collective
 from twolevel.errors import UserError
+
+PipelineSchedule = Literal["naive", "gpipe", "1f1b"]
 
 
 def pipeline_cost(
-    workload: Workload, setting: Setting, schedule: str, stages: int, microbatches: int
+    workload: Workload, setting: Setting, schedule: PipelineSchedule, *, stages: int, microbatches: int
 ) -> Cost:
     """The cost of SC in `stages` stages by `schedule`.
 
@@ -31,43 +35,55 @@ def pipeline_cost(
     passing = sum(line.forward + line.backward for line in lines)
     optimiser = max(line.optimiser for line in lines)
     work = microbatches * slowest
-    messages, exposed = [], 0.0
+    messages: list[Message] = []
+    exposed = 0.0
     for layers in parts[:-1]:
         crossing = Part(workload, layers, size, 1, setting.precision).bytes_of(layers[-1].output)
         taken = send(axis, crossing)
         exposed += 2 * taken  # the first microbatch forward and the last backward; others pass under compute
-        messages += [Message("send", crossing, crossing, taken) for _ in range(microbatches)]
+        messages += [message(collective("send", crossing, ranks=2), taken)] * microbatches
     if messages:
         # One stage in the middle sends forward and backward.
         messages = messages[:microbatches] * (2 if stages > 2 else 1)
         messages[0] = replace(messages[0], exposed=exposed, seconds=max(exposed, messages[0].seconds))
-    fullest = max(
-        (_memory(workload, layers, setting, size, _in_flight(schedule, index, stages, microbatches))
-         for index, layers in enumerate(parts)),
-        key=lambda memory: memory[2],
-    )  # fmt: skip
-    parameter_bytes, activations, peak = fullest
+    memories = []
+    for index, layers in enumerate(parts):
+        in_flight = _in_flight(schedule, stage=index, stages=stages, microbatches=microbatches)
+        memories.append(_memory(workload, layers, setting, size=size, in_flight=in_flight))
+    parameters, activations, peak = max(memories, key=lambda memory: memory[2])
     return Cost(
-        schedule, "sc", 1, 1, stages, setting.batch, parameter_bytes // 4, parameter_bytes, parameter_bytes,
-        parameter_bytes, activations, peak, peak <= setting.machine.usable, work + optimiser, passing - slowest,
-        tuple(messages), microbatches,
-    )  # fmt: skip
+        strategy=schedule,
+        conv="sc",
+        groups=1,
+        data=1,
+        inner=stages,
+        batch=setting.batch,
+        parameters=parameters,
+        activation_bytes=activations,
+        peak_bytes=peak,
+        fits=peak <= setting.machine.usable,
+        compute=work + optimiser,
+        bubble=passing - slowest,
+        messages=tuple(messages),
+        microbatches=microbatches,
+    )
 
 
-def _in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:
+def _in_flight(schedule: PipelineSchedule, *, stage: int, stages: int, microbatches: int) -> int:
     return min(microbatches, stages - stage) if schedule == "1f1b" else microbatches
 
 
 def _memory(
-    workload: Workload, layers: tuple[Layer, ...], setting: Setting, size: int, in_flight: int
+    workload: Workload, layers: tuple[Layer, ...], setting: Setting, *, size: int, in_flight: int
 ) -> tuple[int, int, int]:
-    parameters = 4 * sum(held(layer, 1) for layer in layers)
+    """(parameters, bytes of activations, bytes at the peak) of a stage."""
+    parameters = sum(held(layer, 1) for layer in layers)
     part = Part(workload, layers, size, 1, setting.precision)
     images = 4 * setting.batch * workload.values[0].elements if layers[0].inputs[0] == 0 else 0
     activations = in_flight * part.activations()
     more = max(0, in_flight - 1) * part.activations()
-    peak = 2 * parameters + buffers(workload, layers, 1) + images + more + part.peak()
-    return parameters, activations, max(peak, 3 * parameters)
+    peak = 2 * 4 * parameters + buffers(workload, layers, 1) + images + more + part.peak()
+    return parameters, activations, max(peak, 3 * 4 * parameters)
 
 
 def cut(workload: Workload, stages: int) -> list[tuple[Layer, ...]]:

@@ -5,9 +5,9 @@ import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
-from twolevel.analysis.planning.machine import Machine
-from twolevel.analysis.planning.plan import Plan, Request, gigabytes, seconds, title
-from twolevel.analysis.planning.scaling import SERIES, Point
+from twolevel.analysis.planner.machine import Machine
+from twolevel.analysis.planner.plan import Plan, Request, gigabytes, seconds, title
+from twolevel.analysis.planner.study import SERIES, Point
 from twolevel.terminal import Column, Console, print_stacked, print_table
 
 PROJECTION = "These are projections of the cost model, not measurements."

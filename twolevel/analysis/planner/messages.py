@@ -3,22 +3,22 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
-from twolevel.analysis.planning.machine import Link, Machine
-
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "broadcast", "send"]
+from twolevel.analysis.planner.machine import Link, Machine
+from twolevel.analysis.traffic import Collective
 
 
 @dataclass(frozen=True)
-class Message:
-    """One collective of a step on one rank: bytes handed over, bytes sent, seconds on the link, and those exposed."""
+class Message(Collective):
+    """One collective of a step on one rank, with its seconds on the link and those that no computation hides."""
 
-    kind: Kind
-    bytes_in: int
-    bytes_sent: float
     seconds: float
     exposed: float = 0.0
+
+
+def message(collective: Collective, seconds: float, *, exposed: float = 0.0) -> Message:
+    """The collective with its times."""
+    return Message(collective.kind, collective.bytes_in, collective.bytes_sent, seconds, exposed)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def buckets(sizes: list[int], first: int = 1 << 20, limit: int = 25 << 20) -> li
 
     A bucket closes once it holds `limit` bytes (the first: `first`), those of DistributedDataParallel.
     """
-    closed, open_, held = [], [], 0
+    closed: list[list[int]] = []
+    open_: list[int] = []
+    held = 0
     for index, size in enumerate(sizes):
         open_.append(index)
         held += size

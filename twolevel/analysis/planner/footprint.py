@@ -10,8 +10,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from math import prod
 
-from twolevel.analysis.planning.timing import ITEMSIZE
-from twolevel.analysis.planning.workload import KEEPS_INPUT, Layer, Workload
+from twolevel.analysis.planner.timing import ITEMSIZE
+from twolevel.analysis.planner.workload import KEEPS_INPUT, Layer, Workload
 from twolevel.nn.structure import KEEPS_RESULT_IN_PLACE
 
 Kept = tuple[Hashable, int]  # (which tensor, bytes)

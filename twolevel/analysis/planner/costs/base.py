@@ -1,34 +1,16 @@
-"""What a training step costs one rank, by strategy: memory, compute, communication hidden and exposed, time.
-
-    group   convolutions cut by channel group over the inner axis, replicas over the data axis (GC-2L, GC)
-    ddp     the whole network on every rank, gradients all-reduced under backward
-    fsdp    as ddp, with parameters, gradients and momentum sharded; gathered block by block
-    channel every rank computes m/P filters of the dense convolution on all input channels, which are gathered
-    naive, gpipe, 1f1b   layers in stages (see `pipeline_cost`)
-
-Here are the parts that strategies share, and the cost of group and ddp.
-The formulas are in COST_MODEL.md.
-"""
+"""What a training step costs one rank, in memory and time, and the parts that strategies share."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from twolevel.analysis.planning.collectives import (
-    Axis,
-    Message,
-    all_gather,
-    all_reduce,
-    axes,
-    broadcast,
-    buckets,
-    drain,
-)
-from twolevel.analysis.planning.machine import Machine
-from twolevel.analysis.planning.memory import Part, buffers, held
-from twolevel.analysis.planning.timing import ITEMSIZE, Seconds, Timing
-from twolevel.analysis.planning.workload import Layer, Workload
+from twolevel.analysis.planner.footprint import Part, buffers, held
+from twolevel.analysis.planner.machine import Machine
+from twolevel.analysis.planner.messages import Axis, Message, all_reduce, broadcast, buckets, drain, message
+from twolevel.analysis.planner.timing import Seconds, Timing
+from twolevel.analysis.planner.workload import Layer, Workload
+from twolevel.analysis.traffic import collective
 
 Strategy = Literal["group", "ddp", "fsdp", "channel", "naive", "gpipe", "1f1b"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -47,7 +29,7 @@ class Setting:
         return Timing(self.machine, self.precision)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """A step of one strategy on data x inner ranks, as the rank with the most memory sees it; seconds and bytes."""
 
@@ -58,10 +40,7 @@ class Cost:
     inner: int
     batch: int
     parameters: int
-    """on this rank"""
-    parameter_bytes: int
-    gradient_bytes: int
-    momentum_bytes: int
+    """on this rank, float32; their gradients and momenta take as many bytes each"""
     activation_bytes: int
     peak_bytes: int
     fits: bool
@@ -70,6 +49,18 @@ class Cost:
     messages: tuple[Message, ...] = field(repr=False)
     microbatches: int = 1
     two_level_exchange: bool = False
+
+    @property
+    def parameter_bytes(self) -> int:
+        return 4 * self.parameters
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.parameter_bytes
+
+    @property
+    def momentum_bytes(self) -> int:
+        return self.parameter_bytes
 
     @property
     def ranks(self) -> int:
@@ -135,10 +126,11 @@ def walk(
     ranks: int = 1,
     *,
     whole_input: bool = False,
-    see: Callable[[Layer, Seconds], float] = lambda layer, seconds: 0.0,
+    on_layer: Callable[[Layer, Seconds], None] = lambda layer, seconds: None,
 ) -> Walk:
-    """Compute of a rank. `see` is shown every layer's seconds, and returns those of backward that it adds."""
-    layers, line, sizes = tuple(layers), Walk(), []
+    """Compute of a rank; `on_layer` is called with every layer and its seconds, from the last layer to the first."""
+    layers, line = tuple(layers), Walk()
+    sizes: list[int] = []
     made = {layer.output for layer in layers}
     joins = Counter(v for v in workload.joins if v in made)
     for layer in reversed(layers):
@@ -146,7 +138,8 @@ def walk(
             line.backward += timing(workload.join(layer.output, batch, ranks)).forward
         seconds = timing(workload.work(layer, batch, ranks, whole_input=whole_input))
         line.forward += seconds.forward
-        line.backward += seconds.backward + see(layer, seconds)
+        line.backward += seconds.backward
+        on_layer(layer, seconds)
         if layer.parameters:
             line.ready.append((line.backward, layer))
             sizes += [held(layer, ranks) // len(layer.parameters)] * len(layer.parameters)
@@ -159,102 +152,61 @@ def replica_messages(workload: Workload, line: Walk, axis: Axis, ranks: int) -> 
     if axis.ranks == 1:
         return []
     sizes = [4 * held(layer, ranks) for _, layer in line.ready]
-    messages, jobs = [], []
+    messages: list[Message] = []
+    jobs: list[tuple[float, float]] = []
     for indices in buckets(sizes):
         size = sum(sizes[i] for i in indices)
         seconds = all_reduce(axis, size)
         jobs.append((line.ready[indices[-1]][0], seconds))
-        messages.append(Message("all-reduce", size, 2 * (axis.ranks - 1) / axis.ranks * size, seconds))
+        messages.append(message(collective("all-reduce", size, ranks=axis.ranks), seconds))
     messages[-1] = replace(messages[-1], exposed=drain(jobs, line.backward))
     norms = sum(layer.kind == "norm" for _, layer in line.ready)
     statistics = buffers(workload, [layer for _, layer in line.ready], ranks)
     for size in (statistics - 8 * norms, 8 * norms) if norms else ():  # one message a type
         seconds = broadcast(axis, size)
-        messages.append(Message("broadcast", size, size, seconds, seconds))
+        messages.append(message(collective("broadcast", size, ranks=axis.ranks), seconds, exposed=seconds))
     return messages
 
 
-def group_cost(
+def step_cost(
+    strategy: Strategy,
     workload: Workload,
     setting: Setting,
-    conv: str,
-    data: int,
-    group: int,
     *,
-    two_level_exchange: bool = False,
-) -> Cost:
-    """Cut by channel group over `group` ranks, `data` replicas. With group=1, data parallelism (DDP)."""
-    batch, timing = setting.batch // data, setting.timing
-    replicas, axis = axes(setting.machine, data, group)
-    messages: list[Message] = []
-
-    def exchange(layer: Layer, seconds: Seconds) -> float:
-        if group > 1:
-            messages.extend(
-                group_messages(workload, layer, seconds, axis, batch, setting, two_level_exchange)
-            )
-        return 0.0
-
-    line = walk(workload, workload.layers, batch, timing, group, see=exchange)
-    messages += replica_messages(workload, line, replicas, group)
-    parameters = sum(held(layer, group) for layer in workload.layers)
-    part = Part(workload, workload.layers, batch, group, setting.precision)
-    static = buffers(workload, workload.layers, group) + 4 * batch * workload.values[0].elements
-    strategy = "group" if group > 1 or workload.groups > 1 else "ddp"
-    return make(strategy, conv, workload.groups, data, group, setting, 4 * parameters, static, part, line, messages,
-                two_level_exchange=two_level_exchange)  # fmt: skip
-
-
-def group_messages(
-    workload: Workload,
-    layer: Layer,
-    seconds: Seconds,
-    axis: Axis,
-    batch: int,
-    setting: Setting,
-    two_level: bool,
-) -> list[Message]:
-    others = (axis.ranks - 1) / axis.ranks
-    if layer.kind == "two-level":
-        height_width = workload.values[layer.output].elements // workload.values[layer.output].shape[0]
-        z = batch * layer.groups * height_width * ITEMSIZE[setting.precision]
-        taken = all_gather(axis, z, two_level=two_level)
-        gather = max(0.0, taken - seconds.local_forward), max(0.0, taken - seconds.local_backward)
-        return [
-            Message("all-gather", z // axis.ranks, others * z, taken, gather[0]),
-            Message("reduce-scatter", z, others * z, taken, gather[1]),
-        ]
-    if layer.end == "classifier":
-        logits = 4 * batch * workload.values[layer.output].elements
-        taken = all_reduce(axis, logits)
-        return [Message("all-reduce", logits, 2 * others * logits, taken, taken)]
-    return []
-
-
-def make(
-    strategy: str,
     conv: str,
-    groups: int,
     data: int,
     inner: int,
-    setting: Setting,
-    parameter_bytes: int,
+    parameters: int,
     static: int,
     part: Part,
     line: Walk,
     messages: list[Message],
-    *,
     gradients_persist: bool | None = None,
-    **more,
+    two_level_exchange: bool = False,
 ) -> Cost:
-    """The cost from its parts. Parameters and momentum are always held, gradients where they persist (DDP)."""
+    """The cost of a step, from `parameters` on this rank, `static` bytes beside them, and the rank's time line.
+
+    Parameters and momentum are always held, gradients where they persist (unless given, where there are replicas).
+    """
     persist = data > 1 if gradients_persist is None else gradients_persist
+    parameter_bytes = 4 * parameters
     always = parameter_bytes * (3 if persist else 2) + static
     peak = always + part.peak(gradients_persist=persist)
     # Where gradients come and go, they are all there when the optimiser steps.
     peak = max(peak, parameter_bytes * 3 + static)
     return Cost(
-        strategy, conv, groups, data, inner, setting.batch, parameter_bytes // 4, parameter_bytes, parameter_bytes,
-        parameter_bytes, part.activations(), peak, peak <= setting.machine.usable, line.compute, 0.0,
-        tuple(messages), **more,
-    )  # fmt: skip
+        strategy=strategy,
+        conv=conv,
+        groups=workload.groups,
+        data=data,
+        inner=inner,
+        batch=setting.batch,
+        parameters=parameters,
+        activation_bytes=part.activations(),
+        peak_bytes=peak,
+        fits=peak <= setting.machine.usable,
+        compute=line.compute,
+        bubble=0.0,
+        messages=tuple(messages),
+        two_level_exchange=two_level_exchange,
+    )

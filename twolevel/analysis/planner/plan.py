@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from twolevel import models
-from twolevel.analysis.planning.channel_cost import channel_cost
-from twolevel.analysis.planning.cost import Cost, Setting, group_cost
-from twolevel.analysis.planning.fsdp_cost import fsdp_cost
-from twolevel.analysis.planning.pipeline_cost import pipeline_cost
-from twolevel.analysis.planning.workload import Workload, trace
+from twolevel.analysis.planner.costs.base import Cost, Setting
+from twolevel.analysis.planner.costs.channel import channel_cost
+from twolevel.analysis.planner.costs.fsdp import fsdp_cost
+from twolevel.analysis.planner.costs.group import group_cost
+from twolevel.analysis.planner.costs.pipeline import pipeline_cost
+from twolevel.analysis.planner.workload import Workload, trace
 from twolevel.errors import UserError
 from twolevel.models.wide_resnet import WideResNet
 from twolevel.nn import make_conv
@@ -120,22 +121,21 @@ def costs(
     setting, ranks = request.setting, request.ranks
     dense, found = networks("sc", 1), []
     if setting.batch % ranks == 0:
-        found.append(group_cost(dense, setting, "sc", ranks, 1))
+        found.append(group_cost(dense, setting, "sc", data=ranks, group=1))
         if ranks > 1:
-            found.append(fsdp_cost(dense, setting, "sc", ranks))
+            found.append(fsdp_cost(dense, setting, "sc", ranks=ranks))
     for data, inner in meshes(ranks, setting.batch):
         if inner > 1 and _divides(dense, inner):
-            found.append(channel_cost(dense, setting, data, inner))
+            found.append(channel_cost(dense, setting, data=data, ranks=inner))
     found += _pipelines(dense, setting, ranks)
     for groups in networks.numbers_of_groups():
         workload = networks(request.conv, groups)
         for data, group in meshes(ranks, setting.batch):
             if groups % group == 0 and _divides(workload, group):
-                found.append(group_cost(workload, setting, request.conv, data, group))
+                cost = partial(group_cost, workload, setting, request.conv, data=data, group=group)
+                found.append(cost())
                 if two_level_exchange and setting.machine.ranks_per_node < group:
-                    found.append(
-                        group_cost(workload, setting, request.conv, data, group, two_level_exchange=True)
-                    )
+                    found.append(cost(two_level_exchange=True))
     return sorted(found, key=lambda cost: cost.step)
 
 
@@ -154,12 +154,12 @@ def _pipelines(dense: Workload, setting: Setting, ranks: int) -> list[Cost]:
     if ranks == 1:
         return []
     try:
-        found = [pipeline_cost(dense, setting, "naive", ranks, 1)]
+        found = [pipeline_cost(dense, setting, "naive", stages=ranks, microbatches=1)]
     except UserError:  # fewer places to cut than ranks
         return []
     for schedule in ("gpipe", "1f1b"):
         numbers = [ranks * 2**e for e in range(4) if setting.batch % (ranks * 2**e) == 0]
-        options = [pipeline_cost(dense, setting, schedule, ranks, m) for m in numbers]
+        options = [pipeline_cost(dense, setting, schedule, stages=ranks, microbatches=m) for m in numbers]
         fitting = [cost for cost in options if cost.fits]
         found += [min(fitting or options, key=lambda cost: cost.step)] if options else []
     return found
@@ -188,7 +188,7 @@ def _reasons(
 ) -> Iterable[str]:
     setting = request.setting
     usable = setting.machine.usable
-    alone = group_cost(networks("sc", 1), setting, "sc", 1, 1)
+    alone = group_cost(networks("sc", 1), setting, "sc", data=1, group=1)
     room = "" if usable == float("inf") else f" of {usable / 1e9:.1f} GB usable"
     if alone.fits:
         yield f"SC fits one rank: {gigabytes(alone.peak_bytes)}{room}, {seconds(alone.step)} a step there."

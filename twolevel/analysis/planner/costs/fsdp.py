@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
-from twolevel.analysis.planning.collectives import Axis, Message, all_gather, axes
-from twolevel.analysis.planning.cost import Cost, Setting, Walk, make, walk
-from twolevel.analysis.planning.memory import Part, buffers, sharded
-from twolevel.analysis.planning.workload import Layer, Workload
+from twolevel.analysis.planner.costs.base import Cost, Setting, Walk, step_cost, walk
+from twolevel.analysis.planner.footprint import Part, buffers, sharded
+from twolevel.analysis.planner.messages import Axis, Message, all_gather, axes, message
+from twolevel.analysis.planner.workload import Layer, Workload
+from twolevel.analysis.traffic import collective
 
 
-def fsdp_cost(workload: Workload, setting: Setting, conv: str, ranks: int) -> Cost:
+def fsdp_cost(workload: Workload, setting: Setting, conv: str, *, ranks: int) -> Cost:
     """Parameters sharded over all ranks: gathered a block at a time, one ahead, forward and again backward."""
     batch, timing = setting.batch // ranks, setting.timing
     axis, _ = axes(setting.machine, ranks, 1)
@@ -27,19 +28,31 @@ def fsdp_cost(workload: Workload, setting: Setting, conv: str, ranks: int) -> Co
     # Gathered at once: what is in no block, a block and the next one; and one block's gradients before they are
     # reduced. With one rank nothing is gathered.
     gathered = sizes.get("", 0) + sum(blocks[:2]) + sum(blocks[:1]) if ranks > 1 else 0
-    part = Part(workload, workload.layers, batch, 1, setting.precision)
-    static = buffers(workload, workload.layers, 1) + 4 * batch * workload.values[0].elements + gathered
-    return make(
-        "fsdp", conv, workload.groups, ranks, 1, setting, 4 * shards, static, part, line, messages,
+    return step_cost(
+        "fsdp",
+        workload,
+        setting,
+        conv=conv,
+        data=ranks,
+        inner=1,
+        parameters=shards,
+        static=buffers(workload, workload.layers, 1) + 4 * batch * workload.values[0].elements + gathered,
+        part=Part(workload, workload.layers, batch, 1, setting.precision),
+        line=line,
+        messages=messages,
         gradients_persist=True,
-    )  # fmt: skip
+    )
 
 
 def _messages(
     units: dict[str, list[Layer]], sizes: dict[str, int], lines: dict[str, Walk], axis: Axis
 ) -> list[Message]:
     """Gathers before forward, again before backward (not of what is in no block), reduce-scatters after it."""
-    others, names = (axis.ranks - 1) / axis.ranks, [name for name, size in sizes.items() if name and size]
+    names = [name for name, size in sizes.items() if name and size]
+    gathers, reduces = (
+        {name: collective(kind, size, ranks=axis.ranks) for name, size in sizes.items()}
+        for kind in ("all-gather", "reduce-scatter")
+    )
     order = (["", *names] if sizes.get("") else names, [*reversed(names), *([""] if sizes.get("") else [])])
     messages = []
     free = clock = began = 0.0  # of the link; of the compute; when the compute of the unit before began
@@ -47,9 +60,7 @@ def _messages(
         seconds = all_gather(axis, sizes[name])
         arrived = max(free, began if index else 0.0) + seconds
         start = max(clock, arrived)
-        messages.append(
-            Message("all-gather", sizes[name] // axis.ranks, others * sizes[name], seconds, start - clock)
-        )
+        messages.append(message(gathers[name], seconds, exposed=start - clock))
         free, began, clock = arrived, start, start + lines[name].forward
     free = began = clock = 0.0
     scatters = []
@@ -58,14 +69,12 @@ def _messages(
         if name:
             arrived = max(free, began) + seconds
             start = max(clock, arrived)
-            messages.append(
-                Message("all-gather", sizes[name] // axis.ranks, others * sizes[name], seconds, start - clock)
-            )
+            messages.append(message(gathers[name], seconds, exposed=start - clock))
             free = arrived
         else:
             start = clock
         began, clock = start, start + lines[name].backward
         free = max(free, clock) + seconds if name == order[1][-1] else free + seconds
-        scatters.append(Message("reduce-scatter", sizes[name], others * sizes[name], seconds))
+        scatters.append(message(reduces[name], seconds))
     scatters[-1] = replace(scatters[-1], exposed=max(0.0, free - clock))
     return messages + scatters
