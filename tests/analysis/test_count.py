@@ -223,3 +223,11 @@ def test_a_network_whose_shapes_depend_on_values_is_refused_in_one_line():
     ) as raised:
         count(nn.Sequential(nn.Conv2d(3, 8, 1), OfValues()), CIFAR)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.ConvTranspose2d(8, 8, 2), nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 1))]
+)
+def test_convolutions_without_a_count_are_named_instead_of_counted_as_nothing(layer):
+    with pytest.raises(UserError, match=r"^1(\.1)? is a Conv(Transpose2|1)d, which is not counted; "):
+        count(nn.Sequential(nn.Conv2d(3, 8, 1), layer), CIFAR)

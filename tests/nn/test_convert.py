@@ -299,3 +299,10 @@ def test_the_memory_format_is_kept():
 def test_a_lone_convolution_is_refused_by_what_it_is():
     with pytest.raises(UserError, match=r"groups=4: the network itself: the stem$"):
         twolevel.convert(nn.Conv2d(8, 8, 1), "gc", 4)
+
+
+def test_other_convolutions_are_listed_as_left():
+    model = nn.Sequential(*small(), nn.ConvTranspose2d(16, 8, 2), nn.Flatten(2), nn.Conv1d(8, 8, 1))
+    left = twolevel.convert(model, groups=2).conversion.left
+    assert left["3"] == "a ConvTranspose2d, not a Conv2d"
+    assert left["5"] == "a Conv1d, not a Conv2d"

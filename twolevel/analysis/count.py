@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
 from twolevel.analysis.elementwise import ElementCounter
 from twolevel.analysis.traffic import Collective, logits_sum, representatives_exchange
@@ -111,7 +112,7 @@ def count(
     computed. Multiply-accumulates are those of convolutions and linear layers, for one image, forward.
 
     Raises UserError where `ranks` does not divide the groups, for a model that is a part already or whose shapes
-    depend on values, and for a WholeConv2d without `macs`.
+    depend on values, for a WholeConv2d without `macs`, and for convolutions other than of images, or transposed.
     """
     layout = layout_of(model)
     if layout.parts > 1:
@@ -212,6 +213,10 @@ def _macs(name: str, module: nn.Module, output: tuple[int, ...]) -> tuple[int, i
     if isinstance(module, nn.Conv2d | TwoLevelConv2d):
         weights = sum(t.numel() for k, t in module.named_parameters() if k.endswith("weight"))
         return output[1] * output[2] * weights, output[1] * output[2] * weights
+    if isinstance(module, _ConvNd):
+        raise UserError(
+            f"{name} is a {type(module).__name__}, which is not counted; count a network whose convolutions are Conv2d"
+        )
     return 0, 0
 
 

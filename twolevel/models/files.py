@@ -1,6 +1,7 @@
 """A whole network in one safetensors file."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from twolevel.data import DataConfig
 from twolevel.errors import UserError
 from twolevel.models.registry import create
 
@@ -29,26 +31,42 @@ def save(path: Path | str, tensors: dict[str, Tensor], create: dict[str, Any], d
 def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """(arguments of `create`, the data set's settings, state_dict) of a file that `save` wrote.
 
-    Raises UserError where the file is missing, damaged, or of another program.
+    Raises UserError where the file is missing, damaged, of another program, or has settings unknown here.
     """
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return about["create"], about["data"], tensors
-    except KeyError:
+            options, data = about["create"], about["data"]
+    except (KeyError, TypeError):
         raise UserError(
             f"{path} was not written by twolevel export: it does not say which network it is"
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}".splitlines()[0]) from error
+    unknown = data.keys() - {field.name for field in fields(DataConfig)}
+    if unknown:
+        raise UserError(
+            f"{path} has unknown settings of its data set: {', '.join(sorted(unknown))}; "
+            "it may be of another version of twolevel"
+        )
+    _network(path, options)
+    return options, data, tensors
+
+
+def _network(path: Path | str, options: dict[str, Any]) -> nn.Module:
+    """The network without values. Raises UserError where `options` are not those of `create`."""
+    try:
+        with torch.device("meta"):
+            return create(**options)
+    except TypeError as error:
+        raise UserError(f"{path} does not describe a network of this version of twolevel: {error}") from error
 
 
 def load(path: Path | str) -> nn.Module:
     """The single-process network of a file that `twolevel export` wrote, with its weights."""
     options, _, tensors = read(path)
-    with torch.device("meta"):
-        model = create(**options)
+    model = _network(path, options)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

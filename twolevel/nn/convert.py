@@ -15,6 +15,14 @@ from twolevel.nn.factory import KINDS, make_conv
 from twolevel.nn.init import initialize
 from twolevel.nn.structure import convolutions
 
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 Skip = Callable[[str, nn.Conv2d], bool] | Iterable[str]
 
 
@@ -47,11 +55,14 @@ def convert(
 
     Stride, padding, dilation, bias, device, type, memory format and training mode are copied. The weights are
     kept where the new form can represent the old function, frozen if they were, and drawn from (seed, name)
-    elsewhere. A convolution under several names stays one. Left as they are: the first convolution (the stem),
-    depthwise convolutions, those whose channels `groups` does not divide, those with a padding other than
-    zeros; those that own what the new form cannot take over: a shared or a computed weight, hooks, a frozen
-    weight that would be drawn anew; and what `skip` names under one of its names: patterns like "layer1.*",
-    or a function of (name, module).
+    elsewhere. A convolution under several names stays one. These are left as they are:
+
+    - the first convolution (the stem), and depthwise convolutions;
+    - those that are not an nn.Conv2d (ConvTranspose2d, Conv1d, ...), whose channels `groups` does not divide, or
+      whose padding is other than zeros;
+    - those that own what the new form cannot take over: a shared or a computed weight, hooks, or a frozen weight
+      that would be drawn anew;
+    - what `skip` names under one of its names: patterns like "layer1.*", or a function of (name, module).
 
     Raises UserError for an unknown kind, or where nothing at all is replaced.
     """
@@ -67,12 +78,13 @@ def convert(
                 new, weights = _replacement(module, names[0], conv, groups, options, seed)
             except UserError as error:
                 why = str(error)
+            else:
+                for name in names:
+                    parent, _, own = name.rpartition(".")
+                    setattr(model.get_submodule(parent), own, new)
+                done.replaced |= dict.fromkeys(names, "shared") | {names[0]: weights}
         if why:
             done.left |= dict.fromkeys(names, why)
-            continue
-        for name in names:
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
-            done.replaced[name] = weights if name == names[0] else "shared"
     if not done.replaced:
         left = [f"{name or 'the network itself'}: {why}" for name, why in [*done.left.items()][:3]]
         reasons = "; ".join(left) or "it has none"
@@ -81,15 +93,15 @@ def convert(
     return model
 
 
-def _free_convolutions(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
+def _free_convolutions(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The convolutions that stand for themselves, under all their names, and are not part of one of ours."""
-    names: dict[nn.Conv2d, list[str]] = {}
-    parts: set[nn.Conv2d] = set()
+    names: dict[nn.Module, list[str]] = {}
+    parts: set[nn.Module] = set()
     ours: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module).__module__.startswith("twolevel.nn"):
             ours += (f"{name}." if name else "",)
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, CONVOLUTIONS):
             names.setdefault(module, []).append(name)
             if name.startswith(ours):
                 parts.add(module)
@@ -105,9 +117,11 @@ def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return holders
 
 
-def _why_left(module: nn.Conv2d, names: list[str], holders: dict[nn.Parameter, list[str]], skip: Skip) -> str:
+def _why_left(module: nn.Module, names: list[str], holders: dict[nn.Parameter, list[str]], skip: Skip) -> str:
     if is_parametrized(module):
         return f"its {' and '.join(module.parametrizations)} is parametrized"
+    if not isinstance(module, nn.Conv2d):
+        return f"a {type(module).__name__}, not a Conv2d"
     if type(module) is not nn.Conv2d:
         return f"a {type(module).__name__}, which may do more than a Conv2d"
     # Weight normalisation of the old kind, pruning and their like compute the weight from other tensors.

@@ -164,10 +164,40 @@ STOPS = {
 }
 
 
+# The permutations before and after the convolution are conv.0 and conv.2: those that stay, and why the first does.
+STAYS = {
+    "an addition before": (["conv.0"], "before it is add, a function"),
+    "an addition after": (["conv.2"], "after it is add, a function"),
+    "a second user before": (["conv.0"], "before it, first has 2 users"),
+    "a second user after": (["conv.2"], "after it, conv_2 has 2 users"),
+    "a convolution called twice": (["conv.0", "conv.2"], "first or a tensor of it is used more than once"),
+    "a normalisation called twice": (["conv.0", "conv.2"], "bn or a tensor of it is used more than once"),
+    "the layer itself called twice": (
+        ["conv.0", "conv.2"],
+        "conv.0 or a tensor of it is used more than once",
+    ),
+    "groups before": (["conv.0"], "before it is grouped, Conv2d of 2 groups"),
+    "groups after": (["conv.2"], "after it is grouped, Conv2d of 2 groups"),
+    "depthwise to more channels": (["conv.2"], "after it is wider, Conv2d of 16 groups"),
+    "a layer of another class": (["conv.2"], "after it is flipped, Flipped"),
+    "an activation of two inputs": (["conv.2"], "after it is hardtanh, a function"),
+    "a softmax over channels": (["conv.2"], "after it is softmax, a method"),
+    "a weight used elsewhere": (["conv.2"], "last or a tensor of it is used more than once"),
+    "the output": (["conv.2"], "after it is the output of the network"),
+    "the input": (["conv.0"], "before it is the input of the network"),
+}
+
+
 @pytest.mark.parametrize("stop", STOPS)
 def test_permutation_stays_at(stop):
     folding = check(Net(STOPS[stop]))
-    assert folding.kept
+    stays, reason = STAYS[stop]
+    assert sorted(folding.kept) == stays
+    assert reason in folding.kept[stays[0]].split("; ")
+    # What is not in the way of the other permutation lets it go into the layer beside it.
+    assert folding.folded == {
+        name: (layer,) for name, layer in {"conv.0": "first", "conv.2": "last"}.items() if name not in stays
+    }
     assert all("\n" not in reason for reason in folding.kept.values())
 
 
