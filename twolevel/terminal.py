@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import rich.console
 from rich.text import Text
@@ -23,8 +24,8 @@ def width() -> int:
     if asked.isdigit() and int(asked):
         return int(asked)
     for stream in (sys.__stdout__, sys.__stderr__, sys.__stdin__):
-        with suppress(AttributeError, OSError, ValueError):  # None, closed, or no terminal
-            if columns := os.get_terminal_size(stream.fileno()).columns:
+        with suppress(OSError, ValueError):  # closed, or no terminal
+            if stream is not None and (columns := os.get_terminal_size(stream.fileno()).columns):
                 return columns
     return ENDLESS
 
@@ -46,7 +47,7 @@ def _typed(path: Path) -> str:
 class Console(rich.console.Console):
     """Prints lines as they are: no markup, colours of numbers, wrapping or cutting."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
     def on_broken_pipe(self) -> None:

@@ -76,6 +76,11 @@ def test_setting_names_are_unique_across_sections():
         (lambda: MeshConfig(group_parallel=-2), "group_parallel=-2 is invalid; use 1 or more"),
         (lambda: ModelConfig(conv="shuffle", permutation_seed=2**64), "use an integer of 64 bits"),
         (lambda: RunConfig(log_steps=0), "log_steps=0"),
+        (lambda: RunConfig(forms={"a layer": "overlapped"}), "'overlapped' for layers of a layer is invalid"),
+        (
+            lambda: RunConfig(forms={"a layer": "dense magic"}),
+            "'dense magic' for layers of a layer is invalid",
+        ),
         (lambda: ModelConfig(conv="gc", schedule="fused"), "schedule=fused"),
         (lambda: ModelConfig(conv="gc", saliency_bound=6.0), "saliency_bound=6.0 is of conv=dgc"),
         (lambda: ModelConfig(conv="dgc", saliency_bound=0.0), "saliency_bound=0.0"),

@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from twolevel.errors import Stopped, UserError, unknown
 
@@ -113,7 +114,7 @@ def _run() -> int:
     try:
         code = main()
     except SystemExit as end:  # --help
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else 0
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             raise
@@ -155,6 +156,13 @@ def _rank() -> int:
     return 0
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     where = "" if issubclass(category, UserWarning) else f" ({filename}:{lineno})"
     print(f"twolevel: warning: {message}{where}", file=sys.stderr, flush=True)

@@ -17,9 +17,12 @@ def parse(cls: type[T], name: str, argv: list[str], default: T | None = None) ->
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            given = {} if default is None else {"default": default}
             return tyro.cli(
-                cls, prog=f"twolevel {name}", args=argv, config=(tyro.conf.OmitArgPrefixes,), **given
+                cls,
+                prog=f"twolevel {name}",
+                args=argv,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as end:
         if end.code in (0, None):  # --help

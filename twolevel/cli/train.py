@@ -34,8 +34,8 @@ def _take_config(argv: list[str]) -> tuple[list[str], TrainConfig | None]:
                 settings["run"].pop("resume", None)  # how a run was started, not what it was
             config = TrainConfig.from_dict(settings, path)
             rest = argv[:index] + rest
-            if Path(path).resolve().parent == config.run.output.resolve() and "--resume" not in rest:
-                config.run.output = _new_beside(config.run.output)  # the file is a run's own record
+            if Path(path).resolve().parent == config.output.resolve() and "--resume" not in rest:
+                config.run.output = _new_beside(config.output)  # the file is a run's own record
             return rest, config
     return argv, None
 

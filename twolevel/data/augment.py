@@ -48,10 +48,10 @@ def draw_resized_crop(
     part with an allowed ratio. Drawn here, and not by torchvision's transform, because that one
     draws from the process's global stream.
     """
-    log_ratio = torch.log(torch.tensor(ratio))
+    low, high = torch.log(torch.tensor(ratio)).tolist()
     for _ in range(10):
         area = height * width * torch.empty(1).uniform_(*scale, generator=generator).item()
-        aspect = torch.empty(1).uniform_(log_ratio[0], log_ratio[1], generator=generator).exp().item()
+        aspect = torch.empty(1).uniform_(low, high, generator=generator).exp().item()
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top = int(torch.randint(0, height - h + 1, (1,), generator=generator))

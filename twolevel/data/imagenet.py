@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ def load(config: DataConfig, view: View) -> Data:
         num_classes=len(classes),
         classes=classes,
         image_shape=config.image_shape,
+        normalise=normalise,
     )
 
 
@@ -113,16 +115,21 @@ class ImageFiles(Dataset):
 def random_crop(image: Image.Image, size: int, generator: torch.Generator) -> Tensor:
     """A random part of the image, resized to [3, size, size] (uint8) and mirrored half of the time."""
     box = draw_resized_crop(image.height, image.width, generator)
-    image = TF.resized_crop(image, *box, size=[size, size])
+    cropped: Any = TF.resized_crop(_typed(image), *box, size=[size, size])
     if torch.randint(0, 2, (), generator=generator):
-        image = TF.horizontal_flip(image)
-    return TF.pil_to_tensor(image)
+        cropped = TF.horizontal_flip(cropped)
+    return TF.pil_to_tensor(cropped)
 
 
 def centre_crop(image: Image.Image, size: int) -> Tensor:
     """The centre [3, size, size] (uint8) of the image, whose shorter side is first made 256/224 of that."""
-    image = TF.resize(image, [round(size * RESIZE)])
-    return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
+    resized: Any = TF.resize(_typed(image), [round(size * RESIZE)])
+    return TF.pil_to_tensor(TF.center_crop(resized, [size, size]))
+
+
+def _typed(image: Image.Image) -> Any:
+    """The image: torchvision's functions take it, but their annotations say tensors only."""
+    return image
 
 
 def _decode(path: Path) -> Image.Image:

@@ -51,8 +51,8 @@ class TrainInMemory:
                 # Drawn for the global batch, then cut: an image's crop does not depend on the ranks.
                 generator = stream("crops", order.seed, epoch, position)
                 crops = draw_crops(order.batch_size, generator)[:, order.rows]
-                index, *crops = self._to_device(torch.cat((index[None], crops)))
-                images = crop_and_flip(self.data.images.index_select(0, index), *crops)
+                index, dy, dx, flip = self._to_device(torch.cat((index[None], crops)))
+                images = crop_and_flip(self.data.images.index_select(0, index), dy, dx, flip)
             else:
                 index = self._to_device(index)
                 images = self.data.images.index_select(0, index)
@@ -105,4 +105,5 @@ def in_memory(
         num_classes=len(classes),
         classes=classes,
         image_shape=config.image_shape,
+        normalise=normalise,
     )

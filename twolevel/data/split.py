@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from twolevel.data.augment import Normalise
+
 
 class TrainSplit(Protocol):
     """The training images, as one data-parallel rank sees them."""
@@ -77,3 +79,5 @@ class Data:
     num_classes: int
     classes: list[str]
     image_shape: tuple[int, int, int]
+    normalise: Normalise
+    """What the bytes of both splits went through; a picture of an image undoes it."""

@@ -7,10 +7,18 @@ from torch import Tensor
 from twolevel.errors import UserError, unknown
 from twolevel.ops import Geometry
 
+Size = int | Sequence[int]
+"""One number for height and width, or both."""
 
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
+Padding = Size | str
+
+
+def pair(value: Size) -> tuple[int, int]:
     """(height, width) from one number for both, or from two."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return height, width
 
 
 def check_divides(what: str, divisor: int, /, **numbers: int) -> None:
@@ -45,7 +53,7 @@ def as_given(y: Tensor, x: Tensor) -> Tensor:
     return y[0] if x.dim() == 3 else y
 
 
-def geometry(kernel_size, stride, padding, dilation) -> Geometry:
+def geometry(kernel_size: Size, stride: Size, padding: Padding, dilation: Size) -> Geometry:
     """nn.Conv2d's arguments, numbers or pairs, with the paddings "same" and "valid" worked out.
 
     Raises UserError where "same" would have to pad one side more than the other.

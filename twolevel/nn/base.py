@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from twolevel.nn.arguments import geometry, pair
+from twolevel.nn.arguments import Padding, Size, geometry, pair
 
 
 class WholeConv2d(nn.Module):
@@ -17,7 +17,16 @@ class WholeConv2d(nn.Module):
     undecayed: tuple[str, ...] = ()
     """Own parameters that weight decay must spare, by name."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding=0, *, dilation=1):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
+        *,
+        dilation: Size = 1,
+    ):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from twolevel.nn.arguments import geometry, pair
 from twolevel.nn.dgconv import DGConv2d
 from twolevel.nn.flgc import FLGConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
@@ -39,7 +40,10 @@ def carry_weights(old: nn.Conv2d, new: nn.Module) -> str:
 
 def _without_bias(conv: nn.Conv2d) -> nn.Conv2d:
     """The same convolution, its weight shared, without the bias, which `convert` keeps apart."""
-    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    plain = nn.Conv2d(*sizes, conv.groups, bias=False, device="meta")
+    kernel_size = pair(conv.kernel_size)
+    how = geometry(kernel_size, conv.stride, conv.padding, conv.dilation)
+    plain = nn.Conv2d(
+        conv.in_channels, conv.out_channels, kernel_size, *how, conv.groups, bias=False, device="meta"
+    )
     plain.weight = conv.weight
     return plain

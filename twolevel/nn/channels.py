@@ -22,6 +22,10 @@ class PermuteChannels(nn.Module):
     Raises UserError for an input of other channels, which indexing alone would accept.
     """
 
+    index: Tensor
+    shuffle: int
+    """Groups of the channel shuffle that the index is; 0 where it is none."""
+
     def __init__(self, index: Tensor):
         super().__init__()
         self.register_buffer("index", index)

@@ -1,13 +1,14 @@
 """Dynamic group convolution (DGC): every image and head picks the input channels that it uses."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.arguments import as_given, as_images, check_groups
+from twolevel.nn.arguments import Padding, Size, as_given, as_images, check_groups
 from twolevel.nn.base import WholeConv2d, he_normal_
 from twolevel.nn.inference.dgc import DynamicGroupInference
 from twolevel.ops.autocast import without_autocast
@@ -74,16 +75,19 @@ class DynamicGroupConv2d(WholeConv2d):
     and finite.
     """
 
+    progress: Tensor
+    threshold: Tensor
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
         *,
         groups: int = 4,
-        dilation: int | tuple[int, int] = 1,
+        dilation: Size = 1,
         xi: float = 0.75,
         reduction: int | None = None,
         threshold: Threshold = "head",
@@ -112,7 +116,7 @@ class DynamicGroupConv2d(WholeConv2d):
         self.saliency_bound = saliency_bound
         self.hidden = max(1, in_channels // reduction)
 
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.BatchNorm2d(in_channels, **options)
         self.saliency = Saliency()
         self.squeeze = nn.Parameter(torch.empty(groups * self.hidden, in_channels, **options))

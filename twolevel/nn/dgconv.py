@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from twolevel.errors import UserError, unknown
+from twolevel.nn.arguments import Padding, Size
 from twolevel.nn.base import WholeConv2d, he_normal_
 from twolevel.nn.channels import PermuteChannels
 
@@ -49,12 +50,12 @@ class DGConv2d(WholeConv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
         *,
         groups: int | None = None,
-        dilation: int | tuple[int, int] = 1,
+        dilation: Size = 1,
         initial: Initial = "random",
         gate_scale: float = 1e-8,
         device=None,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.arguments import check_groups
+from twolevel.nn.arguments import Padding, Size, check_groups
 from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.dgconv import DGConv2d
 from twolevel.nn.flgc import FLGConv2d
@@ -44,9 +44,9 @@ def make_conv(
     kind: str,
     in_channels: int,
     out_channels: int,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = 0,
+    kernel_size: Size,
+    stride: Size = 1,
+    padding: Padding = 0,
     *,
     groups: int = 1,
     **options,

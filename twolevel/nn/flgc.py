@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
-from twolevel.nn.arguments import as_given, as_images
+from twolevel.nn.arguments import Padding, Size, as_given, as_images
 from twolevel.nn.base import WholeConv2d, he_normal_
 from twolevel.nn.inference.grouped import RegroupedConv2d
 
@@ -49,12 +49,12 @@ class FLGConv2d(WholeConv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
         *,
         groups: int,
-        dilation: int | tuple[int, int] = 1,
+        dilation: Size = 1,
         logit_std: float = 0.1,
         decay_logits: bool = False,
         device=None,

@@ -40,9 +40,9 @@ class Layout:
 
     def whole_shape(self, name: str, held: Tensor) -> list[int]:
         """The shape in the single-process model of a tensor of which this part is held."""
-        shape = list(held.shape)
-        if self.is_split(name):
-            shape[self.dims[name]] *= self.parts
+        shape, dim = list(held.shape), self.dims[name]
+        if dim is not None:
+            shape[dim] *= self.parts
         return shape
 
     def within(self, name: str) -> "Layout":

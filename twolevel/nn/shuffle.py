@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twolevel.nn.arguments import as_given, as_images, check_groups
+from twolevel.nn.arguments import Padding, Size, as_given, as_images, check_groups
 from twolevel.nn.base import WholeConv2d, he_normal_
 from twolevel.nn.channels import PermuteChannels, take_channels
 from twolevel.nn.inference.grouped import frozen_conv2d
@@ -26,16 +26,18 @@ class ShuffleConv2d(WholeConv2d):
     Raises UserError where groups does not divide both channel numbers.
     """
 
+    permutation: Tensor | None
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
         *,
         groups: int,
-        dilation: int | tuple[int, int] = 1,
+        dilation: Size = 1,
         permutation_seed: int | None = None,
         device=None,
         dtype=None,
@@ -55,7 +57,7 @@ class ShuffleConv2d(WholeConv2d):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight from `generator`, and the permutation, which `to_empty` loses too, from its own seed."""
         he_normal_(self.weight, generator)
-        if self.permutation is not None:
+        if self.permutation is not None and self.permutation_seed is not None:
             own = torch.Generator().manual_seed(self.permutation_seed)
             self.permutation.copy_(torch.randperm(self.out_channels, generator=own, device="cpu"))
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from twolevel.errors import unknown
-from twolevel.nn.arguments import as_images, check_groups, geometry, pair
+from twolevel.nn.arguments import Padding, Size, as_images, check_groups, geometry, pair
 from twolevel.ops import LOCAL, Exchange, two_level_conv2d
 from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.problem import Problem
@@ -36,12 +36,12 @@ class TwoLevelConv2d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
         *,
         groups: int,
-        dilation: int | tuple[int, int] = 1,
+        dilation: Size = 1,
         schedule: Schedule = "auto",
         kernels: Kernels = "auto",
         device=None,
@@ -58,13 +58,13 @@ class TwoLevelConv2d(nn.Module):
         self.kernel_size = pair(kernel_size)
         self.groups = groups
         self.geometry = geometry(kernel_size, stride, padding, dilation)
-        self.schedule = schedule
-        self.kernels = kernels
+        self.schedule: str = schedule
+        self.kernels: str = kernels
         self.exchange: Exchange = LOCAL
         options = {"bias": False, "device": device, "dtype": dtype}
         shared = {**options, **self.geometry._asdict(), "groups": groups}
-        self.local = nn.Conv2d(in_channels, out_channels, kernel_size, **shared)
-        self.restriction = nn.Conv2d(in_channels, groups, kernel_size, **shared)
+        self.local = nn.Conv2d(in_channels, out_channels, self.kernel_size, **shared)
+        self.restriction = nn.Conv2d(in_channels, groups, self.kernel_size, **shared)
         self.coarse = nn.Conv2d(groups, out_channels, 1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ class TwoLevelConv2d(nn.Module):
     def problem(self, x: Tensor) -> Problem:
         """What there is to compute for x here, of which `twolevel.ops.dispatch` decides by what."""
         weights = (self.local.weight, self.restriction.weight, self.coarse.weight)
-        return Problem.of(*cast_for_convolution(x, *weights), self.geometry, self.exchange.ranks)
+        x, local, restriction, coarse = cast_for_convolution(x, *weights)
+        return Problem.of(x, local, restriction, coarse, self.geometry, self.exchange.ranks)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "

@@ -9,7 +9,6 @@ from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.dispatch import plan_for
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.settings import Kernels, Schedule
 
 
 def two_level_conv2d(
@@ -19,8 +18,8 @@ def two_level_conv2d(
     coarse: Tensor,
     geometry: Geometry,
     *,
-    schedule: Schedule = "auto",
-    kernels: Kernels = "auto",
+    schedule: str = "auto",
+    kernels: str = "auto",
     exchange: Exchange = LOCAL,
 ) -> Tensor:
     """y_g = A_g * x_g + C_g z with z_g = r_g * x_g ("Two-level Group Convolution", arXiv 2110.05060).

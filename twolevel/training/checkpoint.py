@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed import DeviceMesh
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from twolevel.distributed.agreement import all_gather, together
@@ -74,7 +76,7 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # safetensors knows no strides
     try:
         # Collective: rank 0's failure to make the folder reaches every rank through it.
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
+        save_tensors(tensors, storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
     except CheckpointException as error:
         raise UserError(f"cannot write checkpoint {path}: {_cause(error)}") from error
     own = {file.name: file.stat().st_size for file in unfinished.glob(f"shard-{rank + 1:05d}-*")}
@@ -137,7 +139,10 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
             )
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata()
-        return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+        tensors = metadata.state_dict_metadata.items()
+        return {
+            name: tuple(entry.size) for name, entry in tensors if isinstance(entry, TensorStorageMetadata)
+        }
     except _UNREADABLE as error:
         raise UserError(f"checkpoint {path} is damaged: {_cause(error)}") from error
 
@@ -156,7 +161,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
             )
     try:
         with torch.no_grad():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+            load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
     except _UNREADABLE as error:
         raise UserError(f"checkpoint {path} is damaged: {_cause(error)}") from error
 

@@ -34,12 +34,12 @@ class Display:
         self.total, self.start = total, start
         self.began = self.last_line = time.monotonic()
         # The bar alone gives way: rich would cut any column that may wrap.
-        fixed = {"table_column": Column(no_wrap=True)}
+        fixed = Column(no_wrap=True)
         columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")]
         if self.wide:
-            columns.insert(2, MofNCompleteColumn(**fixed))
-            columns.append(TimeElapsedColumn(**fixed))
-        columns += [TextColumn("left"), TimeRemainingColumn(**fixed)]
+            columns.insert(2, MofNCompleteColumn(table_column=fixed))
+            columns.append(TimeElapsedColumn(table_column=fixed))
+        columns += [TextColumn("left"), TimeRemainingColumn(table_column=fixed)]
         self.progress = Progress(*columns, console=self.console, disable=not self.live)
         self.task = self.progress.add_task("training", total=total, completed=start, text="")
 
@@ -48,7 +48,7 @@ class Display:
         self.warnings = _Warnings(self)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.warnings.close()
         self.progress.stop()
 

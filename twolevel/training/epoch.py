@@ -163,7 +163,7 @@ class Epochs:
             record |= self.test_network(state.ema, record["epoch"] - 1, unit + 1 + UNITS // 2, "ema_")
         if self.metrics is not None:
             self.metrics.write(record)
-            self.display.epoch(record, self.config.optimiser.epochs)
+            self.display.epoch(record, self.config.epochs)
         state.untested = None
         state.save()
         return record
@@ -188,6 +188,6 @@ class Epochs:
 
     def stopped(self) -> Stopped:
         return Stopped(
-            f"stopped at step {self.state.step} of {self.all_steps}, which is saved in {self.config.run.output}; "
+            f"stopped at step {self.state.step} of {self.all_steps}, which is saved in {self.config.output}; "
             "go on with --resume"
         )

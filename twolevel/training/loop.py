@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
                 check_capturable(config, context.device, context.world.backend)
             warn_of_ignored(config, context.mesh)
         run = config.run
-        with claim(run.output, resume=run.resume, first=context.first, device=context.device) as start:
+        with claim(config.output, resume=run.resume, first=context.first, device=context.device) as start:
             return Trainer(config, context, start).run()
     finally:
         context.close()
@@ -80,7 +80,7 @@ class Trainer:
             self.strategy.compile_(model)
         step = TrainStep(self.strategy, model, self.state.optimiser, optimiser, self.rules)
         self.train_step = GraphedStep(step) if run.cuda_graph else step
-        self.all_steps = optimiser.epochs * self.state.steps_per_epoch
+        self.all_steps = config.epochs * self.state.steps_per_epoch
         self.last_step = min(self.all_steps, run.max_steps or self.all_steps)
 
     def _recorded_forms(self, start: Path | None) -> dict[str, str]:
@@ -144,22 +144,18 @@ class Trainer:
 
     def _begin_records(self) -> MetricsLog:
         """Write what is known before the first step."""
-        output = self.output
+        output = self.config.output
         (output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
         if self.chosen.why:
             (output / "forms.json").write_text(json.dumps(self.chosen.why, indent=1) + "\n")
         return MetricsLog(output, self.state.step)
-
-    @property
-    def output(self) -> Path:
-        return self.config.run.output
 
     def _opening_words(self) -> None:
         self.display.say(self._headline())
         if self.chosen.measured:
             self.display.say(
                 f"chose kernels for {len(self.chosen.forms)} sizes of layers in {self.chosen.seconds:.0f} s "
-                f"({self.output / 'forms.json'})"
+                f"({self.config.output / 'forms.json'})"
             )
 
     def _headline(self) -> str:
@@ -169,17 +165,17 @@ class Trainer:
             f"{config.model.model} {config.model.conv} groups={config.model.groups} on {config.data.data}: "
             f"{self.strategy} on {self.context.device.type} ({self.context.carriers(state.model)}), "
             f"{self.strategy.held(state.model):,} parameters on this one, "
-            f"{config.optimiser.epochs} epochs of {state.steps_per_epoch} steps{going_on}"
+            f"{config.epochs} epochs of {state.steps_per_epoch} steps{going_on}"
         )
 
     def _closing_words(self, last: dict[str, Any] | None) -> None:
-        output = self.output
+        output = self.config.output
         if self.state.step < self.all_steps:
             self.display.say(f"stopped at step {self.state.step} of {self.all_steps}; go on with --resume")
         if last is None:
             if self.state.step >= self.all_steps:
                 self.display.say(
-                    f"{output} is complete: {self.config.optimiser.epochs} epochs; raise --epochs to go on"
+                    f"{output} is complete: {self.config.epochs} epochs; raise --epochs to go on"
                 )
             return
         from twolevel.analysis.figures import training_curve  # matplotlib takes a second to import

@@ -46,8 +46,10 @@ class MetricsLog:
                     self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
-        for file in (self.lines, self.table_file, self.board):
-            file.close()
+        self.lines.close()
+        self.table_file.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def _is_json(value: Any) -> bool:

@@ -60,15 +60,17 @@ class _Population:
     """Has a batch norm in evaluation normalise by the batch that it is given, and sums up over batches."""
 
     def __init__(self, norm: nn.BatchNorm2d, group: ProcessGroup):
-        self.norm, self.group = norm, group
+        self.group = group
         self.number = 0
-        self.mean, self.spread = (torch.zeros_like(norm.running_mean, dtype=torch.float64) for _ in range(2))
+        assert norm.running_mean is not None and norm.running_var is not None
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.mean, self.spread = (torch.zeros_like(self.running_mean, dtype=torch.float64) for _ in range(2))
         self.hook = norm.register_forward_pre_hook(self._see)
 
     def _see(self, norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         mean, var, _ = batch_statistics(inputs[0], self.group)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
         # Squares of differences instead of differences of squares, which lose digits (Welford, 1962).
         self.number += 1
         off = mean.double() - self.mean
@@ -78,5 +80,5 @@ class _Population:
     def finish(self) -> None:
         self.hook.remove()
         if self.number:
-            self.norm.running_mean.copy_(self.mean)
-            self.norm.running_var.copy_(self.spread / self.number)
+            self.running_mean.copy_(self.mean)
+            self.running_var.copy_(self.spread / self.number)

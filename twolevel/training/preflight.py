@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.errors import UserError
 from twolevel.ops.kernels import native
@@ -39,7 +39,7 @@ def check_resumable(config: TrainConfig, state: dict[str, Any], ranks: int) -> N
     for name, value in changed.items():
         if on_resume[name] == "fixed":
             raise UserError(
-                f"{name}={value!r} but the checkpoint in {config.run.output} is of a run with "
+                f"{name}={value!r} but the checkpoint in {config.output} is of a run with "
                 f"{name}={before[name]!r}; go on with that, or name another --output"
             )
     for name, what in (("ema_decay", "moving average of the weights"), ("momentum", "momentum")):
@@ -99,8 +99,8 @@ def _without_effect(config: TrainConfig, mesh: DeviceMesh) -> Iterator[tuple[obj
         yield model, "kernels", "schedule=dense is one convolution of torch"
     if optimiser.lr_schedule == "cosine":
         yield optimiser, "lr_gamma", "lr_schedule=cosine has no milestones"
-    elif all(milestone >= optimiser.epochs for milestone in optimiser.lr_milestones):
-        yield optimiser, "lr_gamma", f"no milestone comes before epochs={optimiser.epochs}"
+    elif all(milestone >= config.epochs for milestone in optimiser.lr_milestones or ()):
+        yield optimiser, "lr_gamma", f"no milestone comes before epochs={config.epochs}"
     if mesh["data"].size() == 1:
         yield config.mesh, "sync_batch_norm", "there is one replica"
     if config.mesh.parallel in ("fsdp", *PIPELINES):

@@ -27,6 +27,7 @@ from twolevel.data.augment import Normalise
 from twolevel.data.config import DataConfig
 from twolevel.errors import UserError
 from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
+from twolevel.settings import Device
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import MeshConfig
 from twolevel.training.context import Context, join
@@ -106,7 +107,7 @@ def write_report(
     batches: int | None = None,
     data_root: Path | None = None,
     workers: int | None = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> Report:
     """Draw the pictures of the run in the folder `path` into `path`/report, in place of earlier ones.
 
@@ -162,7 +163,8 @@ def _kept_pictures(run: Run, context: Context, given: dict[str, Any]) -> Iterato
     """What the heads of a DGC network keep and drop of test images."""
     options = {name: value for name, value in given.items() if name in ("data_root", "workers")}
     # Training batches are not looked at.
-    config = DataConfig(**run.weights.data | options | {"batch_size": 1})
+    settings: dict[str, Any] = run.weights.data | options | {"batch_size": 1}
+    config = DataConfig(**settings)
     data = context.load_data(config, 0, run.weights.dtype)
     if data.num_classes != run.weights.options["num_classes"]:
         raise UserError(
@@ -180,7 +182,7 @@ def _kept_pictures(run: Run, context: Context, given: dict[str, Any]) -> Iterato
             "and one image of each is drawn"
         )
 
-    pictures = thumbnails(patterns.images, data.test.normalise)
+    pictures = thumbnails(patterns.images, data.normalise)
     names = [data.classes[label] for label in patterns.labels]
     citation = config.data_set.citation
     source = f"Images: {citation}" if citation else ""

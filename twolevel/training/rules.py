@@ -1,5 +1,6 @@
 """What some convolutions ask of training beyond a loss and SGD. The loop calls every rule and knows none."""
 
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -15,12 +16,15 @@ class Rule(Protocol):
 
     def begin_step(self, progress: float) -> None:
         """Called before the forward of a step."""
+        ...
 
     def loss(self, loss: Tensor) -> Tensor:
         """The loss to minimise, from the mean cross-entropy of the images just seen."""
+        ...
 
     def end_epoch(self) -> dict[str, Any]:
-        """Called after the last step of an epoch; returns what it is worth to record, by layer."""
+        """Called after the last step of an epoch; returns what to record of it, by layer."""
+        ...
 
 
 def rules_for(model: nn.Module, config: RuleConfig) -> list[Rule]:
@@ -146,7 +150,7 @@ class GlobalThreshold(_Saliencies):
         kept = max(1, round(layer.xi * len(values)))
         threshold = values.kthvalue(kept).values
         for layer in self.layers.values():
-            layer.threshold.copy_(threshold)
+            layer.get_buffer("threshold").copy_(threshold)
         return {"dgc_threshold": threshold.item()}
 
 
@@ -165,7 +169,7 @@ class ComplexityBudget(_Silent):
     def loss(self, loss: Tensor) -> Tensor:
         if self.wanted is None:
             return loss
-        complexity = sum(layer.complexity().double() for layer in self.layers.values())
+        complexity = reduce(torch.add, (layer.complexity().double() for layer in self.layers.values()))
         factor = (complexity.clamp(min=self.wanted) / self.wanted) ** self.exponent
         return loss * factor.to(loss.dtype)
 

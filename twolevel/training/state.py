@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -74,7 +74,7 @@ class TrainState:
         for model in (self.model, self.ema):
             if model is not None:
                 sync_buffers(model, self.mesh)
-        path = checkpoint.folder(self.config.run.output / "checkpoints", self.step)
+        path = checkpoint.folder(self.config.output / "checkpoints", self.step)
         state = {
             "version": __version__,
             "config": self.config.to_dict(),

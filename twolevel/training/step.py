@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from twolevel import models
 from twolevel.distributed.agreement import together
+from twolevel.settings import Carrier, Parallel
 from twolevel.training.config import MeshConfig, OptimiserConfig
 from twolevel.training.evaluate import autocast, batch_sums
 from twolevel.training.optimiser import make_sgd
@@ -65,14 +66,14 @@ def make_step(
     mesh: DeviceMesh,
     device: torch.device | str,
     *,
-    parallel: str = "group",
+    parallel: Parallel = "group",
     conv: str = "sc",
     groups: int = 1,
     image_shape: tuple[int, int, int] = (3, 32, 32),
     num_classes: int = 10,
     microbatches: int | None = None,
     sync_batch_norm: bool = False,
-    exchange: str = "auto",
+    exchange: Carrier = "auto",
     precision: str = "float32",
     compile: bool = False,
     seed: int = 0,

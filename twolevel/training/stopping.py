@@ -16,6 +16,7 @@ import threading
 import time
 from datetime import timedelta
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ class StopRequest:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def due(self, unit: int) -> bool:
         """Whether to stop instead of beginning this unit of work; called before each, in rising order."""
@@ -60,7 +61,9 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():  # no other may
             self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            assert isinstance(group, dist.ProcessGroup)  # of all ranks, so of this one
+            self._group = group
             self._thread = threading.Thread(target=self._watch, name="twolevel stop", daemon=True)
             self._thread.start()
         return self

@@ -1,12 +1,12 @@
 """How ranks share a network, one class for each `--parallel`. The loop calls one of them and does not know which."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -106,7 +106,7 @@ class Strategy:
         """Scale the gradients of the whole network down to this norm; returns their norm before."""
         return clip_gradients_(model, self.mesh, max_norm)
 
-    def eval_batches(self, model: nn.Module, test: EvalSplit) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, model: nn.Module, test: EvalSplit) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This rank's share of the test images; `logits` must be called for each batch."""
         yield from test.eval_batches(EVAL_BATCH)
 

@@ -9,20 +9,20 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from twolevel.errors import UserError
 
 
-def check(config, name: str, holds: bool, what: str) -> None:
+def check(config: object, name: str, holds: bool, what: str) -> None:
     """Raise UserError, which names the setting and its value, unless `holds`; `what` would be right."""
     if not holds:
         raise UserError(f"{name}={getattr(config, name)} is invalid; use {what}")
 
 
-def check_finite(config) -> None:
+def check_finite(config: Any) -> None:
     """Raise UserError for a setting that is infinite or not a number."""
     for field in fields(config):
         value = getattr(config, field.name)
         check(config, field.name, not isinstance(value, float) or math.isfinite(value), "a finite number")
 
 
-def check_least(config, least: int, *names: str) -> None:
+def check_least(config: object, least: int, *names: str) -> None:
     """Raise UserError for a setting below `least`; None is what a setting is unless given."""
     for name in names:
         value = getattr(config, name)
@@ -46,9 +46,12 @@ def from_dict(cls: type, values: Any, origin: str) -> Any:
         kind = known[name]
         if get_origin(kind) is Annotated:
             kind = get_args(kind)[0]
-        if not is_dataclass(kind) and not _fits(value, kind):
+        if isinstance(kind, type) and is_dataclass(kind):
+            given[name] = from_dict(kind, value, origin)
+            continue
+        if not _fits(value, kind):
             raise UserError(f"{origin}: {name}={value!r} is invalid; use {_words(kind)}")
-        given[name] = from_dict(kind, value, origin) if is_dataclass(kind) else value
+        given[name] = value
     return cls(**given)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from twolevel import __version__
@@ -128,7 +128,8 @@ def evaluate_weights(
             given = {"data": data, "data_root": data_root, "workers": workers}
             given = {name: value for name, value in given.items() if value is not None}
             # Training batches are not looked at: any size does that divides over the replicas.
-            config = DataConfig(**weights.data | given | {"batch_size": context.mesh["data"].size()})
+            settings: dict[str, Any] = weights.data | given | {"batch_size": context.mesh["data"].size()}
+            config = DataConfig(**settings)
         dtype = torch.float64 if precision == "float64" else torch.float32
         images = context.load_data(config, 0, dtype)
         if images.num_classes != weights.options["num_classes"]:

@@ -5,7 +5,7 @@ image; `Work` is one layer of it for a batch, or the part of that layer that one
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -26,7 +26,7 @@ Kind = Literal["conv", "two-level", "norm", "activation", "add", "mean", "pool",
 Shape = tuple[int, ...]
 
 
-def _names(operations: object) -> set[str]:
+def _names(operations: Iterable[str]) -> set[str]:
     """By name: torch gives the same operation several functions (F.relu, Tensor.relu_, ...)."""
     return {function.__name__.rstrip("_") for function in functions_of(operations)}
 
@@ -246,8 +246,12 @@ class _Tracer(TorchFunctionMode):
     def _leave(self, name: str):
         def leave(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             self.depth -= 1
-            kinds = {nn.BatchNorm2d: "norm", nn.Linear: "linear", TwoLevelConv2d: "two-level"}
-            kind = next((k for cls, k in kinds.items() if isinstance(module, cls)), "conv")
+            kinds: dict[type[nn.Module], Kind] = {
+                nn.BatchNorm2d: "norm",
+                nn.Linear: "linear",
+                TwoLevelConv2d: "two-level",
+            }
+            kind: Kind = next((k for cls, k in kinds.items() if isinstance(module, cls)), "conv")
             kernel = getattr(module, "kernel_size", (1, 1))
             end = "stem" if module is self.stem else "classifier" if module is self.classifier else None
             self._add(

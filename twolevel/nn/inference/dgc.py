@@ -38,7 +38,7 @@ def possible_forms(kernel_size: tuple[int, int], geometry: Geometry) -> tuple[Fo
 
     "_last" computes in channels_last.
     """
-    forms = ["forward", "forward_last"]
+    forms: list[Form] = ["forward", "forward_last"]
     if geometry.stride == (1, 1) and min(_transposed_padding(kernel_size, geometry)) >= 0:
         forms += ["transposed", "transposed_last"]
     if kernel_size == (1, 1) and geometry.padding == (0, 0):
@@ -79,6 +79,17 @@ class DynamicGroupInference(nn.Module):
 
     # One image takes a few hundred microseconds, of which calls, attributes and views are a fifth: hence
     # everything that can be is decided once, and `_image` reads as one block.
+
+    sign: Tensor
+    shift: Tensor
+    squeeze: Tensor
+    excite: Tensor
+    offset: Tensor
+    threshold: Tensor
+    rows: Tensor
+    first_row: Tensor
+    bags: Tensor
+    order: Tensor
 
     def __init__(self, layer: "DynamicGroupConv2d", kept: int, form: Form | None = None):
         super().__init__()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twolevel.nn.arguments import as_given, as_images
+from twolevel.nn.arguments import as_given, as_images, pair
 from twolevel.nn.channels import PermuteChannels, take_channels
 from twolevel.ops import Geometry
 
@@ -17,10 +17,11 @@ PADDED_WORK = 1.6
 
 def frozen_conv2d(weight: Tensor, geometry: Geometry, groups: int = 1) -> nn.Conv2d:
     """A convolution in evaluation mode with a copy of `weight` `[m, n/G, k, k]` that takes no gradient."""
-    out_channels, width, *kernel_size = weight.shape
-    options = {**geometry._asdict(), "groups": groups, "bias": False}
+    out_channels, width, *_ = weight.shape
     # On the meta device there is no initial weight to draw, so the global random stream stays as it was.
-    conv = nn.Conv2d(width * groups, out_channels, kernel_size, **options, device="meta")
+    conv = nn.Conv2d(
+        width * groups, out_channels, pair(weight.shape[2:]), *geometry, groups, bias=False, device="meta"
+    )
     conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return conv.eval()
 
@@ -89,6 +90,8 @@ def _padded(filters: Tensor, inputs: Tensor, rows: int, width: int) -> tuple[Ten
 
 class TakeChannels(nn.Module):
     """`[B, n, H, W] -> [B, len(index), H, W]`: output channel c is input channel index[c]."""
+
+    index: Tensor
 
     def __init__(self, index: Tensor, channels: int):
         super().__init__()

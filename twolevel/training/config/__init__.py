@@ -17,7 +17,7 @@ from twolevel.training.config.model import ModelConfig
 from twolevel.training.config.optimiser import OptimiserConfig
 from twolevel.training.config.rules import RuleConfig
 from twolevel.training.config.run import RunConfig
-from twolevel.training.validation import check, from_dict
+from twolevel.training.validation import check_least, from_dict
 
 __all__ = ["MeshConfig", "ModelConfig", "OptimiserConfig", "RuleConfig", "RunConfig", "TrainConfig"]
 
@@ -42,11 +42,9 @@ class TrainConfig:
             self.run.output = Path(
                 "runs", f"{self.model.model}-{self.model.conv}-{self.model.groups}-{self.data.data}"
             )
-        check(self.optimiser, "weight_decay", self.optimiser.weight_decay >= 0, "0 or more")
-        if self.optimiser.warmup_epochs > self.optimiser.epochs:
-            raise UserError(
-                f"warmup_epochs={self.optimiser.warmup_epochs} is more than epochs={self.optimiser.epochs}"
-            )
+        check_least(self.optimiser, 0, "weight_decay")
+        if self.optimiser.warmup_epochs > self.epochs:
+            raise UserError(f"warmup_epochs={self.optimiser.warmup_epochs} is more than epochs={self.epochs}")
         self.mesh.check_conv(self.model.conv)
         if self.mesh.parallel == "fsdp" and self.optimiser.ema_decay is not None:
             raise UserError(
@@ -59,6 +57,18 @@ class TrainConfig:
                 f"batch_size={self.data.batch_size} does not divide by data_parallel={self.mesh.data_parallel} x "
                 f"accumulate={self.optimiser.accumulate}; use a multiple of {parts}"
             )
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run, given or by its name."""
+        assert self.run.output is not None
+        return self.run.output
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training set, given or by the recipe."""
+        assert self.optimiser.epochs is not None
+        return self.optimiser.epochs
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as `config.json` holds them: what the run is, not how it was started."""

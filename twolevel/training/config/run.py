@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from twolevel.settings import FIXED, FREE, STARTING, Precision
+from twolevel.errors import UserError
+from twolevel.settings import FIXED, FREE, KERNELS, SCHEDULES, STARTING, Precision
 from twolevel.training.validation import check_least
 
 
@@ -53,3 +54,10 @@ class RunConfig:
     def __post_init__(self):
         self.output = self.output and Path(self.output).expanduser()
         check_least(self, 1, "max_steps", "checkpoint_steps", "keep_checkpoints", "log_steps")
+        for title, form in self.forms.items():
+            schedule, _, kernels = form.partition(" ")
+            if schedule not in SCHEDULES or kernels not in KERNELS:
+                raise UserError(
+                    f"forms: {form!r} for layers of {title} is invalid; use a schedule and kernels, like "
+                    "'overlapped grouped'"
+                )

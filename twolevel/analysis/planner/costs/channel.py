@@ -1,6 +1,6 @@
 """Channel parallelism: every rank computes m/P filters of the dense convolutions on all input channels."""
 
-from collections import Counter
+from collections import defaultdict
 
 from twolevel.analysis.planner.costs.base import Cost, Setting, replica_messages, step_cost, walk
 from twolevel.analysis.planner.costs.group import logits_message
@@ -19,7 +19,7 @@ def channel_cost(workload: Workload, setting: Setting, *, data: int, ranks: int)
     batch, timing = setting.batch // data, setting.timing
     replicas, axis = axes(setting.machine, data, ranks)
     part = Part(workload, workload.layers, batch, ranks, setting.precision, gathers=True)
-    hiding: Counter[int] = Counter()
+    hiding: dict[int, float] = defaultdict(float)
     messages: list[Message] = []
 
     def note(layer: Layer, seconds: Seconds) -> None:
