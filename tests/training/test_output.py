@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from command import command, run
 
 from twolevel.errors import UserError
+from twolevel.training import output as training_output
 from twolevel.training.output import claim
 
 CPU = torch.device("cpu")
@@ -23,6 +25,7 @@ def claimed(output: Path, resume: bool = False):
 HOLD = """
 import sys, torch
 from pathlib import Path
+from twolevel.training import output as training_output
 from twolevel.training.output import claim
 with claim(Path(sys.argv[1]), resume=False, first=True, device=torch.device("cpu")):
     print("held", flush=True)
@@ -101,7 +104,8 @@ def test_what_an_earlier_run_left_is_refused(tmp_path, left):
 
 def in_a_folder_of_its_own(root: str, *argv: str):
     os.chdir(Path(root, os.environ["RANK"]))
-    return command(*argv)
+    with mock.patch.object(training_output, "APPEARS_SECONDS", 0.2):  # no network between these folders
+        return command(*argv)
 
 
 def test_ranks_that_do_not_share_the_folder_are_refused_before_the_first_step(pool, tiny, tmp_path):
