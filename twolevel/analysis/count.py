@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.modules.conv import _ConvNd
 
 from twolevel.analysis.elementwise import ElementCounter
 from twolevel.analysis.traffic import Collective, logits_sum, representatives_exchange
@@ -14,6 +13,7 @@ from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_divides
 from twolevel.nn.base import WholeConv2d
+from twolevel.nn.convert import CONVOLUTIONS
 from twolevel.nn.structure import ends, named_layers
 
 
@@ -213,7 +213,7 @@ def _macs(name: str, module: nn.Module, output: tuple[int, ...]) -> tuple[int, i
     if isinstance(module, nn.Conv2d | TwoLevelConv2d):
         weights = sum(t.numel() for k, t in module.named_parameters() if k.endswith("weight"))
         return output[1] * output[2] * weights, output[1] * output[2] * weights
-    if isinstance(module, _ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         raise UserError(
             f"{name} is a {type(module).__name__}, which is not counted; count a network whose convolutions are Conv2d"
         )
