@@ -1,12 +1,22 @@
 """ResNet, ResNeXt, CondenseNet, MobileNetV2: what is replaced, and the published counts."""
 
+import functools
+import math
+
 import pytest
 import torch
 
 from twolevel.analysis import count
 from twolevel.errors import UserError
 from twolevel.models import create, image_size
-from twolevel.nn import KINDS, DGConv2d, DynamicGroupConv2d
+from twolevel.nn import (
+    KINDS,
+    DGConv2d,
+    DynamicGroupConv2d,
+    FLGConv2d,
+    ShuffleConv2d,
+    TwoLevelConv2d,
+)
 
 
 def counted(name, **options):
@@ -69,17 +79,90 @@ def test_dgc_replaces_the_projections_of_mobilenetv2():
     assert sum(isinstance(m, DynamicGroupConv2d) for m in model.modules()) == 17
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2-cifar", "resnet18", "condensenet-50", "wrn-10-1"])
+FAMILIES = ["mobilenetv2-cifar", "resnet18", "condensenet-50", "wrn-10-1"]
+CLASSES = {
+    "gc": torch.nn.Conv2d,
+    "gc2l": TwoLevelConv2d,
+    "shuffle": ShuffleConv2d,
+    "flgc": FLGConv2d,
+    "dgconv": DGConv2d,
+    "dgc": DynamicGroupConv2d,
+}
+
+
+def groups_of(conv: str) -> int:
+    return 1 if conv in ("sc", "dgconv") else 4
+
+
+def parameters_of(layer: torch.nn.Module, conv: str) -> int:
+    """Parameters of a layer n -> m of 4 groups or heads, by the formulas of the papers."""
+    n, m, k = layer.in_channels, layer.out_channels, layer.kernel_size[0]
+    dense = m * n * k * k
+    if conv == "gc2l":
+        return dense // 4 + n * k * k + 4 * m  # local, restriction, coarse
+    if conv == "flgc":
+        return dense + 4 * (n + m)  # a logit for each channel and group
+    if conv == "dgconv":
+        return dense + layer.gates.numel()
+    if conv == "dgc":
+        hidden = max(1, n // (8 if n < 80 else 16))
+        return dense + 4 * (2 * n * hidden + n) + 2 * n  # a saliency network for each head, batch norm
+    return dense // 4
+
+
+@functools.cache
+def loss_of(name: str, conv: str) -> tuple[torch.nn.Module, float]:
+    """A network after a backward from the loss of four images of different classes, and that loss."""
+    torch.manual_seed(0)
+    model = create(name, conv=conv, groups=groups_of(conv), num_classes=7)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    logits = model(x)
+    assert logits.shape == (4, 7) and logits.isfinite().all()
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(4))
+    loss.backward()
+    return model, loss.item()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("conv", KINDS)
 def test_every_kind_runs_in_every_family(name, conv):
-    groups = 1 if conv in ("sc", "dgconv") else 4
-    model = create(name, conv=conv, groups=groups, num_classes=7)
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    y = model(x)
-    assert y.shape == (2, 7)
-    y.sum().backward()
-    missing = [n for n, p in model.named_parameters() if p.grad is None]
-    assert not missing
+    model, loss = loss_of(name, conv)
+    assert math.isfinite(loss)
+    unreached = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not (p.grad.isfinite().all() and p.grad.any())
+    ]
+    assert not unreached
+    # Each kind computes something of its own, in every family.
+    assert loss not in [loss_of(name, other)[1] for other in KINDS if other != conv]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("conv", CLASSES)
+def test_every_kind_has_the_parameters_of_its_formula_in_every_family(name, conv):
+    with torch.device("meta"):
+        dense = create(name, conv="sc", num_classes=7)
+    model = create(name, conv=conv, groups=groups_of(conv), num_classes=7)
+    # Left out: group convolutions that the dense network has too, such as CondenseNet's 3x3.
+    of_4 = {n for n, m in dense.named_modules() if isinstance(m, torch.nn.Conv2d) and m.groups == 4}
+    layers = [
+        m
+        for n, m in model.named_modules()
+        if isinstance(m, CLASSES[conv]) and getattr(m, "groups", 4) == 4 and not (conv == "gc" and n in of_4)
+    ]
+    expected = sum(p.numel() for p in dense.parameters())
+    for layer in layers:
+        n, m, k = layer.in_channels, layer.out_channels, layer.kernel_size[0]
+        expected += parameters_of(layer, conv) - m * n * k * k
+        if conv == "dgc" and name == "condensenet-50":
+            expected -= 2 * n  # the network's own norm before the layer is left out
+    if conv == "gc2l" and name == "mobilenetv2-cifar":
+        expected -= (
+            320 * 1280 * 3 // 4
+        )  # the last convolution is plain gc: as in the paper it has no coarse part
+    assert len(layers) > 3
+    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 def test_resnext_is_not_made_dense():
