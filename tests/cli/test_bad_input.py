@@ -277,6 +277,7 @@ def test_what_a_checkpoint_does_not_keep_is_not_resumed(pool, finished):
         ("--conv dgc --threshold-steps 3", ["threshold_steps=3"]),
         ("--conv dgconv --complexity-exponent 0.3", ["complexity_exponent=0.3"]),
         ("--schedule dense --kernels narrow", ["kernels=narrow"]),
+        ("--conv gc --remeasure", ["remeasure=True"]),
         # What a recipe or another setting fills in is not the user's.
         ("--epochs 3", []),
         ("--lr-schedule cosine", []),

@@ -306,3 +306,18 @@ def test_other_convolutions_are_listed_as_left():
     left = twolevel.convert(model, groups=2).conversion.left
     assert left["3"] == "a ConvTranspose2d, not a Conv2d"
     assert left["5"] == "a Conv1d, not a Conv2d"
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_convolution_whose_weight_has_a_hook_is_left(register):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    getattr(model[1].weight, register)(lambda _: None)
+    twolevel.convert(model, groups=2)
+    assert type(model[1]) is nn.Conv2d and "its weight has hooks" in model.conversion.left["1"]
+    assert [*model.conversion.replaced] == ["2"]
+
+
+def test_names_to_skip_may_come_from_an_iterator():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    twolevel.convert(model, groups=2, skip=(name for name in ["2", "3"]))
+    assert [*model.conversion.replaced] == ["1"]

@@ -57,6 +57,26 @@ def test_a_missing_shard_is_called_missing_and_a_short_one_short(pool, tmp_path)
         checkpoint.shapes(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config", None),
+        ("config", []),
+        ("config", {**STATE["config"], "model": None}),
+        ("shards", []),
+        ("step", "x"),
+        ("ranks", None),
+        ("num_classes", "ten"),
+        ("epoch_sums", 3),
+    ],
+)
+def test_a_state_that_is_not_what_was_written_is_called_damaged(tmp_path, name, value):
+    (tmp_path / checkpoint.STATE).write_text(json.dumps(STATE | {name: value}))
+    with pytest.raises(UserError, match=r"is damaged: state\.json") as caught:
+        checkpoint.read_state(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_checkpoint_from_before_shards_were_named_is_read(pool, tmp_path):
     pool.run(save_step, tmp_path, 7, ranks=2)
     path = checkpoint.newest(tmp_path)

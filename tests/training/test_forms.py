@@ -115,6 +115,23 @@ def test_a_form_that_is_not_possible_here_is_replaced_and_that_is_said(pool, tmp
     assert forms_of(tmp_path / "again")[title] != "overlapped triton"
 
 
+def test_another_form_that_is_asked_for_is_not_called_impossible(pool, tmp_path):
+    output = tmp_path / "run"
+    train_on(pool, tmp_path, "first", *SAMPLE, "--max-steps", 1, "--output", output)
+    argv = [
+        "train",
+        "--config",
+        output / "config.json",
+        "--kernels",
+        "grouped",
+        "--output",
+        tmp_path / "asked",
+    ]
+    (outcome,) = train_on(pool, tmp_path, "first", *argv)
+    assert "as recorded" not in outcome.err
+    assert all(form.endswith(" grouped") for form in forms_of(tmp_path / "asked").values())
+
+
 def test_the_choice_is_one_line_and_its_details_lie_in_the_folder(pool, tmp_path):
     output = tmp_path / "run"
     (outcome,) = train_on(pool, tmp_path, "last", *SAMPLE, "--max-steps", 1, "--output", output)

@@ -77,7 +77,9 @@ def network(conv: str, **options) -> nn.Module:
 def alone(model: nn.Module) -> SimpleNamespace:
     """A strategy of one rank."""
     mesh = init_mesh(device="cpu")
-    return SimpleNamespace(mesh=mesh, logits=lambda network, images: network(images))
+    return SimpleNamespace(
+        mesh=mesh, logits=lambda network, images: network(images), rest=lambda network: None
+    )
 
 
 # What is computed, and what stays as it was. In a rank, as one process has a mesh of one rank too.

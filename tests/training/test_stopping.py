@@ -95,6 +95,50 @@ def test_a_global_threshold_is_not_taken_twice_where_a_test_is_made_up_for(pool,
     assert thresholds[0] == thresholds[1]
 
 
+def stopped_in_statistics(*argv: str):
+    """The command, asked to stop within the second of three batches for batch norm's statistics, and those it saw."""
+    from twolevel.training import precise_batch_norm
+
+    see = precise_batch_norm._Population._see
+
+    def seen(self, norm, inputs):
+        nonlocal batches
+        see(self, norm, inputs)
+        batches = max(batches, self.number)
+        if self.number == 2 and stopped is not None and stopped.asked_at is None:
+            signal.raise_signal(signal.SIGTERM)
+            await_agreement(stopped)
+
+    stopped, batches, enter = None, 0, StopRequest.__enter__
+
+    def entered(self):
+        nonlocal stopped
+        stopped = self
+        return enter(self)
+
+    precise_batch_norm._Population._see, StopRequest.__enter__ = seen, entered
+    try:
+        return command(*argv), batches
+    finally:
+        precise_batch_norm._Population._see, StopRequest.__enter__ = see, enter
+
+
+@pytest.mark.parametrize("options", ["", "--ranks 2", "--ranks 2 --parallel fsdp"])
+def test_a_run_asked_to_stop_does_not_wait_for_all_of_batch_norms_statistics(pool, tiny, tmp_path, options):
+    ranks, words = (2 if "--ranks" in options else 1), options.replace("--ranks 2", "").split()
+    options = [*tiny, "--precise-batch-norm", "3", *words]
+    whole, output = tmp_path / "whole", tmp_path / "stopped"
+    run(pool, "train", *options, "--output", whole, ranks=ranks)
+    argv = [str(word) for word in ("train", *options, "--output", output)]
+    for outcome, batches in pool.run(stopped_in_statistics, *argv, ranks=ranks, init=False):
+        assert outcome.code == 130, outcome.err
+        assert batches == 2
+    assert records(output, "epoch") == []
+    assert (output / "checkpoints" / "step-00000003").is_dir()
+    run(pool, "train", *options, "--output", output, "--resume", ranks=ranks)
+    assert_same_epochs(whole, output)
+
+
 def units_begun_by_rank(asked_in: int) -> int:
     """Ranks of which one is a unit ahead; the last is asked. Returns the number of units that this rank began."""
     stopping.INTERVAL = 0.01

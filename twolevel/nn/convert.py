@@ -23,6 +23,8 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+# Where a tensor keeps its hooks: torch has no public way to ask whether there are any.
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 Skip = Callable[[str, nn.Conv2d], bool] | Iterable[str]
 
 
@@ -69,7 +71,8 @@ def convert(
     if conv not in KINDS:
         raise unknown("conv", conv, KINDS)
     done = Conversion(conv, groups)
-    skip = (skip,) if isinstance(skip, str) else skip
+    if not callable(skip):
+        skip = (skip,) if isinstance(skip, str) else tuple(skip)
     stem, holders = next(iter(convolutions(model)), None), _holders(model)
     for module, names in _free_convolutions(model).items():
         why = "the stem" if module is stem else _why_left(module, names, holders, skip)
@@ -136,6 +139,8 @@ def _why_left(module: nn.Module, names: list[str], holders: dict[nn.Parameter, l
         others = [holder for holder in holders[parameter] if holder not in names]
         if others:
             return f"its {name} is shared with {', '.join(others)}"
+    if any(getattr(module.weight, kind, None) for kind in TENSOR_HOOKS):
+        return "its weight has hooks, which belong to it; register them after the conversion"
     if module.groups > 1 and module.groups == module.in_channels:
         return "depthwise"
     if module.padding_mode != "zeros":

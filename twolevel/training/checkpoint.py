@@ -11,6 +11,7 @@ A checkpoint is a folder of safetensors shards, written and resharded by torch.d
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,33 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path} is damaged: {STATE}: {error}") from error
     missing = REQUIRED - state.keys() if isinstance(state, dict) else REQUIRED
-    missing = missing or SECTIONS - state["config"].keys()
+    if not missing:
+        config = state["config"]
+        missing = SECTIONS - config.keys() if isinstance(config, dict) else SECTIONS
+        missing = missing or {name for name in SECTIONS if not isinstance(config[name], dict)}
     if missing:
         raise UserError(f"checkpoint {path} is damaged: {STATE} lacks {', '.join(sorted(missing))}")
+    wrong = [name for name, fits in FITS.items() if name in state and not fits(state[name])]
+    if wrong:
+        raise UserError(
+            f"checkpoint {path} is damaged: {STATE}: {wrong[0]}={state[wrong[0]]!r:.60} is invalid"
+        )
     return state
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "num_classes", "ranks"), _is_count),
+    "epoch_sums": lambda sums: (
+        isinstance(sums, list) and len(sums) == 3 and all(isinstance(value, int | float) for value in sums)
+    ),
+    "shards": lambda shards: isinstance(shards, dict) and all(map(_is_count, shards.values())),
+    "untested": lambda record: record is None or isinstance(record, dict),
+}
+"""What a state may hold beside its settings, by name."""
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:

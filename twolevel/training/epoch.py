@@ -171,14 +171,18 @@ class Epochs:
     def test_network(self, network: nn.Module, epoch: int, first: int, prefix: str = "") -> dict[str, Any]:
         """What the record of `epoch` says of one network; `first` is the unit of work of its first batch."""
         sync_buffers(network, self.state.mesh)
-        if number := self.config.optimiser.precise_batch_norm:
-            recompute_statistics(network, self.data.train, epoch, number, self.strategy)
+        number = self.config.optimiser.precise_batch_norm
 
         def pause(batch: int) -> None:
             if self.stop.due(first + min(batch, UNITS // 2 - 2)):  # ALL_BATCHES is the last
                 raise self.stopped()
 
-        tested = evaluate(network, self.data.test, self.strategy, pause)
+        def pause_in_test(batch: int) -> None:
+            pause(number + batch)
+
+        if number:
+            recompute_statistics(network, self.data.train, epoch, number, self.strategy, pause)
+        tested = evaluate(network, self.data.test, self.strategy, pause_in_test)
         if tested.not_finite == tested.images:
             raise UserError(
                 f"no output of the network is finite for any of {tested.images} test images after step "

@@ -84,7 +84,8 @@ def _decide(problem: Problem, able: list[Form], recorded: str | None) -> tuple[D
         return Decision(Form(*recorded.split()), {}), f"{recorded}, as recorded"
     decision = decide(problem, able, may_measure=True)
     assert decision is not None
-    if recorded is not None:
+    # Otherwise it was possible, and the user asks for another one.
+    if recorded is not None and Form(*recorded.split()) not in able_forms(problem):
         _warn(problem.title(), recorded, str(decision.form))
     return decision, decision.why()
 

@@ -1,5 +1,6 @@
 """Batch norm's statistics for a test: of training batches and the present weights, not of the steps that led here."""
 
+from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,12 @@ def check_number(number: int, train: TrainSplit) -> None:
 
 @torch.no_grad()
 def recompute_statistics(
-    model: nn.Module, train: TrainSplit, epoch: int, number: int, strategy: "Strategy"
+    model: nn.Module,
+    train: TrainSplit,
+    epoch: int,
+    number: int,
+    strategy: "Strategy",
+    pause: Callable[[int], None] | None = None,
 ) -> None:
     """Set running mean and variance of every batch norm to those of the first `number` batches of `epoch`.
 
@@ -41,19 +47,31 @@ def recompute_statistics(
     statistics do not depend on the ranks, and all replicas get the same. No random stream moves, and nothing else
     of the network changes.
 
-    `model` is this rank's part of a network, as `strategy` placed it. Every rank must call this.
+    `model` is this rank's part of a network, as `strategy` placed it. `pause` is called before each batch with its
+    number; where it raises, the statistics are what they were. Every rank must call this.
     """
     training = model.training
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
     populations = [_Population(norm, strategy.mesh.get_group("data")) for norm in norms]
-    # A graph that is compiled already would not call their hooks.
-    with torch.compiler.set_stance("force_eager"):
-        for images, _ in islice(train.batches(epoch), number):
-            strategy.logits(model, images)
-    for population in populations:
-        population.finish()
-    model.train(training)
+    try:
+        # A graph that is compiled already would not call their hooks.
+        with torch.compiler.set_stance("force_eager"):
+            for batch, (images, _) in enumerate(islice(train.batches(epoch), number)):
+                if pause is not None:
+                    pause(batch)
+                strategy.logits(model, images)
+        for population in populations:
+            population.finish()
+    except BaseException:
+        for population in populations:
+            population.undo()
+        raise
+    finally:
+        for population in populations:
+            population.hook.remove()
+        strategy.rest(model)
+        model.train(training)
 
 
 class _Population:
@@ -65,6 +83,7 @@ class _Population:
         assert norm.running_mean is not None and norm.running_var is not None
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.mean, self.spread = (torch.zeros_like(self.running_mean, dtype=torch.float64) for _ in range(2))
+        self.before = (self.running_mean.clone(), self.running_var.clone())
         self.hook = norm.register_forward_pre_hook(self._see)
 
     def _see(self, norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
@@ -77,8 +96,11 @@ class _Population:
         self.mean += off / self.number
         self.spread += var.double() + off * (mean.double() - self.mean)
 
+    def undo(self) -> None:
+        for running, before in zip((self.running_mean, self.running_var), self.before, strict=True):
+            running.copy_(before)
+
     def finish(self) -> None:
-        self.hook.remove()
         if self.number:
             self.running_mean.copy_(self.mean)
             self.running_var.copy_(self.spread / self.number)

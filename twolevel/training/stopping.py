@@ -75,7 +75,8 @@ class StopRequest:
         self._done = True
         self._wake.set()
         if self._thread is not None:
-            self._thread.join(10 * INTERVAL)
+            # After a failure the others may never answer.
+            self._thread.join((2 if self._failed else 10) * INTERVAL)
             if not self._thread.is_alive():
                 dist.destroy_process_group(self._group)
         for number, handler in self._before.items():

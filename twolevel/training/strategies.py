@@ -115,6 +115,9 @@ class Strategy:
         with autocast(self.device, self.precision):
             return model(images)
 
+    def rest(self, model: nn.Module) -> None:
+        """Called after the last of some `logits`, which have no backward."""
+
     def total(self, sums: Tensor) -> list[float]:
         """Sums over the logits that ranks have, summed over all images, on the host of every rank."""
         return self._over(sums, "data")
@@ -190,9 +193,12 @@ class Sharded(Strategy):
             for _ in range(number, -(-most // EVAL_BATCH)):
                 yield images[:1], labels[:0]
         finally:
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # the outermost keeps its parameters whole for a backward that does not come
+            self.rest(model)
+
+    def rest(self, model):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the outermost keeps its parameters whole for a backward that does not come
 
     def held(self, model):
         return sum(parameter.to_local().numel() for parameter in model.parameters())
