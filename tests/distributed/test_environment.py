@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from twolevel.distributed.environment import start, stop
-from twolevel.distributed.launchers import Ranks, discover, first_host
 from twolevel.errors import UserError
+from twolevel.launchers import Ranks, discover, first_host, rank_of
 
 TORCHRUN = {
     "RANK": "5",
@@ -107,6 +107,28 @@ def test_plain_python_in_an_sbatch_script_is_one_process():
 
 def test_no_launcher_is_one_process():
     assert discover({"MASTER_ADDR": "alpha", "RANK": ""}) == Ranks(0, 1, 0, 1, "none")
+
+
+@pytest.mark.parametrize(
+    ("environ", "rank"),
+    [
+        ({}, None),
+        (TORCHRUN, 5),
+        (OPEN_MPI, 2),
+        (MPICH, 3),
+        (SBATCH, None),
+        ({"RANK": "", "PMI_RANK": ""}, None),
+    ],
+)
+def test_a_message_names_the_rank_of_whichever_launcher(environ, rank):
+    assert rank_of(environ) == rank
+
+
+@pytest.mark.parametrize(("environ", "rank"), [({"RANK": "3"}, 3), ({**TORCHRUN, "RANK": "-1"}, None)])
+def test_a_message_about_an_impossible_environment_has_a_rank_too_where_there_is_one(environ, rank):
+    with pytest.raises(UserError):
+        discover(environ)
+    assert rank_of(environ) == rank
 
 
 @pytest.mark.parametrize(

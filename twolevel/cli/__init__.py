@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from twolevel.errors import Stopped, UserError, unknown
+from twolevel.launchers import rank_of
 
 COMMANDS = {
     "train": "train a network on the ranks that a launcher started, or on one",
@@ -57,16 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            if _rank() != 0:
+            if rank_of():
                 warnings.simplefilter("ignore")
             importlib.import_module(f"twolevel.cli.{name}").run(rest)
     except UserError as error:
-        prefix = f"[rank {_rank()}] " if "RANK" in os.environ or _rank() else ""
+        rank = rank_of()
+        prefix = "" if rank is None else f"[rank {rank}] "
         command = f" {name}" if name in COMMANDS else ""
         print(f"{prefix}twolevel{command}: {error}", file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:
-        if _rank() == 0:
+        if not rank_of():
             print(f"twolevel {name}: {stopped}", file=sys.stderr, flush=True)
         return 130
     except KeyboardInterrupt:
@@ -146,14 +148,6 @@ def _help() -> str:
     head = "usage: twolevel COMMAND [options]      (twolevel COMMAND --help explains each option)"
     about = "Train wide convolutional networks, their convolutions split by channel group over processors."
     return "\n".join([head, "", about, "", "commands:", *lines, "", EXAMPLES])
-
-
-def _rank() -> int:
-    """This process's rank before any group exists, by what launchers set."""
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
 
 
 def _show_warning(

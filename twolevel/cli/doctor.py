@@ -29,7 +29,7 @@ def examine() -> Iterator[tuple[str, str]]:
     import torchvision
 
     from twolevel.distributed.environment import usable_cores
-    from twolevel.distributed.launchers import discover
+    from twolevel.launchers import discover
     from twolevel.ops.kernels import native
 
     yield "twolevel", __version__

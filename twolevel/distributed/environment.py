@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from twolevel.distributed.launchers import LOOPBACK, Ranks, discover, port_of
 from twolevel.errors import UserError, unknown
+from twolevel.launchers import LOOPBACK, Ranks, discover, port_of
 from twolevel.settings import DEVICES
 
 

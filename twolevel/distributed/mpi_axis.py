@@ -15,8 +15,8 @@ from torch.distributed import DeviceMesh
 from twolevel.distributed.agreement import together
 from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
 from twolevel.distributed.environment import usable_cores
-from twolevel.distributed.launchers import discover
 from twolevel.errors import UserError, unknown
+from twolevel.launchers import discover
 from twolevel.settings import CARRIERS
 
 # How long a rank looks whether an exchange is over before it sleeps. Where ranks share cores: what an exchange takes

@@ -1,7 +1,6 @@
 """What a person sees of a run: a live bar on a terminal, lines elsewhere."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from twolevel.launchers import discover
 from twolevel.terminal import Console, width
 
 WIDE = 140  # columns that the long forms take, whatever the numbers
@@ -91,7 +91,7 @@ class Display:
 
 def _is_live(console: Console) -> bool:
     # mpirun gives ranks terminals of their own, whose bars it then mixes into one stream.
-    return console.is_terminal and "OMPI_COMM_WORLD_RANK" not in os.environ
+    return console.is_terminal and discover().launcher != "mpi"
 
 
 def loss_text(loss: float | None, digits: int = 3) -> str:

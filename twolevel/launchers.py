@@ -1,4 +1,4 @@
-"""What torchrun, MPI or Slurm says of this process: its rank, and where rank 0 can be met."""
+"""What torchrun, MPI or Slurm says of this process: its rank, and where rank 0 can be met (imports no torch)."""
 
 import os
 import re
@@ -13,6 +13,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH and Intel MPI
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+_RANKS = tuple(names[0] for names in (_TORCHRUN, _OPEN_MPI, _PMI, _SLURM))
 
 # Ports that a job's name is mapped to: unprivileged, and below 32768, where Linux starts to give
 # ports to outgoing connections.
@@ -63,6 +64,15 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
     if srun:
         return _slurm(environ)
     return Ranks(0, 1, 0, 1, "none")
+
+
+def rank_of(environ: Mapping[str, str] = os.environ) -> int | None:
+    """This process's rank, for messages: None without a launcher; never an error, which a message may be about."""
+    try:
+        ranks = discover(environ)
+    except UserError:
+        return next((int(environ[name]) for name in _RANKS if environ.get(name, "").isdigit()), None)
+    return None if ranks.launcher == "none" else ranks.rank
 
 
 def _torchrun(environ: Mapping[str, str]) -> Ranks:
