@@ -105,11 +105,11 @@ def build(
         precision="bf16" if device == "cuda" else "float32",
         optimiser=RULE,
     )
-    network = getattr(step.strategy, "network", None)
+    network = getattr(step.placed, "network", None)
     if isinstance(network, DistributedDataParallel) and not crosses:
         # As DDP itself does, which stumbles over the fake group: what that hands back is no tensor.
         network.register_comm_hook(mesh.get_group("data"), _keep_own)
-    return Training(lambda: step(images, labels), step.model, step.optimiser)
+    return Training(lambda: step(images, labels), step.placed.model, step.optimiser)
 
 
 def fixed_batch(model: str, images: int, device: str = "cpu") -> tuple[Tensor, Tensor]:

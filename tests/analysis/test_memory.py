@@ -24,11 +24,10 @@ from twolevel.analysis.planner.costs.pipeline import cut
 from twolevel.analysis.planner.footprint import Part, buffers, held
 from twolevel.analysis.planner.machine import Link, Machine
 from twolevel.analysis.planner.workload import trace
-from twolevel.distributed import parallelize
-from twolevel.distributed.channel import split_channels
-from twolevel.distributed.fsdp import shard_parameters
-from twolevel.distributed.parallelize import replicate
-from twolevel.distributed.stages import cut_stages
+from twolevel.distributed import parallelize, replicate
+from twolevel.distributed.strategies.channel import split_channels
+from twolevel.distributed.strategies.fsdp import shard_parameters
+from twolevel.distributed.strategies.stages import cut_stages
 from twolevel.errors import UserError
 from twolevel.nn.structure import ACTIVATIONS
 

@@ -69,10 +69,12 @@ def train_on_ranks(
     images = images.contiguous(memory_format=torch.channels_last)
     learned = Learned([], {}, {})
     for _ in range(steps):
-        loss, _, number = step.strategy.total(step(images, labels))
+        loss, _, number = step.placed.total(step(images, labels))
         learned.losses.append(loss / number)
-        learned.gradients = learned.gradients or {k: whole(p.grad) for k, p in step.model.named_parameters()}
-    learned.state = {key: whole(tensor) for key, tensor in step.model.state_dict().items()}
+        learned.gradients = learned.gradients or {
+            k: whole(p.grad) for k, p in step.placed.model.named_parameters()
+        }
+    learned.state = {key: whole(tensor) for key, tensor in step.placed.model.state_dict().items()}
     return learned
 
 

@@ -230,6 +230,12 @@ def linear_in_the_middle():
     return layers(inner, TwoLevelConv2d(12, 12, 1, groups=6))
 
 
+def one_weight_twice():
+    model = layers(nn.Conv2d(12, 12, 3, groups=12), nn.Conv2d(12, 12, 3, groups=12))
+    model[3].weight = model[2].weight
+    return model
+
+
 REFUSED = {  # the network, and the beginning of the message
     "dense network": (
         lambda: create("wrn-10-1"),
@@ -253,9 +259,14 @@ REFUSED = {  # the network, and the beginning of the message
         lambda: create("wrn-10-1", conv="gc2l", groups=4, schedule="dense"),
         "schedule='dense' needs every channel on one rank: stages.0.0.conv1 has 4",
     ),
+    "one parameter in two modules": (
+        one_weight_twice,
+        "2.weight and 3.weight are one parameter, which cannot be split over ranks; "
+        "give each module a parameter of its own",
+    ),
     "part of a network": (
         lambda: parallelize(create("wrn-10-1", conv="gc2l", groups=4), mesh_of()),
-        "this network is a part already; parallelize a whole one",
+        "this network is a part already; split a whole one",
     ),
 }
 

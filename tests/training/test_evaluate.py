@@ -11,20 +11,21 @@ from command import command, records
 from torch.nn import functional as F
 
 from twolevel.distributed import init_mesh
+from twolevel.distributed.strategies import Placed
 from twolevel.models import create
 from twolevel.training.display import Display
 from twolevel.training.evaluate import Tested, evaluate
 from twolevel.training.metrics import MetricsLog, read
 from twolevel.training.step import make_step
-from twolevel.training.strategies import Strategy
 
 Tested.__test__ = False  # else pytest takes it, by its name, for a class of tests
 NAN, INF = math.nan, math.inf
 
 
 class Given:
-    """A strategy of one rank, whose network's logits are its images."""
+    """A placed network of one rank, whose logits are its images."""
 
+    model = torch.nn.Identity()
     device = torch.device("cpu")
 
     def eval_batches(self, model, test):
@@ -40,7 +41,7 @@ class Given:
 def evaluated(logits, labels, parts=1, dtype=torch.float32):
     logits, labels = torch.tensor(logits, dtype=dtype), torch.tensor(labels)
     batches = zip(logits.chunk(parts), labels.chunk(parts), strict=True)
-    return evaluate(torch.nn.Identity(), batches, Given())
+    return evaluate(Given(), batches)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -103,7 +104,7 @@ def evaluate_on_ranks(way, data, group, conv):
     mesh = init_mesh(data=data, group=group, device="cpu")
     options = {"conv": conv, "groups": 4 if conv == "gc2l" else 1, "image_shape": (3, 8, 8)}
     step = make_step("wrn-10-1", mesh, "cpu", parallel=way, precision="float64", **options)
-    return evaluate(step.model, Images(mesh.get_local_rank("data"), data), step.strategy)
+    return evaluate(step.placed, Images(mesh.get_local_rank("data"), data))
 
 
 @pytest.mark.parametrize(("way", "data", "group"), WAYS)
@@ -127,7 +128,7 @@ def test_ranks_count_together_what_is_not_finite(pool, way, data, group):
 @contextmanager
 def first_test_images_spoilt(number):
     """The logits of the first images of every test are not numbers."""
-    whole = Strategy.logits
+    whole = Placed.logits
 
     def logits(self, model, images):
         computed = whole(self, model, images)
@@ -135,7 +136,7 @@ def first_test_images_spoilt(number):
             computed[:number] = NAN
         return computed
 
-    with mock.patch.object(Strategy, "logits", logits):
+    with mock.patch.object(Placed, "logits", logits):
         yield
 
 

@@ -52,7 +52,7 @@ def test_a_step_waits_for_nothing(mesh, precision):
 
 def test_replays_of_the_graph_are_the_steps(mesh):
     step = step_of(mesh)
-    other = copy.deepcopy(step.model.state_dict())
+    other = copy.deepcopy(step.placed.model.state_dict())
     plain = [step(images, labels).tolist() for images, labels in batches(STEPS)]
     again = step_of(mesh)
     again.model.load_state_dict(other)

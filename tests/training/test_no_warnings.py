@@ -36,7 +36,7 @@ def warned(data, options):
             step = make_step("wrn-10-2", mesh, "cpu", image_shape=(3, 8, 8), **options)
             for _ in range(2):
                 step(images, labels)
-            step.strategy.logits(step.model.eval(), images)
+            step.placed.logits(step.placed.model.eval(), images)
     finally:
         torch.set_warn_always(False)
     return [str(w.message) for w in caught]

@@ -74,11 +74,11 @@ def network(conv: str, **options) -> nn.Module:
     return create("wrn-10-1", conv=conv, groups=1 if conv == "sc" else 4, **options).double()
 
 
-def alone(model: nn.Module) -> SimpleNamespace:
-    """A strategy of one rank."""
+def alone() -> SimpleNamespace:
+    """What recompute_statistics asks of a network that is placed on one rank."""
     mesh = init_mesh(device="cpu")
     return SimpleNamespace(
-        mesh=mesh, logits=lambda network, images: network(images), rest=lambda network: None
+        mesh=mesh, logits=lambda network, images: network(images), end_forwards=lambda network: None
     )
 
 
@@ -88,7 +88,7 @@ def alone(model: nn.Module) -> SimpleNamespace:
 def recomputed(conv, number):
     """The statistics, and the first batch as a test and as training computes it."""
     model = network(conv)
-    recompute_statistics(model, Batches(), EPOCH, number, alone(model))
+    recompute_statistics(alone(), model, Batches(), epoch=EPOCH, number=number)
     found = statistics(model)
     images, _ = next(Batches().batches(EPOCH))
     with torch.no_grad():
@@ -123,16 +123,17 @@ def statistics_on_ranks(way, data, group, conv, sync, number=NUMBER):
         "sync_batch_norm": sync,
     }
     step = make_step("wrn-10-1", mesh, "cpu", parallel=way, precision="float64", **options)
-    assert any(isinstance(m, SyncedBatchNorm2d) for m in step.model.modules()) == sync
-    rules = rules_for(step.model, RuleConfig())
-    rest = {k: v.clone() for k, v in step.model.state_dict().items() if "running" not in k}
+    assert any(isinstance(m, SyncedBatchNorm2d) for m in step.placed.model.modules()) == sync
+    rules = rules_for(step.placed.model, RuleConfig())
+    rest = {k: v.clone() for k, v in step.placed.model.state_dict().items() if "running" not in k}
     random = torch.get_rng_state()
-    recompute_statistics(step.model, Batches(mesh.get_local_rank("data"), data), EPOCH, number, step.strategy)
-    after = {k: v for k, v in step.model.state_dict().items() if k in rest}
+    batches = Batches(mesh.get_local_rank("data"), data)
+    recompute_statistics(step.placed, step.placed.model, batches, epoch=EPOCH, number=number)
+    after = {k: v for k, v in step.placed.model.state_dict().items() if k in rest}
     same = all(torch.equal(whole(after[k]), whole(v)) for k, v in rest.items())
-    same &= torch.equal(random, torch.get_rng_state()) and step.model.training
+    same &= torch.equal(random, torch.get_rng_state()) and step.placed.model.training
     same &= not any(rule.take() for rule in rules if hasattr(rule, "take"))
-    return statistics(step.model), same
+    return statistics(step.placed.model), same
 
 
 def whole(tensor):
@@ -185,7 +186,7 @@ def odd_layers():
     model.idle = nn.BatchNorm2d(4)
     model.forward = lambda x: nn.Sequential(*list(model)[:4])(x)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    recompute_statistics(model, Batches(), EPOCH, NUMBER, alone(model))
+    recompute_statistics(alone(), model, Batches(), epoch=EPOCH, number=NUMBER)
     assert torch.equal(random, torch.get_rng_state())
     after = model.state_dict()
     images = torch.cat(
@@ -205,13 +206,13 @@ def test_what_is_dropped_out_in_training_counts_and_other_norms_stay(pool):
 
 def compiled():
     model = network("gc2l")
-    strategy = alone(model)
+    placed = alone()
     model.compile(backend="eager")
     with torch.no_grad():
         images, _ = next(Batches().batches(EPOCH))
         model.eval()(images)  # compiled before there are hooks
     model.train()
-    recompute_statistics(model, Batches(), EPOCH, NUMBER, strategy)
+    recompute_statistics(placed, model, Batches(), epoch=EPOCH, number=NUMBER)
     found = statistics(model)
     torch._dynamo.reset()
     return found

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import DeviceMesh
 from torch.nn import functional as F
 
 from twolevel.distributed.collectives import MeshAxis, all_gather_single, refuse_second_derivative
@@ -30,6 +31,16 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean.to(self.running_mean), rate)
             self.running_var.lerp_(unbiased.to(self.running_var), rate)
         return y
+
+
+def synchronise_batch_norm(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Take batch statistics over the mesh's `data` axis."""
+    if mesh["data"].size() == 1:
+        return
+    axis = MeshAxis(mesh.get_group("data"))
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__, module.axis = SyncedBatchNorm2d, axis
 
 
 def batch_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

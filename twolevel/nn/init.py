@@ -1,6 +1,7 @@
 """Initial parameters that do not depend on the number of processors."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,12 @@ from twolevel.streams import stream
 
 @torch.no_grad()
 def initialize(
-    model: nn.Module, seed: int = 0, device: torch.device | str | None = None, *, prefix: str = ""
+    model: nn.Module,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    prefix: str = "",
+    layout: Layout | None = None,
 ) -> nn.Module:
     """Draw a network's parameters, whole or in part, from (seed, parameter name, channel group).
 
@@ -20,11 +26,12 @@ def initialize(
     arXiv 1502.01852), normalisations start at scale 1, everything else at 0. Each channel group has its
     own stream, always drawn on the CPU in float32, so that any rank of any number of ranks gets the same
     values and draws no others. With `device`, a model on the meta device is first given memory there.
-    `prefix` is the name of `model` within a larger network.
+    `prefix` is the name of `model` within a larger network, and `layout` the part of that network's layout which is
+    about `model`: so a network is drawn piece by piece, with the values of the whole.
     """
     if device is not None:
         model.to_empty(device=device)
-    layout = layout_of(model)
+    layout = layout or layout_of(model)
     start = f"{prefix}." if prefix else ""
     for path, module in model.named_modules():
         if isinstance(module, WholeConv2d):
@@ -52,5 +59,5 @@ def _draw_he_normal(weight: Tensor, layout: Layout, name: str, *key: int | str) 
         part.copy_(_normal(part.shape, *key, group) * std)
 
 
-def _normal(shape, *key: int | str) -> Tensor:
+def _normal(shape: Sequence[int], *key: int | str) -> Tensor:
     return torch.randn(shape, generator=stream(*key), dtype=torch.float32, device="cpu")

@@ -9,12 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel import data, models
 from twolevel.data.config import DataConfig
-from twolevel.distributed import init_mesh
+from twolevel.distributed import init_mesh, strategies
 from twolevel.distributed.agreement import require_equal, together
 from twolevel.distributed.environment import World, start, stop
 from twolevel.distributed.mpi_axis import MPIAxis
+from twolevel.distributed.strategies import Placed, Strategy
 from twolevel.training.config import MeshConfig
-from twolevel.training.strategies import STRATEGIES, Strategy
 
 
 @dataclass
@@ -44,7 +44,15 @@ class Context:
 
     def strategy(self, precision: str) -> Strategy:
         """The way in which these ranks share a network that computes in `precision`."""
-        return STRATEGIES[self.config.parallel](self.config, self.mesh, self.device, precision)
+        return strategies.create(
+            self.config.parallel,
+            self.mesh,
+            self.device,
+            precision=precision,
+            exchange=self.config.exchange,
+            timeout_s=self.config.timeout,
+            microbatches=self.config.microbatches,
+        )
 
     def build(
         self,
@@ -54,13 +62,14 @@ class Context:
         image_shape: tuple[int, int, int],
         *,
         sync_batch_norm: bool = False,
-    ) -> nn.Module:
+        compile: bool = False,
+    ) -> Placed:
         """This rank's part of `models.create(**options)`, drawn from `seed`; no rank builds the whole."""
         with together(self.device), torch.device("meta"):
             self.config.check_conv(options["conv"])
             network = models.create(**options)
         # Outside `together`: it may hold a collective, and it fails on all ranks or on none.
-        return strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm)
+        return strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm, compile=compile)
 
     def carriers(self, network: nn.Module) -> str:
         """What carries tensors between these ranks: over MPI go those of layers that have its axis."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from twolevel.data import Data
 from twolevel.distributed import sync_buffers
+from twolevel.distributed.strategies import Placed
 from twolevel.errors import Stopped, UserError
 from twolevel.training.config import TrainConfig
 from twolevel.training.display import Display
@@ -22,7 +23,6 @@ from twolevel.training.rules import Rule, copy_choices
 from twolevel.training.state import TrainState
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest
-from twolevel.training.strategies import Strategy
 
 # A batch of test images is a unit of work between two steps; of both tests of an epoch there are fewer than this.
 UNITS = 1 << 20
@@ -37,7 +37,7 @@ class Epochs:
 
     config: TrainConfig
     data: Data
-    strategy: Strategy
+    placed: Placed
     state: TrainState
     train_step: TrainStep | GraphedStep
     rules: list[Rule]
@@ -52,7 +52,7 @@ class Epochs:
     """The learning rate of the last step."""
 
     def __post_init__(self):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.strategy.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.placed.device)
 
     def run(self) -> dict[str, Any] | None:
         """All that are left; the record of the last one, None where no epoch ends."""
@@ -108,7 +108,7 @@ class Epochs:
     def record_steps(self, epoch: int) -> None:
         """Record the steps since the last record; waits for the device."""
         state = self.state
-        sums = self.strategy.total(self.sums)
+        sums = self.placed.total(self.sums)
         self.sums.zero_()
         loss, right, number = sums
         if not math.isfinite(loss):
@@ -181,8 +181,10 @@ class Epochs:
             pause(number + batch)
 
         if number:
-            recompute_statistics(network, self.data.train, epoch, number, self.strategy, pause)
-        tested = evaluate(network, self.data.test, self.strategy, pause_in_test)
+            recompute_statistics(
+                self.placed, network, self.data.train, epoch=epoch, number=number, pause=pause
+            )
+        tested = evaluate(self.placed, self.data.test, network, pause=pause_in_test)
         if tested.not_finite == tested.images:
             raise UserError(
                 f"no output of the network is finite for any of {tested.images} test images after step "

@@ -3,24 +3,17 @@
 import math
 from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.data.split import EvalSplit
+from twolevel.distributed.strategies import Placed
 
-if TYPE_CHECKING:
-    from twolevel.training.strategies import Strategy
-
-EVAL_BATCH = 500
 ALL_BATCHES = 1 << 32
 """More batches than any test set has."""
-
-
-def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def batch_sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
@@ -32,7 +25,7 @@ def batch_sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 
 class Tested(NamedTuple):
-    """What a network makes of a test set; an image is finite where its loss and all its logits are.
+    """The result of a test; an image is finite where its loss and all its logits are.
 
     `loss` is the mean cross-entropy of the finite images: one that is not would make any mean say nothing of the
     others. It is None where no image is finite, or their losses have no finite sum. `error`, in percent, is over
@@ -51,27 +44,32 @@ class Tested(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, test: EvalSplit, strategy: "Strategy", pause: Callable[[int], None] | None = None
+    placed: Placed,
+    test: EvalSplit,
+    model: nn.Module | None = None,
+    *,
+    pause: Callable[[int], None] | None = None,
 ) -> Tested:
     """Loss and error over the test images, each counted once over all ranks.
 
-    `model` is this rank's part of a network, as `strategy` placed it. `pause` is called before each batch with its
-    number, and with ALL_BATCHES after the last; it may raise. Every rank must call this.
+    `model` is this rank's part of the network unless given, as its moving average may be. `pause` is called before
+    each batch with its number, and with ALL_BATCHES after the last; it may raise. Every rank must call this.
     """
+    model = placed.model if model is None else model
     training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=strategy.device)
-    with closing(strategy.eval_batches(model, test)) as batches:
+    sums = torch.zeros(4, dtype=torch.float64, device=placed.device)
+    with closing(placed.eval_batches(model, test)) as batches:
         for number, (images, labels) in enumerate(batches):
             if pause is not None:
                 pause(number)
-            logits = strategy.logits(model, images)
+            logits = placed.logits(model, images)
             if logits is not None and len(labels):
                 sums += _sums(logits if logits.dtype == torch.float64 else logits.float(), labels)
     if pause is not None:
         pause(ALL_BATCHES)
     model.train(training)
-    loss, right, finite, number = strategy.total(sums)
+    loss, right, finite, number = placed.total(sums)
     mean = loss / finite if finite else math.inf
     return Tested(
         mean if math.isfinite(mean) else None, 100 * (1 - right / number), int(number), int(number - finite)

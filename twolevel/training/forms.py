@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twolevel.distributed.agreement import all_gather
+from twolevel.distributed.strategies import Placed
 from twolevel.nn import TwoLevelConv2d
 from twolevel.ops.autotune import Decision, Form
 from twolevel.ops.dispatch import able_forms, decide
 from twolevel.ops.problem import Problem
 from twolevel.streams import stream
-from twolevel.training.strategies import Strategy
 
 
 @dataclass
@@ -32,19 +32,15 @@ class ChosenForms:
 
 
 def fix_forms(
-    model: nn.Module,
-    strategy: Strategy,
-    batch: int,
-    image_shape: tuple[int, int, int],
-    recorded: dict[str, str],
+    placed: Placed, batch: int, image_shape: tuple[int, int, int], recorded: dict[str, str]
 ) -> ChosenForms:
-    """Decide for every two-level convolution of `model`, this rank's part, and set its `schedule` and `kernels`.
+    """Decide for every two-level convolution of this rank's part of a network, and set its `schedule` and `kernels`.
 
     The layers' sizes are those of a forward in evaluation mode of `batch` random images, which leaves no trace. What
     `recorded` has is taken, the rest measured; where ranks measure differently the first rank's is taken by all.
     Every rank must call this. Warns of what is recorded and cannot be computed here.
     """
-    layers = [module for module in model.modules() if isinstance(module, TwoLevelConv2d)]
+    layers = [module for module in placed.model.modules() if isinstance(module, TwoLevelConv2d)]
     chosen, began = ChosenForms(), time.perf_counter()
     titles: dict[TwoLevelConv2d, str] = {}
     able: dict[str, list[Form]] = {}
@@ -61,12 +57,12 @@ def fix_forms(
 
     hooks = [layer.register_forward_pre_hook(before_forward) for layer in layers]
     try:
-        _forward(model, strategy, batch, image_shape)
+        _forward(placed, batch, image_shape)
     finally:
         for hook in hooks:
             hook.remove()
     own = dict(chosen.forms)
-    for theirs in reversed(all_gather(own, strategy.device)):
+    for theirs in reversed(all_gather(own, placed.device)):
         chosen.forms |= theirs
     for layer, title in titles.items():
         form = Form(*chosen.forms[title].split())
@@ -112,11 +108,16 @@ class _OneBatch:
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, strategy: Strategy, batch: int, image_shape: tuple[int, int, int]) -> None:
-    images = torch.randn(batch, *image_shape, generator=stream("forms")).to(strategy.device, strategy.dtype)
+def _forward(placed: Placed, batch: int, image_shape: tuple[int, int, int]) -> None:
+    model, mesh = placed.model, placed.mesh
+    images = torch.randn(batch, *image_shape, generator=stream("forms")).to(
+        placed.device, placed.strategy.dtype
+    )
     images = images.contiguous(memory_format=torch.channels_last)
     training = model.training
     model.eval()
-    for part, _ in strategy.eval_batches(model, _OneBatch(images, strategy.mesh["data"].size())):
-        strategy.logits(model, part)
+    # A graph of torch.compile would call no hooks.
+    with torch.compiler.set_stance("force_eager"):
+        for part, _ in placed.eval_batches(model, _OneBatch(images, mesh["data"].size())):
+            placed.logits(model, part)
     model.train(training)

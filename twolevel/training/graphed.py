@@ -40,7 +40,7 @@ class GraphedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream()
         for group in step.optimiser.param_groups:
-            group["lr"] = torch.tensor(float(group["lr"]), device=step.strategy.device)
+            group["lr"] = torch.tensor(float(group["lr"]), device=step.placed.device)
 
     def set_rate(self, rate: float) -> None:
         for group in self.step.optimiser.param_groups:

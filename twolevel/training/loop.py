@@ -68,17 +68,23 @@ class Trainer:
         self.strategy.check_batch(config.data.batch_size, optimiser.accumulate)
         options = config.model.create_options() | {"num_classes": self.data.num_classes}
         sync = config.mesh.sync_batch_norm
-        model = context.build(self.strategy, options, run.seed, self.data.image_shape, sync_batch_norm=sync)
-        self.chosen = self._choose_forms(model, {} if run.remeasure else recorded)
+        self.placed = context.build(
+            self.strategy,
+            options,
+            run.seed,
+            self.data.image_shape,
+            sync_batch_norm=sync,
+            compile=run.compile,
+        )
+        model = self.placed.model
+        self.chosen = self._choose_forms({} if run.remeasure else recorded)
         run.forms = recorded | self.chosen.forms
         self.state = self._make_state(model)
         seed_ranks(run.seed, 0)
         if start is not None:
             self.state.load(start)
         self.rules = rules_for(model, config.rules)
-        if run.compile:
-            self.strategy.compile_(model)
-        step = TrainStep(self.strategy, model, self.state.optimiser, optimiser, self.rules)
+        step = TrainStep(self.placed, self.state.optimiser, optimiser, self.rules)
         self.train_step = GraphedStep(step) if run.cuda_graph else step
         self.all_steps = config.epochs * self.state.steps_per_epoch
         self.last_step = min(self.all_steps, run.max_steps or self.all_steps)
@@ -92,11 +98,11 @@ class Trainer:
             check_resumable(self.config, written, self.context.world.size)
             return written["config"]["run"].get("forms", {})
 
-    def _choose_forms(self, model: nn.Module, recorded: dict[str, str]) -> ChosenForms:
+    def _choose_forms(self, recorded: dict[str, str]) -> ChosenForms:
         images = self.config.data.batch_size // self.context.mesh["data"].size()
         batch = images // self.config.optimiser.accumulate // self.strategy.microbatches
         with waiting("choosing kernels", shown=self.context.first):
-            return fix_forms(model, self.strategy, batch, self.data.image_shape, recorded)
+            return fix_forms(self.placed, batch, self.data.image_shape, recorded)
 
     def _make_state(self, model: nn.Module) -> TrainState:
         decay, ema = self.config.optimiser.ema_decay, None
@@ -120,7 +126,7 @@ class Trainer:
                 epochs = Epochs(
                     config=self.config,
                     data=self.data,
-                    strategy=self.strategy,
+                    placed=self.placed,
                     state=state,
                     train_step=self.train_step,
                     rules=self.rules,
@@ -164,7 +170,7 @@ class Trainer:
         return (
             f"{config.model.model} {config.model.conv} groups={config.model.groups} on {config.data.data}: "
             f"{self.strategy} on {self.context.device.type} ({self.context.carriers(state.model)}), "
-            f"{self.strategy.held(state.model):,} parameters on this one, "
+            f"{self.placed.num_parameters():,} parameters on this one, "
             f"{config.epochs} epochs of {state.steps_per_epoch} steps{going_on}"
         )
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +9,8 @@ from torch.distributed import ProcessGroup
 
 from twolevel.data.split import TrainSplit
 from twolevel.distributed.batch_norm import batch_statistics
+from twolevel.distributed.strategies import Placed
 from twolevel.errors import UserError
-
-if TYPE_CHECKING:
-    from twolevel.training.strategies import Strategy
 
 
 def check_number(number: int, train: TrainSplit) -> None:
@@ -27,11 +24,12 @@ def check_number(number: int, train: TrainSplit) -> None:
 
 @torch.no_grad()
 def recompute_statistics(
+    placed: Placed,
     model: nn.Module,
     train: TrainSplit,
+    *,
     epoch: int,
     number: int,
-    strategy: "Strategy",
     pause: Callable[[int], None] | None = None,
 ) -> None:
     """Set running mean and variance of every batch norm to those of the first `number` batches of `epoch`.
@@ -47,20 +45,20 @@ def recompute_statistics(
     statistics do not depend on the ranks, and all replicas get the same. No random stream moves, and nothing else
     of the network changes.
 
-    `model` is this rank's part of a network, as `strategy` placed it. `pause` is called before each batch with its
-    number; where it raises, the statistics are what they were. Every rank must call this.
+    `model` is this rank's part of the network, or a copy of it such as its moving average. `pause` is called before
+    each batch with its number; where it raises, the statistics are what they were. Every rank must call this.
     """
     training = model.training
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
-    populations = [_Population(norm, strategy.mesh.get_group("data")) for norm in norms]
+    populations = [_Population(norm, placed.mesh.get_group("data")) for norm in norms]
     try:
         # A graph that is compiled already would not call their hooks.
         with torch.compiler.set_stance("force_eager"):
             for batch, (images, _) in enumerate(islice(train.batches(epoch), number)):
                 if pause is not None:
                     pause(batch)
-                strategy.logits(model, images)
+                placed.logits(model, images)
         for population in populations:
             population.finish()
     except BaseException:
@@ -70,7 +68,7 @@ def recompute_statistics(
     finally:
         for population in populations:
             population.hook.remove()
-        strategy.rest(model)
+        placed.end_forwards(model)
         model.train(training)
 
 

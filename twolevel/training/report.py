@@ -25,13 +25,13 @@ from twolevel.analysis.patterns import (
 )
 from twolevel.data.augment import Normalise
 from twolevel.data.config import DataConfig
+from twolevel.distributed.strategies.base import EVAL_BATCH
 from twolevel.errors import UserError
 from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
 from twolevel.settings import Device
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import MeshConfig
 from twolevel.training.context import Context, join
-from twolevel.training.evaluate import EVAL_BATCH
 from twolevel.training.weights import Weights
 
 Picture = tuple[str, Figure, str]
@@ -162,7 +162,7 @@ def _draw_all(run: Run, context: Context, given: dict[str, Any]) -> Report:
 def _kept_pictures(run: Run, context: Context, given: dict[str, Any]) -> Iterator[Picture]:
     """What the heads of a DGC network keep and drop of test images."""
     options = {name: value for name, value in given.items() if name in ("data_root", "workers")}
-    # Training batches are not looked at.
+    # Training batches are not read.
     settings: dict[str, Any] = run.weights.data | options | {"batch_size": 1}
     config = DataConfig(**settings)
     data = context.load_data(config, 0, run.weights.dtype)
@@ -213,7 +213,7 @@ def _network(run: Run, context: Context) -> nn.Module:
     """The network with the run's newest weights, in their type."""
     precision = "float64" if run.weights.dtype == torch.float64 else "float32"
     image_shape = DataConfig(**run.weights.data).image_shape
-    network = context.build(context.strategy(precision), run.weights.options, 0, image_shape)
+    network = context.build(context.strategy(precision), run.weights.options, 0, image_shape).model
     run.weights.load_into(network, context.mesh)
     return network
 

@@ -3,38 +3,38 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from twolevel import models
+from twolevel.distributed import strategies
 from twolevel.distributed.agreement import together
+from twolevel.distributed.strategies import Placed
+from twolevel.distributed.strategies.base import autocast
 from twolevel.settings import Carrier, Parallel
 from twolevel.training.config import MeshConfig, OptimiserConfig
-from twolevel.training.evaluate import autocast, batch_sums
+from twolevel.training.evaluate import batch_sums
 from twolevel.training.optimiser import make_sgd
 from twolevel.training.rules import Rule
-from twolevel.training.strategies import STRATEGIES, Strategy
 
 
 class TrainStep:
     """`step(images, labels)`: gradients of this rank's share of a batch, clipping, optimiser; no host wait.
 
-    Returns [sum of losses, number right, number of images] of the logits that this rank has; `strategy.total` sums
-    them over the ranks. `model` is this rank's part of the network.
+    Returns [sum of losses, number right, number of images] of the logits that this rank has; `placed.total` sums
+    them over the ranks.
     """
 
     def __init__(
         self,
-        strategy: Strategy,
-        model: nn.Module,
+        placed: Placed,
         optimiser: torch.optim.Optimizer,
         config: OptimiserConfig,
         rules: Sequence[Rule] = (),
     ):
-        self.strategy, self.model, self.optimiser = strategy, model, optimiser
+        self.placed, self.optimiser = placed, optimiser
         self.config, self.rules = config, rules
-        strategy.connect(model, self._loss, config.accumulate)
 
     def set_rate(self, rate: float) -> None:
         """The learning rate of the steps to come."""
@@ -43,22 +43,22 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.strategy.device)
-        self.strategy.forward_backward(images, labels)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.placed.device)
+        self.placed.forward_backward(images, labels, self._loss, self.config.accumulate)
         if self.config.clip_norm is not None:
-            self.strategy.clip_(self.model, self.config.clip_norm)
+            self.placed.clip_(self.config.clip_norm)
         self.optimiser.step()
         return self.sums
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What one part of a batch adds to the loss of which the gradient is taken."""
-        with autocast(self.strategy.device, self.strategy.precision):
+        """The loss of one part of a batch, with what the training rules add to it."""
+        with autocast(self.placed.device, self.placed.strategy.precision):
             loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             total = loss
             for rule in self.rules:
                 total = rule.loss(total)
         self.sums += batch_sums(logits, labels, loss)
-        return total / self.strategy.parts
+        return total
 
 
 def make_step(
@@ -97,11 +97,17 @@ def make_step(
         exchange=exchange,
     )
     config.check_conv(conv)
-    strategy = STRATEGIES[parallel](config, mesh, torch.device(device), precision)
+    strategy = strategies.create(
+        parallel,
+        mesh,
+        device,
+        precision=precision,
+        exchange=exchange,
+        microbatches=microbatches,
+    )
     with together(device), torch.device("meta"):
         network = models.create(model, conv=conv, groups=groups, num_classes=num_classes)
-    part = strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm)
-    if compile:
-        strategy.compile_(part)
-    rule = optimiser or OptimiserConfig(weight_decay=5e-4)
-    return TrainStep(strategy, part.train(), make_sgd(part, rule), rule)
+    placed = strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm, compile=compile)
+    placed.model.train()
+    settings = optimiser or OptimiserConfig(weight_decay=5e-4)
+    return TrainStep(placed, make_sgd(placed.model, settings), settings)

@@ -117,7 +117,7 @@ def evaluate_weights(
     precision: str = "float32",
     mesh: MeshConfig,
 ) -> Tested | None:
-    """What the weights at `path` make of the test images, on rank 0; None on the others; all ranks call it.
+    """Test the weights at `path`: the result on rank 0, None on the others; all ranks call it.
 
     The data set is the one they were trained on, unless what is given says otherwise.
     """
@@ -127,7 +127,7 @@ def evaluate_weights(
             weights = Weights.find(path, which)
             given = {"data": data, "data_root": data_root, "workers": workers}
             given = {name: value for name, value in given.items() if value is not None}
-            # Training batches are not looked at: any size does that divides over the replicas.
+            # Training batches are not read: any size is valid that divides over the replicas.
             settings: dict[str, Any] = weights.data | given | {"batch_size": context.mesh["data"].size()}
             config = DataConfig(**settings)
         dtype = torch.float64 if precision == "float64" else torch.float32
@@ -138,9 +138,9 @@ def evaluate_weights(
                 f"{weights.options['num_classes']}"
             )
         strategy = context.strategy(precision)
-        network = context.build(strategy, weights.options, 0, images.image_shape)
-        weights.load_into(network, context.mesh)
-        tested = evaluate(network, images.test, strategy)
+        placed = context.build(strategy, weights.options, 0, images.image_shape)
+        weights.load_into(placed.model, context.mesh)
+        tested = evaluate(placed, images.test)
         return tested if context.first else None
     finally:
         context.close()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from twolevel.distributed.layerwise import read_graph
+from twolevel.distributed.separable import read_graph
 from twolevel.errors import UserError
 from twolevel.nn import Layout, layout_of
 
@@ -18,7 +18,7 @@ from twolevel.nn import Layout, layout_of
 class Stage:
     """One stage: `network` keeps its modules under the names that they have in the whole network.
 
-    `received` and `sent` are the shapes for one image of what crosses before and after it (of the first stage
+    `received` and `sent` are the shapes for one image of the tensors before and after it (of the first stage
     received: the image; of the last sent: the logits). `macs` are its multiply-accumulates for one image, forward.
     """
 
@@ -31,10 +31,11 @@ class Stage:
 def cut_stages(model: nn.Module, stages: int, image_shape: tuple[int, int, int]) -> list[Stage]:
     """The network, on any device, as so many stages; the multiply-accumulates of the largest are the fewest possible.
 
-    It is cut only where a single tensor crosses. The stages share the model's modules and parameters; each has a
-    `layout`, so that `twolevel.nn.initialize` draws it as it draws the whole.
+    It is cut only where a single tensor is all that later operations read. The stages share the model's modules and
+    parameters; each has a `layout`, so that `twolevel.nn.initialize` draws it as it draws the whole.
 
-    Raises UserError where torch.fx cannot read the network, or it has fewer such places than stages need.
+    Raises UserError where torch.fx cannot read the network, it has fewer such places than stages need, or a parameter
+    would be in two stages.
     """
     graph = read_graph(model, "pipeline")
     work = _Work(model, graph, image_shape)
@@ -56,7 +57,19 @@ def cut_stages(model: nn.Module, stages: int, image_shape: tuple[int, int, int])
         reached = work.total if end == ends[-1] else work.before[end]
         made.append(Stage(network, received, work.shapes[end], reached - done))
         received, done, begin = work.shapes[end], reached, end + 1
+    _check_unshared(made)
     return made
+
+
+def _check_unshared(stages: list[Stage]) -> None:
+    owners: dict[int, int] = {}
+    for number, stage in enumerate(stages):
+        for name, parameter in stage.network.named_parameters():
+            if owners.setdefault(id(parameter), number) != number:
+                raise UserError(
+                    f"stages {owners[id(parameter)]} and {number} share {name}, of which each rank would train its "
+                    "own; give each layer a parameter of its own, or replicate the network with --data-parallel"
+                )
 
 
 class _Work(fx.Interpreter):
@@ -91,7 +104,7 @@ class _Work(fx.Interpreter):
 
 
 def _places(nodes: list[fx.Node], work: _Work) -> list[int]:
-    """The nodes after which one tensor crosses, in order; of those with equal work before them the best one.
+    """The nodes after which only their tensor is read later, in order; of those with equal work before them the best.
 
     That is the one with the smallest tensor, and of these the last: behind an activation in place, which must not
     change the leaf of autograd that a stage receives.

@@ -7,9 +7,10 @@ from one_process import assert_learned_the_same, batch, join, train_alone, train
 from test_exchange import Collectives
 from torch import nn
 
-from twolevel.distributed import init_mesh, split_channels
-from twolevel.distributed.channel import gathered_convolutions
+from twolevel.distributed import init_mesh
 from twolevel.distributed.collectives import MeshAxis
+from twolevel.distributed.layers import gathered_convolutions
+from twolevel.distributed.strategies.channel import split_channels
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
@@ -125,7 +126,14 @@ class Joined(nn.Module):
         return torch.cat([x, x], 1)
 
 
+def one_weight_twice():
+    model = layers(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    model[2].weight = model[1].weight
+    return model
+
+
 REFUSED = {
+    "one parameter in two modules": (one_weight_twice, "1.weight and 2.weight are one parameter"),
     "normalisation across channels": (
         lambda: layers(nn.GroupNorm(2, 8)),
         "1 (GroupNorm) is not known to act channel by channel and cannot be split by parallel=channel; "

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-from twolevel.distributed.within_groups import check_within_groups
+from twolevel.distributed.separable import check_within_groups
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d

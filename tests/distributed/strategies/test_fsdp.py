@@ -11,10 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from twolevel.distributed import init_mesh, shard_parameters
+from twolevel.distributed import init_mesh
+from twolevel.distributed.strategies import fsdp
+from twolevel.distributed.strategies.fsdp import shard_parameters
 from twolevel.errors import UserError
 from twolevel.models import create
-from twolevel.training import strategies
+from twolevel.training.config import OptimiserConfig
 from twolevel.training.evaluate import evaluate
 from twolevel.training.step import make_step
 
@@ -88,9 +90,9 @@ def test_shards_start_as_those_of_the_whole(pool, name, conv, groups, from_meta)
 
 def collectives(accumulate):
     mesh = init_mesh(data=2, device="cpu")
-    step = make_step("wrn-10-1", mesh, "cpu", parallel="fsdp")
-    step.strategy.connect(step.model, step._loss, accumulate)
-    units = sum(isinstance(module, FSDPModule) for module in step.model.modules())
+    rule = OptimiserConfig(accumulate=accumulate, weight_decay=5e-4)
+    step = make_step("wrn-10-1", mesh, "cpu", parallel="fsdp", optimiser=rule)
+    units = sum(isinstance(module, FSDPModule) for module in step.placed.model.modules())
     images, labels = batch(4, 8)
     step(images.float(), labels)
     with Collectives() as seen:
@@ -124,11 +126,11 @@ class Images:
 def evaluate_on_ranks(eval_batch):
     mesh = init_mesh(data=4, device="cpu")
     step = make_step("wrn-10-1", mesh, "cpu", parallel="fsdp", precision="float64")
-    with mock.patch.object(strategies, "EVAL_BATCH", eval_batch):
-        result = evaluate(step.model, Images(mesh.get_local_rank("data"), 4), step.strategy)
-    assert step.model.training
+    with mock.patch.object(fsdp, "EVAL_BATCH", eval_batch):
+        result = evaluate(step.placed, Images(mesh.get_local_rank("data"), 4))
+    assert step.placed.model.training
     assert all(
-        isinstance(parameter, DTensor) for parameter in step.model.parameters()
+        isinstance(parameter, DTensor) for parameter in step.placed.model.parameters()
     )  # no rank keeps the whole
     return result
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twolevel.analysis import count
-from twolevel.distributed import cut_stages, init_mesh
+from twolevel.distributed import init_mesh
+from twolevel.distributed.strategies.stages import cut_stages
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import initialize
@@ -132,6 +133,19 @@ def test_what_cannot_be_cut_is_refused(operation, message):
     assert message in str(raised.value)
 
 
+def test_stages_that_would_share_a_parameter_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3))
+    assert len(cut_stages(model, 2, (3, 8, 8))) == 2
+    model[2].weight = model[0].weight
+    with pytest.raises(
+        UserError, match=r"^stages 0 and 1 share 2\.weight, of which each rank would train its own; "
+    ):
+        cut_stages(model, 2, (3, 8, 8))
+    model[2] = model[0]
+    with pytest.raises(UserError, match=r"^stages 0 and 1 share "):
+        cut_stages(model, 2, (3, 8, 8))
+
+
 def test_a_stage_does_not_begin_with_a_change_in_place():
     """What it received is a leaf of autograd, which must not be changed."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3))
@@ -196,7 +210,7 @@ def messages(schedule, microbatches, precision):
     step(images, labels)
     with Sent() as sent:
         step(images, labels)
-    stage = step.strategy.pipeline.stage
+    stage = step.placed.stage
     return sent.bytes, stage.received, stage.sent
 
 
@@ -218,7 +232,7 @@ def bf16_loss(parallel):
     step = make_step("wrn-10-1", mesh, "cpu", parallel=parallel, precision="bf16", image_shape=(3, 8, 8))
     images, labels = batch(8, 8)
     images = images.float().contiguous(memory_format=torch.channels_last)
-    return [step.strategy.total(step(images, labels))[0] for _ in range(3)]
+    return [step.placed.total(step(images, labels))[0] for _ in range(3)]
 
 
 def test_stages_round_to_bf16_where_one_process_does(pool):
@@ -232,7 +246,7 @@ def logits(number):
     mesh = init_mesh(device="cpu")
     step = make_step("wrn-10-1", mesh, "cpu", parallel="gpipe", precision="float64", image_shape=(3, 8, 8))
     images, _ = batch(number, 8)
-    return step.strategy.logits(step.model.eval(), images)
+    return step.placed.logits(step.placed.model.eval(), images)
 
 
 def test_any_number_of_images_can_be_tested(pool):

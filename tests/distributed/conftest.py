@@ -1,0 +1,1 @@
+"""That pytest finds this file lets the tests in `strategies/` import the modules beside it."""

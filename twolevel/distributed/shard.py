@@ -1,0 +1,79 @@
+"""The only place that cuts layers by channel: a rank keeps its rows of every tensor, and the number of them.
+
+    W [m, n/G, k, k]  =  W_0 [m/P, n/G, k, k]  over  W_1  over  ...  over  W_(P-1)         rank p keeps W_p
+
+Which dimension divides is a fact about the network (`twolevel.nn.layout`), and so are the values, which every rank
+draws from streams that do not depend on P (`twolevel.nn.initialize`).
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from twolevel.distributed.collectives import MeshAxis
+from twolevel.distributed.layers import SplitClassifier, SplitStem
+from twolevel.errors import UserError
+from twolevel.nn import Layout, TwoLevelConv2d
+from twolevel.nn.structure import ends
+
+
+def cut_channels(
+    model: nn.Module, layout: Layout, axis: MeshAxis, draw: Callable[[nn.Module, str], object] | None = None
+) -> None:
+    """Keep of `model`, in place, the part that `layout` describes, for this rank of `axis`.
+
+    Classes change only in how their input or output is exchanged between ranks; tensors keep their names. Where
+    given, `draw(layer, name)` is called for each layer with tensors just before that is cut: it may draw a layer of
+    the meta device whole, and no rank ever holds more than one.
+    """
+    stem, classifier = ends(model)
+    for name, module in [*model.named_modules()]:
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if draw is not None and tensors:
+            draw(module, name)
+        _keep_rows(module, layout.within(name))
+        if module is stem:
+            module.__class__, module.axis = SplitStem, axis
+            module.out_channels //= axis.ranks
+        elif module is classifier:
+            module.__class__, module.axis = SplitClassifier, axis
+            module.in_features //= axis.ranks
+        elif isinstance(module, TwoLevelConv2d):
+            module.exchange = axis
+        elif isinstance(module, nn.Conv2d):
+            module.out_channels //= axis.ranks
+            if (
+                module.groups > 1
+            ):  # one of a single group reads all channels: a coarse or a gathering convolution
+                module.in_channels //= axis.ranks
+                module.groups //= axis.ranks
+        elif isinstance(module, nn.BatchNorm2d):
+            module.num_features //= axis.ranks
+
+
+def _keep_rows(module: nn.Module, layout: Layout) -> None:
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        part = layout.cut(name, tensor.detach()).clone()
+        if isinstance(tensor, nn.Parameter):
+            part = nn.Parameter(part, requires_grad=tensor.requires_grad)
+        setattr(module, name, part)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise UserError for a network of which a part is held already."""
+    layout = getattr(model, "layout", None)
+    if layout is not None and layout.parts > 1:
+        raise UserError("this network is a part already; split a whole one")
+
+
+def check_unshared(model: nn.Module) -> None:
+    """Raise UserError where two modules have one parameter: cut, they would be two, and trained apart."""
+    owners: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            first = owners.setdefault(id(parameter), name)
+            if first != name:
+                raise UserError(
+                    f"{first} and {name} are one parameter, which cannot be split over ranks; give each module a "
+                    "parameter of its own, or replicate the network over the data axis"
+                )

@@ -1,0 +1,154 @@
+"""parallel=fsdp, fully sharded data parallelism (FSDP2): a rank computes on its images and keeps 1/P of each parameter.
+
+A block's parameters are gathered just before they are used, forward and backward, and its gradients are
+reduce-scattered to the ranks that keep them: `torch.distributed.fsdp.fully_shard`, block by block.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from twolevel.data.split import EvalSplit
+from twolevel.distributed.batch_norm import synchronise_batch_norm
+from twolevel.distributed.strategies.base import EVAL_BATCH, Loss, Placed, Strategy, autocast
+from twolevel.errors import UserError
+from twolevel.nn import Layout, initialize, layout_of
+from twolevel.nn.base import WholeConv2d
+
+
+class FullyShardedParallel(Strategy):
+    """Replicas along the `data` axis whose parameters are kept in parts."""
+
+    parallel = "fsdp"
+
+    def place(
+        self,
+        network: nn.Module,
+        seed: int,
+        image_shape: tuple[int, int, int],
+        *,
+        sync_batch_norm: bool = False,
+        compile: bool = False,
+    ) -> "PlacedShards":
+        # fully_shard takes contiguous parameters: channels_last comes from the images alone.
+        model = shard_parameters(
+            network,
+            self.mesh,
+            seed=seed,
+            device=self.device,
+            dtype=self.dtype,
+            sync_batch_norm=sync_batch_norm,
+        )
+        return PlacedShards(self, model, compile=compile)
+
+    def __str__(self) -> str:
+        return f"{self.mesh['data'].size()} fsdp ranks"
+
+
+class PlacedShards(Placed):
+    """A replica of which this rank keeps a part of every parameter, and gathers the rest block by block."""
+
+    model: FSDPModule
+
+    def __init__(self, strategy: Strategy, model: FSDPModule, *, compile: bool = False):
+        super().__init__(strategy, model)
+        if compile:
+            # Gathering ends a graph at each block. All blocks are one class, so that torch would take their sizes for
+            # variable, and then fails to generate code (2.15, CPU).
+            model.compile(dynamic=False)
+
+    def forward_backward(self, images: Tensor, labels: Tensor, loss: Loss, accumulate: int = 1) -> None:
+        chunks = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
+        for index, (x, y) in enumerate(chunks, start=1):
+            self.model.set_requires_gradient_sync(index == accumulate)
+            with autocast(self.device, self.strategy.precision):
+                logits = self.model(x)
+            (loss(logits, y) / accumulate).backward()
+
+    def eval_batches(self, model: nn.Module, test: EvalSplit) -> Iterator[tuple[Tensor, Tensor]]:
+        """As many batches on every rank, since each takes part in every gathering; those to fill up have no labels."""
+        ranks = self.mesh["data"].size()
+        if len(test) < ranks:
+            raise UserError(
+                f"{len(test)} test images are too few for {ranks} ranks with parallel=fsdp; use fewer ranks"
+            )
+        most = -(-len(test) // ranks)
+        number = 0
+        try:
+            for images, labels in test.eval_batches(EVAL_BATCH):
+                yield images, labels
+                number += 1
+            for _ in range(number, -(-most // EVAL_BATCH)):
+                yield images[:1], labels[:0]
+        finally:
+            self.end_forwards(model)
+
+    def end_forwards(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the outermost keeps its parameters whole for a backward that does not come
+
+    def num_parameters(self) -> int:
+        return sum(parameter.to_local().numel() for parameter in self.model.parameters())
+
+
+def shard_parameters(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    sync_batch_norm: bool = False,
+) -> FSDPModule:
+    """Shard every parameter of `model`, in place, over the mesh's `data` axis: they become DTensors `[Shard(0)]`.
+
+    Buffers stay whole on every rank. With `device`, the network is one of the meta device and is drawn here from
+    `seed`, block by block, with the values of the whole network and in `dtype`: no rank ever holds the whole.
+
+    Raises UserError for a mesh that also has a `group` axis, and for convolutions whose parameters are read outside
+    of their forward.
+    """
+    if mesh["group"].size() > 1:
+        raise UserError(
+            f"parallel=fsdp shards over the data axis alone, not over group={mesh['group'].size()} ranks as well"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, WholeConv2d):
+            raise UserError(
+                f"{name} is a {type(module).__name__}, which parallel=fsdp cannot shard; use conv sc, gc or gc2l"
+            )
+    whole = layout_of(model)
+    if sync_batch_norm:
+        synchronise_batch_norm(model, mesh)
+    for name, block in [*_blocks(model), ("", model)]:
+        if device is not None:
+            _draw_rest(block, name, whole, seed, device, dtype)
+        fully_shard(block, mesh=mesh["data"])
+    return model
+
+
+def _blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The members of Sequentials that hold a convolution or linear layer: what is gathered at a time."""
+    for child, module in model.named_children():
+        path = f"{name}.{child}" if name else child
+        works = any(isinstance(m, nn.Conv2d | nn.Linear) for m in module.modules())
+        if isinstance(model, nn.Sequential) and works and not isinstance(module, nn.Sequential):
+            yield path, module
+        elif isinstance(module, nn.Sequential):
+            yield from _blocks(module, path)
+
+
+def _draw_rest(
+    block: nn.Module, name: str, whole: Layout, seed: int, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Draw what of `block` is still on the meta device: all of a block, and what of the model is in none."""
+    for path, module in block.named_modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if own and all(tensor.is_meta for tensor in own):
+            key = ".".join(filter(None, (name, path)))
+            initialize(module, seed, device, prefix=key, layout=whole.within(key))
+            module.to(dtype)

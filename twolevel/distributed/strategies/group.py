@@ -1,0 +1,77 @@
+"""parallel=group: replicas along the `data` axis, each cut by channel group along the `group` axis."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from twolevel.distributed.parallelize import parallelize
+from twolevel.distributed.replicas import replicate
+from twolevel.distributed.strategies.base import Loss, Placed, Strategy, autocast
+
+
+class GroupParallel(Strategy):
+    """`exchange` and `timeout_s` are as in `twolevel.distributed.parallelize`."""
+
+    parallel = "group"
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        device: torch.device | str,
+        *,
+        precision: str = "float32",
+        exchange: str = "auto",
+        timeout_s: float = 600.0,
+    ):
+        super().__init__(mesh, device, precision=precision)
+        self.exchange, self.timeout_s = exchange, timeout_s
+
+    def place(
+        self,
+        network: nn.Module,
+        seed: int,
+        image_shape: tuple[int, int, int],
+        *,
+        sync_batch_norm: bool = False,
+        compile: bool = False,
+    ) -> "PlacedReplica":
+        parallelize(
+            network,
+            self.mesh,
+            sync_batch_norm=sync_batch_norm,
+            exchange=self.exchange,
+            timeout_s=self.timeout_s,
+        )
+        return PlacedReplica(self, self._draw(network, seed), compile=compile)
+
+
+class PlacedReplica(Placed):
+    """A part of a network that is whole over the ranks of a `group` axis, and has replicas along `data`."""
+
+    def __init__(self, strategy: Strategy, model: nn.Module, *, compile: bool = False):
+        super().__init__(strategy, model)
+        if compile:
+            model.compile()
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """What averages gradients over replicas. Made for the first step, since a test needs none of its memory."""
+        return replicate(self.model, self.mesh)
+
+    def forward_backward(self, images: Tensor, labels: Tensor, loss: Loss, accumulate: int = 1) -> None:
+        chunks = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
+        for index, (x, y) in enumerate(chunks, start=1):
+            with self._synchronised(last_part=index == accumulate):
+                with autocast(self.device, self.strategy.precision):
+                    logits = self.network(x)
+                (loss(logits, y) / accumulate).backward()
+
+    def _synchronised(self, *, last_part: bool) -> AbstractContextManager[None]:
+        """Replicas add their gradients up once a step, with its last part."""
+        if isinstance(self.network, DistributedDataParallel) and not last_part:
+            return self.network.no_sync()
+        return nullcontext()
