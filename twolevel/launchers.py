@@ -78,6 +78,7 @@ def rank_of(environ: Mapping[str, str] = os.environ) -> int | None:
 def _torchrun(environ: Mapping[str, str]) -> Ranks:
     _require(environ, (*_TORCHRUN[:3], "MASTER_ADDR", "MASTER_PORT"), "torchrun")
     address, port = _master(environ)
+    assert address is not None  # required above
     # Some that imitate torchrun leave LOCAL_WORLD_SIZE out; a loopback address settles it.
     if not environ.get("LOCAL_WORLD_SIZE") and re.fullmatch(r"localhost|127\..*|::1", address):
         environ = {**environ, "LOCAL_WORLD_SIZE": environ["WORLD_SIZE"]}

@@ -1,6 +1,6 @@
 """Failing together: an error on one rank is raised on all, so that none waits for one that is gone.
 
-All of it runs over the default process group, and needs no mesh. What crosses is JSON, as bytes.
+All of it runs over the default process group, and needs no mesh. Ranks send each other JSON, as bytes.
 """
 
 import json
@@ -33,7 +33,7 @@ def agree(error: Exception | None, device: torch.device | str | None = None) -> 
         raise error
     for rank, report in enumerate(reports):
         if report is not None:
-            if report == own:
+            if report == own and error is not None:
                 raise error  # its own words, be it the first or not
             raise UserError(f"rank {rank}: {report}") from error
 

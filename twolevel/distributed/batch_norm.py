@@ -1,12 +1,15 @@
 """Batch normalisation over the images of every data-parallel rank, on CPUs and GPUs alike."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from twolevel.distributed.collectives import MeshAxis, all_gather_single, refuse_second_derivative
+from twolevel.distributed.layers import become
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -23,6 +26,8 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.axis.group)
         if self.track_running_stats:
+            assert self.num_batches_tracked is not None
+            assert self.running_mean is not None and self.running_var is not None
             self.num_batches_tracked += 1
             rate = self.momentum
             if rate is None:  # the mean over all batches so far, without waiting for the device
@@ -40,7 +45,7 @@ def synchronise_batch_norm(model: nn.Module, mesh: DeviceMesh) -> None:
     axis = MeshAxis(mesh.get_group("data"))
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__, module.axis = SyncedBatchNorm2d, axis
+            become(module, SyncedBatchNorm2d).axis = axis
 
 
 def batch_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +71,9 @@ class _Normalise(torch.autograd.Function):
     """y = w (x - mean) / sqrt(var + eps) + b with mean and var over all ranks, images and pixels."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
+    ) -> Any:
         mean, var, count = batch_statistics(x, group)
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps), count)
         ctx.group = group
@@ -74,7 +81,7 @@ class _Normalise(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, count
 
     @staticmethod
-    def backward(ctx, gy, *_):
+    def backward(ctx: Any, gy: Tensor, *_: Any) -> Any:
         x, weight, mean, inv_std, count = ctx.saved_tensors
         across = (None, slice(None), None, None)
         centred = (x - mean[across]) * inv_std[across]

@@ -1,4 +1,4 @@
-"""Everything that crosses the `group` axis, each collective beside its gradient.
+"""Everything that ranks of the `group` axis send each other, each collective beside its gradient.
 
     where            forward                          backward
     representatives  all-gather  [G/P] -> [G]         reduce-scatter with SUM  [G] -> [G/P]
@@ -9,7 +9,7 @@ The pairs are conjugate: the ranks' uses of z differ, so its gradient is a sum; 
 from the same logits, so its gradient is already the same everywhere and must not be summed again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,12 @@ from twolevel.ops.exchange import register, registered
 # Newer versions of torch warn at the names that are the only ones in older versions.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    """What a collective of a group returns to the ranks that are in it."""
+    assert work is not None
+    return work
 
 
 class _InFlight(NamedTuple):
@@ -52,7 +58,7 @@ class MeshAxis:
     def gather(self, own: Tensor) -> _InFlight:
         """Start the all-gather `[G/P, ...] -> [G, ...]`."""
         result = own.new_empty(self.ranks * len(own), *own.shape[1:])
-        return _InFlight(all_gather_single(result, own, self.group, async_op=True), result)
+        return _InFlight(_started(all_gather_single(result, own, self.group, async_op=True)), result)
 
     def scatter_sum(self, parts: Tensor) -> _InFlight | _Unsummed:
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
@@ -60,12 +66,11 @@ class MeshAxis:
         if parts.device.type == "cpu" and dist.get_backend(self.group) == "gloo":
             # Gloo's own sends about as much as an all-reduce: of the parts each rank gets those that it adds up.
             received = torch.empty_like(parts)
-            return _Unsummed(
-                dist.all_to_all_single(received, parts, group=self.group, async_op=True), received, self.ranks
-            )
+            work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
+            return _Unsummed(_started(work), received, self.ranks)
         result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         work = reduce_scatter_single(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
-        return _InFlight(work, result)
+        return _InFlight(_started(work), result)
 
     def sum_logits(self, partial: Tensor) -> Tensor:
         """The sum over ranks of `[B, classes]`, the same on each; its gradient passes unchanged."""
@@ -81,19 +86,19 @@ class MeshAxis:
         """The sum over ranks, in place and without a gradient; `tensor` is contiguous."""
         dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
 
-    def __deepcopy__(self, memo) -> "MeshAxis":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MeshAxis":
         return self  # copies of a network, such as its moving average, live on the same ranks
 
 
 class _SumForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, axis):
+    def forward(ctx: Any, x: Tensor, axis: MeshAxis) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
         axis.all_reduce_(total)
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return _same_on_each_rank(grad), None
 
 
@@ -101,12 +106,14 @@ class _SumForward(torch.autograd.Function):
 def _sum_logits(partial: Tensor, axis: str) -> Tensor:
     """`_SumForward` as one operation of a compiled graph, which would break at it."""
     total = partial.clone(memory_format=torch.contiguous_format)
-    registered(axis).all_reduce_(total)
+    exchange = registered(axis)
+    assert isinstance(exchange, MeshAxis)
+    exchange.all_reduce_(total)
     return total
 
 
 @_sum_logits.register_fake
-def _(partial, axis):
+def _(partial: Tensor, axis: str) -> Tensor:
     return torch.empty_like(partial, memory_format=torch.contiguous_format)
 
 
@@ -121,12 +128,12 @@ def _same_on_each_rank(grad: Tensor) -> Tensor:
 
 class _SumBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, axis):
+    def forward(ctx: Any, x: Tensor, axis: MeshAxis) -> Tensor:
         ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_second_derivative(grad)
         total = grad.clone(memory_format=torch.contiguous_format)
         ctx.axis.all_reduce_(total)

@@ -6,9 +6,13 @@ import socket
 import warnings
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# torch.distributed documents them, and its type hints leave them out.
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from twolevel.errors import UserError, unknown
 from twolevel.launchers import LOOPBACK, Ranks, discover, port_of
@@ -60,12 +64,12 @@ def start(device: str = "auto", timeout_s: float = 600) -> World:
         store = _meet(ranks, timedelta(seconds=timeout_s))
         # A store can outlive a group that was stopped; the next group must not read its keys.
         generation = (store.add("arrivals", 1) - 1) // ranks.world_size
-        store = dist.PrefixStore(f"generation {generation}", store)
-        reports = _exchange(dist.PrefixStore("report", store), ranks, report)
+        store = PrefixStore(f"generation {generation}", store)
+        reports = _exchange(PrefixStore("report", store), ranks, report)
         backend = _choose_backend(reports, ranks.rank)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -103,10 +107,10 @@ def stop(world: World) -> None:
 # ---- how the ranks meet --------------------------------------------------------------------------
 
 
-def _meet(ranks: Ranks, timeout: timedelta) -> dist.Store:
+def _meet(ranks: Ranks, timeout: timedelta) -> Store:
     """A store that all ranks read and write."""
     if ranks.world_size == 1:
-        return dist.HashStore()
+        return HashStore()
     if ranks.launcher == "torchrun":
         url = "env://"  # torch asks there whether torchrun's agent holds the store already
     else:
@@ -117,14 +121,15 @@ def _meet(ranks: Ranks, timeout: timedelta) -> dist.Store:
                 ranks = _without_mpi4py(ranks)
             else:
                 return _meet_through_mpi(ranks, MPI.COMM_WORLD, timeout)
+        assert ranks.address is not None
         host = f"[{ranks.address}]" if ":" in ranks.address else ranks.address
         url = f"tcp://{host}:{ranks.port}"
-    store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.world_size, timeout=timeout))
+    store, _, _ = next(rendezvous(url, ranks.rank, ranks.world_size, timeout=timeout))
     store.set_timeout(timeout)
     return store
 
 
-def _meet_through_mpi(ranks: Ranks, comm, timeout: timedelta) -> dist.Store:
+def _meet_through_mpi(ranks: Ranks, comm: Any, timeout: timedelta) -> Store:
     """Rank 0 opens a store at a port that is free, and tells the others where."""
     if comm.Get_size() != ranks.world_size:
         raise UserError(
@@ -135,13 +140,13 @@ def _meet_through_mpi(ranks: Ranks, comm, timeout: timedelta) -> dist.Store:
     store = error = None
     if ranks.rank == 0:
         try:
-            store = dist.TCPStore(host, ranks.port or 0, None, True, timeout, wait_for_workers=False)
+            store = TCPStore(host, ranks.port or 0, None, True, timeout, wait_for_workers=False)
         except RuntimeError as e:  # the others wait for word, good or bad
             error = _first_line(e)
     host, port, error = comm.bcast((host, store and store.port, error), root=0)
     if error is not None:
         raise RuntimeError(error)
-    return store or dist.TCPStore(host, port, None, False, timeout)
+    return store or TCPStore(host, port, None, False, timeout)
 
 
 def _without_mpi4py(ranks: Ranks) -> Ranks:
@@ -210,7 +215,7 @@ def _probe(ranks: Ranks, device: str) -> dict:
     return report
 
 
-def _exchange(store: dist.Store, ranks: Ranks, report: dict) -> list[dict]:
+def _exchange(store: Store, ranks: Ranks, report: dict) -> list[dict]:
     """Every rank's report, in the order of ranks; raises on all ranks if one reports an error."""
     store.set(str(ranks.rank), json.dumps(report))
     reports = [json.loads(store.get(str(rank))) for rank in range(ranks.world_size)]

@@ -1,15 +1,25 @@
 """Stem, classifier and dense convolution as a rank holds them; `batch_norm.py` has the normalisation of replicas."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
+from twolevel.nn.arguments import pair
 from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.restriction import conv_backward
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def become(module: nn.Module, layer: type[Layer]) -> Layer:
+    """The same module, its tensors under the same names, with the forward of `layer`, a subclass of its class."""
+    module.__class__ = layer
+    assert isinstance(module, layer)
+    return module
 
 
 class SplitStem(nn.Conv2d):
@@ -59,6 +69,7 @@ class GatheringConv2d(nn.Conv2d):
             for conv, y in zip(self.together, outputs, strict=True):
                 conv.computed = y
         y, self.computed = self.computed, None
+        assert y is not None
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
 
@@ -66,8 +77,13 @@ def gathered_convolutions(x: Tensor, convs: tuple[nn.Conv2d, ...], axis: MeshAxi
     """W_p * x of each convolution, for x `[B, n/P, H, W]` gathered once."""
     # Before x is sent: half the bytes.
     x, *weights = cast_for_convolution(x, *(conv.weight for conv in convs))
-    geometries = [Geometry(conv.stride, conv.padding, conv.dilation) for conv in convs]
+    geometries = [_geometry(conv) for conv in convs]
     return _GatheredConvolutions.apply(x, axis, geometries, *weights)
+
+
+def _geometry(conv: nn.Conv2d) -> Geometry:
+    assert not isinstance(conv.padding, str)  # `gathered_together` refuses it
+    return Geometry(pair(conv.stride), pair(conv.padding), pair(conv.dilation))
 
 
 class _GatheredConvolutions(torch.autograd.Function):
@@ -85,8 +101,12 @@ class _GatheredConvolutions(torch.autograd.Function):
         gathered = [*zip(gys, weights, ctx.geometries, need_weights, strict=True)]
         scattering = None
         if need_x:
-            parts = [conv_backward(gy, whole, w, g, 1, (True, False))[0] for gy, w, g, _ in gathered]
-            gx = sum(parts[1:], parts[0])
+            gx = None
+            for gy, w, g, _ in gathered:
+                part, _ = conv_backward(gy, whole, w, g, 1, (True, False))
+                assert part is not None
+                gx = part if gx is None else gx + part
+            assert gx is not None
             refuse_second_derivative(gx)
             scattering = ctx.axis.scatter_sum(_part(gx, ctx.axis.ranks))
         g_weights = [

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed.environment import start
 from twolevel.errors import UserError
@@ -34,9 +34,12 @@ def init_mesh(
 def _own_group(axis: str, lines: list[list[int]], timeout_s: float) -> dist.ProcessGroup:
     """The group of this rank's line of ranks along an axis; every rank makes those of all lines."""
     if len(lines) == 1:
-        return dist.group.WORLD
-    timeout = timedelta(seconds=timeout_s)
-    return dist.new_subgroups_by_enumeration(lines, timeout=timeout, group_desc=f"mesh_{axis}")[0]
+        own = dist.group.WORLD
+    else:
+        timeout = timedelta(seconds=timeout_s)
+        own, _ = dist.new_subgroups_by_enumeration(lines, timeout=timeout, group_desc=f"mesh_{axis}")
+    assert isinstance(own, dist.ProcessGroup)  # every rank is in one line
+    return own
 
 
 def check_mesh(data: int, group: int | None, world_size: int) -> None:

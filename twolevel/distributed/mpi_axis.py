@@ -1,16 +1,17 @@
 """The exchange over MPI: for ranks on CPUs, whose small tensors Gloo carries much more slowly.
 
-The same ranks, in the same order, as those of the `group` axis; what crosses is what crosses there.
+The same ranks, in the same order, as those of the `group` axis; they send each other the same tensors.
 """
 
 import time
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed.agreement import together
 from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
@@ -117,7 +118,7 @@ class MPIAxis(MeshAxis):
         if total is not plain:
             plain.copy_(total)
 
-    def _item_of(self, size: int):
+    def _item_of(self, size: int) -> Any:
         """An MPI type whose one item is so many bytes."""
         blocks, rest = divmod(size, MOST_ITEMS)
         block = self._mpi.BYTE.Create_contiguous(MOST_ITEMS)
@@ -133,7 +134,7 @@ class _InFlight(NamedTuple):
     It holds both tensors until then, because a request of mpi4py does not always.
     """
 
-    request: object
+    request: Any  # of mpi4py
     sent: Tensor
     result: Tensor
     dtype: torch.dtype
@@ -155,7 +156,7 @@ class _InFlight(NamedTuple):
         return self.result.to(self.dtype)
 
 
-def _mpi_of_this_world():
+def _mpi_of_this_world() -> Any:
     """The module mpi4py.MPI, whose world is the default process group, rank by rank."""
     try:
         from mpi4py import MPI  # an extra; and the import calls MPI_Init
@@ -191,7 +192,7 @@ def _check_count(total: Tensor) -> None:
         )
 
 
-def _memory(tensor: Tensor):
+def _memory(tensor: Tensor) -> np.ndarray:
     """The numbers of a contiguous CPU tensor as a NumPy array, not copied."""
     if tensor.device.type != "cpu":
         raise UserError(f"exchange=mpi carries CPU tensors, not one on {tensor.device}; use group")

@@ -1,7 +1,7 @@
 """Sharing a network by channel group over the `group` axis, with whole replicas along the `data` axis."""
 
 from torch import nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed.batch_norm import synchronise_batch_norm
 from twolevel.distributed.mpi_axis import exchange_of
@@ -10,6 +10,7 @@ from twolevel.distributed.shard import check_unshared, check_whole, cut_channels
 from twolevel.errors import UserError
 from twolevel.nn import Layout, TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_groups
+from twolevel.nn.layout import set_layout
 from twolevel.nn.structure import ends
 
 
@@ -43,7 +44,7 @@ def parallelize(
         _check(model, layout, ranks)
         layout = layout.part(mesh.get_local_rank("group"), ranks)
         cut_channels(model, layout, exchange_of(mesh, exchange, timeout_s))
-    model.layout = layout
+    set_layout(model, layout)
     if sync_batch_norm:
         synchronise_batch_norm(model, mesh)
     return model

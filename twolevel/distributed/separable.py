@@ -23,6 +23,10 @@ from twolevel.nn.structure import (
     trace_layers,
 )
 
+State = Literal["maps", "features", "whole"]
+"""What ranks hold of a tensor: channels of maps, features in the order of channels, or all of it."""
+WHOLE: set[State] = {"whole"}
+
 SPATIAL = ({2, 3}, {-1, -2})
 
 
@@ -37,12 +41,12 @@ def check_within_groups(model: nn.Module, ranks: int) -> None:
         return
     stem, classifier = ends(model)
     graph = trace_layers(model, f"over group={ranks} ranks", f"replicate it with data={ranks}, group=1")
-    states: dict[fx.Node, Literal["maps", "features", "whole"]] = {}
+    states: dict[fx.Node, State] = {}
     for node in graph.nodes:
-        inputs = {states[n] for n in node.all_input_nodes}
+        inputs: set[State] = {states[n] for n in node.all_input_nodes}
         if node.op == "output":
             continue
-        split = inputs - {"whole"}
+        split = inputs - WHOLE
         states[node] = "maps" if node.op == "placeholder" and stem is None else "whole"
         if node.op == "call_module":
             module = model.get_submodule(node.target)

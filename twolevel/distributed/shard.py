@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from twolevel.distributed.collectives import MeshAxis
-from twolevel.distributed.layers import SplitClassifier, SplitStem
+from twolevel.distributed.layers import SplitClassifier, SplitStem, become
 from twolevel.errors import UserError
 from twolevel.nn import Layout, TwoLevelConv2d
 from twolevel.nn.structure import ends
@@ -33,11 +33,13 @@ def cut_channels(
             draw(module, name)
         _keep_rows(module, layout.within(name))
         if module is stem:
-            module.__class__, module.axis = SplitStem, axis
-            module.out_channels //= axis.ranks
+            split = become(module, SplitStem)
+            split.axis = axis
+            split.out_channels //= axis.ranks
         elif module is classifier:
-            module.__class__, module.axis = SplitClassifier, axis
-            module.in_features //= axis.ranks
+            split = become(module, SplitClassifier)
+            split.axis = axis
+            split.in_features //= axis.ranks
         elif isinstance(module, TwoLevelConv2d):
             module.exchange = axis
         elif isinstance(module, nn.Conv2d):

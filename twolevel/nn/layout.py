@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from twolevel.nn.base import WholeConv2d
 from twolevel.nn.structure import convolutions, ends
+from twolevel.nn.two_level import TwoLevelConv2d
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,16 @@ class Layout:
 
 def layout_of(model: nn.Module) -> Layout:
     """The layout of a network: as `parallelize` left it, else that of the whole."""
-    kept = getattr(model, "layout", None)
-    if kept is not None:
-        return kept
+    layout = getattr(model, "layout", None)
+    if layout is not None:
+        return layout
     groups = channel_groups(model)
     return Layout(groups, channel_dims(model) if groups > 1 else dict.fromkeys(model.state_dict()))
+
+
+def set_layout(model: nn.Module, layout: Layout) -> None:
+    """Have `layout_of(model)` return this one: of the part that `model` now is."""
+    object.__setattr__(model, "layout", layout)
 
 
 def channel_dims(model: nn.Module) -> dict[str, int | None]:
@@ -96,4 +101,4 @@ def channel_groups(model: nn.Module) -> int:
 
 
 def _groups(conv: nn.Module) -> int:
-    return 1 if isinstance(conv, WholeConv2d) else conv.groups
+    return conv.groups if isinstance(conv, TwoLevelConv2d | nn.Conv2d) else 1

@@ -7,7 +7,7 @@ placed.clip_(1.0)
 """
 
 import torch
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed.strategies.base import Placed, Strategy
 from twolevel.distributed.strategies.channel import ChannelParallel

@@ -1,12 +1,12 @@
 """What every way to share a network over ranks is: a strategy, and the part of a network that it places on a rank."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.data.split import EvalSplit
 from twolevel.distributed.agreement import together
@@ -107,7 +107,7 @@ class Placed(ABC):
         with autocast(self.device, self.strategy.precision):
             return model(images)
 
-    def eval_batches(self, model: nn.Module, test: EvalSplit) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, model: nn.Module, test: EvalSplit) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This rank's share of the test images; `logits` must be called for each batch."""
         yield from test.eval_batches(EVAL_BATCH)
 

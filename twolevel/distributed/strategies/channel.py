@@ -18,17 +18,17 @@ activation and pooling treat every channel alone and stay local; stem and classi
 
 import torch
 from torch import nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed.batch_norm import synchronise_batch_norm
 from twolevel.distributed.collectives import MeshAxis
-from twolevel.distributed.layers import GatheringConv2d
+from twolevel.distributed.layers import GatheringConv2d, become
 from twolevel.distributed.mpi_axis import exchange_of
 from twolevel.distributed.separable import gathered_together
 from twolevel.distributed.shard import check_unshared, check_whole, cut_channels
 from twolevel.distributed.strategies.group import GroupParallel, PlacedReplica
 from twolevel.nn import Layout, initialize, layout_of
-from twolevel.nn.layout import channel_dims
+from twolevel.nn.layout import channel_dims, set_layout
 
 
 class ChannelParallel(GroupParallel):
@@ -80,7 +80,7 @@ def split_channels(
     check_whole(model)
     whole, ranks = layout_of(model), mesh["group"].size()
     if ranks == 1:
-        model.layout = whole
+        set_layout(model, whole)
         if device is not None:
             initialize(model, seed, device)
     else:
@@ -96,7 +96,7 @@ def split_channels(
         cut_channels(model, layout, axis, draw)
         for convs in gathered:
             _gather_once(convs, axis)
-        model.layout = layout
+        set_layout(model, layout)
     if sync_batch_norm:
         synchronise_batch_norm(model, mesh)
     return model
@@ -104,10 +104,7 @@ def split_channels(
 
 def _gather_once(convs: list[nn.Conv2d], axis: MeshAxis) -> None:
     """Have convolutions that read one activation gather it together."""
-    members = []
-    for conv in convs:
-        conv.__class__ = GatheringConv2d
-        assert isinstance(conv, GatheringConv2d)
+    members = tuple(become(conv, GatheringConv2d) for conv in convs)
+    for conv in members:
         conv.axis = axis
-        members.append(conv)
-    members[0].together = tuple(members)
+    members[0].together = members

@@ -4,12 +4,13 @@ A block's parameters are gathered just before they are used, forward and backwar
 reduce-scattered to the ranks that keep them: `torch.distributed.fsdp.fully_shard`, block by block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from twolevel.data.split import EvalSplit
 from twolevel.distributed.batch_norm import synchronise_batch_norm
@@ -51,9 +52,7 @@ class FullyShardedParallel(Strategy):
 class PlacedShards(Placed):
     """A replica of which this rank keeps a part of every parameter, and gathers the rest block by block."""
 
-    model: FSDPModule
-
-    def __init__(self, strategy: Strategy, model: FSDPModule, *, compile: bool = False):
+    def __init__(self, strategy: Strategy, model: nn.Module, *, compile: bool = False):
         super().__init__(strategy, model)
         if compile:
             # Gathering ends a graph at each block. All blocks are one class, so that torch would take their sizes for
@@ -63,12 +62,13 @@ class PlacedShards(Placed):
     def forward_backward(self, images: Tensor, labels: Tensor, loss: Loss, accumulate: int = 1) -> None:
         chunks = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
         for index, (x, y) in enumerate(chunks, start=1):
+            assert isinstance(self.model, FSDPModule)
             self.model.set_requires_gradient_sync(index == accumulate)
             with autocast(self.device, self.strategy.precision):
                 logits = self.model(x)
             (loss(logits, y) / accumulate).backward()
 
-    def eval_batches(self, model: nn.Module, test: EvalSplit) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, model: nn.Module, test: EvalSplit) -> Generator[tuple[Tensor, Tensor], None, None]:
         """As many batches on every rank, since each takes part in every gathering; those to fill up have no labels."""
         ranks = self.mesh["data"].size()
         if len(test) < ranks:
@@ -92,7 +92,7 @@ class PlacedShards(Placed):
                 module.reshard()  # the outermost keeps its parameters whole for a backward that does not come
 
     def num_parameters(self) -> int:
-        return sum(parameter.to_local().numel() for parameter in self.model.parameters())
+        return sum(p.to_local().numel() for p in self.model.parameters() if isinstance(p, DTensor))
 
 
 def shard_parameters(
@@ -103,7 +103,7 @@ def shard_parameters(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     sync_batch_norm: bool = False,
-) -> FSDPModule:
+) -> nn.Module:
     """Shard every parameter of `model`, in place, over the mesh's `data` axis: they become DTensors `[Shard(0)]`.
 
     Buffers stay whole on every rank. With `device`, the network is one of the meta device and is drawn here from

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from twolevel.distributed.parallelize import parallelize

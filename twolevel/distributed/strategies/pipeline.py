@@ -10,7 +10,7 @@ Run by torch.distributed.pipelining. Batch norm sees one microbatch at a time, a
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from twolevel.distributed.gradients import clip_gradients_
@@ -119,8 +119,15 @@ class PlacedStage(Placed):
         """The schedule of microbatches of `size` images: shapes are agreed on beforehand, and nothing is probed."""
         if size not in self.schedules:
             ends = _Ends(self.stage.network, self)
-            given = {"input_args": self._received(size), "output_args": self._sent(size)}
-            stage = PipelineStage(ends, self.rank, self.ranks, self.device, group=self.group, **given)
+            stage = PipelineStage(
+                ends,
+                self.rank,
+                self.ranks,
+                self.device,
+                input_args=self._received(size),
+                output_args=self._sent(size),
+                group=self.group,
+            )
             schedule = SCHEDULES[self.strategy.parallel]
             self.schedules[size] = schedule(
                 stage, self.strategy.microbatches, lambda *pair: self.loss(*pair), scale_grads=False

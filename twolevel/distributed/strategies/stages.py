@@ -5,6 +5,7 @@ image --stage 0--> one tensor --stage 1--> one tensor --stage 2--> logits
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from twolevel.distributed.separable import read_graph
 from twolevel.errors import UserError
 from twolevel.nn import Layout, layout_of
+from twolevel.nn.layout import set_layout
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def cut_stages(model: nn.Module, stages: int, image_shape: tuple[int, int, int])
     received, done = image_shape, 0
     for end in ends:
         network = _stage(model, nodes, begin, end)
-        network.layout = Layout(whole.groups, {name: whole.dims[name] for name in network.state_dict()})
+        set_layout(network, Layout(whole.groups, {name: whole.dims[name] for name in network.state_dict()}))
         network.train(model.training)
         reached = work.total if end == ends[-1] else work.before[end]
         made.append(Stage(network, received, work.shapes[end], reached - done))
@@ -92,9 +94,10 @@ class _Work(fx.Interpreter):
             for module, mode in training.items():
                 module.training = mode
 
-    def run_node(self, node: fx.Node):
+    def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if node.op == "call_module":
+            assert isinstance(node.target, str)
             pixels = result.shape[2:].numel() if result.dim() == 4 else 1
             weights = [p for p in self.module.get_submodule(node.target).parameters() if p.dim() > 1]
             self.total += pixels * sum(weight.numel() for weight in weights)
