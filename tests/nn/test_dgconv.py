@@ -407,11 +407,11 @@ def test_both_forms_compile_whole(backend, memory_format):
         ),
         (
             lambda: DGConv2d.from_dense(nn.Conv2d(8, 8, 3)),
-            "the convolution has a bias, which DGConv2d has not; use bias=False, zero padding",
+            "the convolution has a bias, which DGConv2d does not support; use bias=False, zero padding",
         ),
         (
             lambda: DGConv2d.from_grouped(nn.Conv2d(8, 8, 3, padding_mode="reflect", bias=False)),
-            "the convolution has padding_mode='reflect', which DGConv2d has not; use bias=False, zero padding",
+            "the convolution has padding_mode='reflect', which DGConv2d does not support; use bias=False, zero padding",
         ),
         (
             lambda: DGConv2d.from_grouped(nn.Conv2d(12, 12, 3, groups=3, bias=False)),

@@ -1,4 +1,4 @@
-"""What the convolutions share that run whole on every rank: Shuffle, FLGC, DGConv, DGC."""
+"""The base of the convolutions that every rank computes whole: Shuffle, FLGC, DGConv, DGC."""
 
 import math
 

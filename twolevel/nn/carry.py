@@ -1,4 +1,4 @@
-"""Keep a convolution's weights where another form can represent the same function."""
+"""Copy a convolution's weights to another kind of convolution that can represent the same function."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ DRAWN = "weights drawn anew"
 
 @torch.no_grad()
 def carry_weights(old: nn.Conv2d, new: nn.Module) -> str:
-    """Give `new` the function of `old` if it can have it; says what was done.
+    """Make `new` compute the function of `old` if it can; the result says what became of the weights.
 
     | old, with g groups | new                       | how                                              |
     |--------------------|---------------------------|--------------------------------------------------|

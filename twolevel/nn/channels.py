@@ -1,4 +1,4 @@
-"""What is done to channels one by one: taken in another order, or given a bias."""
+"""Operations on single channels: put them in another order, select some, or add a bias."""
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,8 @@ class PermuteChannels(nn.Module):
         return f"{len(self.index)}"
 
 
-def _find_shuffle(module: PermuteChannels, _=None) -> None:
-    """Note in `module.shuffle` the groups of the channel shuffle that the index is, 0 where it is none."""
+def _find_shuffle(module: PermuteChannels, _: object = None) -> None:
+    """Set `module.shuffle` to the groups of the channel shuffle that the index is, 0 where it is none."""
     channels, second = len(module.index), int(module.index[1:2].sum())
     module.shuffle = 0
     if 1 < second < channels and channels % second == 0:
@@ -55,7 +55,11 @@ def _find_shuffle(module: PermuteChannels, _=None) -> None:
 class ChannelBias(nn.Module):
     """x + b for each channel: x `[B, C, H, W]`, bias `[C]`. The bias of a converted convolution, apart from it."""
 
-    def __init__(self, channels: int, device=None, dtype=None):
+    bias: Tensor
+
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
 

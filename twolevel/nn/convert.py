@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ Skip = Callable[[str, nn.Conv2d], bool] | Iterable[str]
 
 @dataclass
 class Conversion:
-    """What `convert` did. `replaced`: name and what became of its weights; `left`: name and why."""
+    """What `convert` did. By name, `replaced`: what became of the weights; `left`: why a convolution stayed."""
 
     conv: str
     groups: int
@@ -51,7 +52,7 @@ def convert(
     skip: Skip = (),
     *,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> nn.Module:
     """Replace, in place, every nn.Conv2d of a network by one of kind `conv`; what was done is in `model.conversion`.
 
@@ -77,6 +78,7 @@ def convert(
     for module, names in _free_convolutions(model).items():
         why = "the stem" if module is stem else _why_left(module, names, holders, skip)
         if not why:
+            assert isinstance(module, nn.Conv2d)  # `_why_left` leaves all others
             try:
                 new, weights = _replacement(module, names[0], conv, groups, options, seed)
             except UserError as error:
@@ -92,12 +94,12 @@ def convert(
         left = [f"{name or 'the network itself'}: {why}" for name, why in [*done.left.items()][:3]]
         reasons = "; ".join(left) or "it has none"
         raise UserError(f"no convolution was replaced by conv={conv!r}, groups={groups}: {reasons}")
-    model.conversion = done
+    model.conversion = done  # pyright: ignore[reportArgumentType] nn.Module declares tensors and modules only
     return model
 
 
 def _free_convolutions(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The convolutions that stand for themselves, under all their names, and are not part of one of ours."""
+    """The convolutions that are not part of a convolution of this package, with all their names."""
     names: dict[nn.Module, list[str]] = {}
     parts: set[nn.Module] = set()
     ours: tuple[str, ...] = ()
@@ -122,6 +124,7 @@ def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 def _why_left(module: nn.Module, names: list[str], holders: dict[nn.Parameter, list[str]], skip: Skip) -> str:
     if is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
         return f"its {' and '.join(module.parametrizations)} is parametrized"
     if not isinstance(module, nn.Conv2d):
         return f"a {type(module).__name__}, not a Conv2d"
@@ -151,9 +154,9 @@ def _why_left(module: nn.Module, names: list[str], holders: dict[nn.Parameter, l
 
 
 def _replacement(
-    module: nn.Conv2d, name: str, conv: str, groups: int, options: dict, seed: int
+    module: nn.Conv2d, name: str, conv: str, groups: int, options: dict[str, Any], seed: int
 ) -> tuple[nn.Module, str]:
-    """What takes a convolution's place, and what became of its weights. Raises UserError where nothing can."""
+    """The replacement of a convolution, and what became of its weights. Raises UserError where there is none."""
     new = _same_geometry(module, conv, groups, options)
     if not module.weight.is_meta:
         initialize(new, seed, prefix=name)
@@ -171,7 +174,7 @@ def _replacement(
     return new.train(module.training), weights
 
 
-def _same_geometry(module: nn.Conv2d, conv: str, groups: int, options: dict) -> nn.Module:
+def _same_geometry(module: nn.Conv2d, conv: str, groups: int, options: dict[str, Any]) -> nn.Module:
     with torch.device(module.weight.device):
         new = make_conv(
             conv,

@@ -92,8 +92,8 @@ class DynamicGroupConv2d(WholeConv2d):
         reduction: int | None = None,
         threshold: Threshold = "head",
         saliency_bound: float | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)

@@ -6,12 +6,12 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import Padding, Size
 from twolevel.nn.base import WholeConv2d, he_normal_
 from twolevel.nn.channels import PermuteChannels
+from twolevel.nn.inference.grouped import frozen_conv2d
 
 Initial = Literal["random", "dense", "depthwise"]
 INITIAL: tuple[str, ...] = get_args(Initial)
@@ -35,11 +35,11 @@ class DGConv2d(WholeConv2d):
     of a small negative one. Weight decay must spare the gates (`undecayed`): it pulls them to the threshold.
 
     Where the gates start is left open by the paper: at `+gate_scale` or `-gate_scale`, so that with the small
-    default the first step of the optimiser can decide each anew, with signs by `initial` (`random`; `dense`, all
+    default the first step of the optimiser can change each of them, with signs by `initial` (`random`; `dense`, all
     open; `depthwise`, all closed), or such that there are `groups` contiguous groups. The weight has
     variance 2 / (n k k), as for a dense convolution.
 
-    Raises UserError where n or m is odd (K = 0 leaves nothing to learn), for `groups` that are no power
+    Raises UserError where n or m is odd (K = 0 leaves nothing to learn), for `groups` that are not a power
     of two up to 2^K or that come with another `initial`, an unknown `initial`, and a `gate_scale` that is
     not positive.
     """
@@ -58,8 +58,8 @@ class DGConv2d(WholeConv2d):
         dilation: Size = 1,
         initial: Initial = "random",
         gate_scale: float = 1e-8,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
         number = _gates_of(in_channels, out_channels)
@@ -167,19 +167,15 @@ class DGConv2d(WholeConv2d):
         `twolevel.nn.inference.fold.fold_permutations` removes permutations into neighbouring layers.
         """
         groups = self.channel_groups()
-        options = {"device": self.weight.device, "dtype": self.weight.dtype}
         # Stable: where the groups are contiguous already, the order is the identity.
         outputs, inputs = (g.argsort(stable=True).to(self.weight.device) for g in self._group_of_channels())
-        shape = (self.in_channels, self.out_channels, self.kernel_size)
-        conv = skip_init(nn.Conv2d, *shape, **self.geometry._asdict(), groups=groups, bias=False, **options)
-        if not self.weight.is_contiguous():
-            conv = conv.to(memory_format=torch.channels_last)
         rows, columns = outputs.view(groups, -1, 1), inputs.view(groups, 1, -1)
-        conv.weight.copy_(self.weight[rows, columns].flatten(0, 1))
+        filters = self.weight[rows, columns].flatten(0, 1)
+        memory_format = torch.contiguous_format if self.weight.is_contiguous() else torch.channels_last
+        conv = frozen_conv2d(filters.clone(memory_format=memory_format), self.geometry, groups)
         orders = inputs, outputs.argsort()
         before, after = ([] if _is_identity(order) else [PermuteChannels(order)] for order in orders)
-        whole = nn.Sequential(*before, conv, *after) if before or after else conv
-        return whole.requires_grad_(False).eval()
+        return nn.Sequential(*before, conv, *after).eval() if before or after else conv
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, *, gate_scale: float = 1e-8) -> Self:
@@ -206,9 +202,9 @@ class DGConv2d(WholeConv2d):
         if conv.bias is not None or conv.padding_mode != "zeros":
             what = "a bias" if conv.bias is not None else f"padding_mode={conv.padding_mode!r}"
             raise UserError(
-                f"the convolution has {what}, which DGConv2d has not; use bias=False, zero padding"
+                f"the convolution has {what}, which DGConv2d does not support; use bias=False, zero padding"
             )
-        made = cls(
+        layer = cls(
             *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding),
             groups=conv.groups,
             dilation=conv.dilation,
@@ -216,11 +212,11 @@ class DGConv2d(WholeConv2d):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
-        made.reset_parameters(generator)
-        blocks = zip(made.weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
-        for group, (rows, own) in enumerate(blocks):
-            rows[:, group * own.shape[1] :][:, : own.shape[1]] = own
-        return made.train(conv.training)
+        layer.reset_parameters(generator)
+        blocks = zip(layer.weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
+        for group, (rows, block) in enumerate(blocks):
+            rows[:, group * block.shape[1] :][:, : block.shape[1]] = block
+        return layer.train(conv.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gates={len(self.gates)}"

@@ -1,6 +1,7 @@
 """A convolution by name."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -13,19 +14,19 @@ from twolevel.nn.shuffle import ShuffleConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
 
 
-def _dense(*args, groups: int, **options) -> nn.Module:
+def _dense(*args: Any, groups: int, **options: Any) -> nn.Module:
     if groups != 1:
         raise UserError(f"conv='sc' is dense and takes groups=1, not groups={groups}; use gc or gc2l")
     return nn.Conv2d(*args, bias=False, **options)
 
 
-def _grouped(in_channels: int, out_channels: int, *args, groups: int, **options) -> nn.Module:
+def _grouped(in_channels: int, out_channels: int, *args: Any, groups: int, **options: Any) -> nn.Module:
     check_groups(groups, in_channels=in_channels, out_channels=out_channels)
     return nn.Conv2d(in_channels, out_channels, *args, groups=groups, bias=False, **options)
 
 
-def _learned_groups(*args, groups: int, **options) -> nn.Module:
-    """1 leaves the groups to learning from the start; more are those to start with."""
+def _learned_groups(*args: Any, groups: int, **options: Any) -> nn.Module:
+    """groups=1 leaves to `initial` where the gates start; more groups are those to start with."""
     return DGConv2d(*args, groups=None if groups == 1 else groups, **options)
 
 
@@ -49,7 +50,7 @@ def make_conv(
     padding: Padding = 0,
     *,
     groups: int = 1,
-    **options,
+    **options: Any,
 ) -> nn.Module:
     """A convolution without bias, `[B, n, H, W] -> [B, m, H', W']`, of the given kind.
 

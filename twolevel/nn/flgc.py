@@ -1,6 +1,6 @@
 """Fully learnable group convolution (FLGC): each channel learns the group that it belongs to."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class FLGConv2d(WholeConv2d):
     gradients pass it. Input `[B, n, H, W]`, output `[B, m, H', W']`. Parameters, without a bias:
     `weight [m, n, k, k]`, `input_logits [n, G]` (of S), `output_logits [m, G]` (of T).
 
-    Any G >= 1 does. Groups are unequal and may be empty: outputs of a group without inputs are zero, inputs
+    Any G >= 1 is valid. Groups are unequal and may be empty: outputs of a group without inputs are zero, inputs
     of a group without outputs are unused. Training computes a dense convolution with masked weights;
     `to_inference` computes the groups alone.
 
@@ -57,8 +57,8 @@ class FLGConv2d(WholeConv2d):
         dilation: Size = 1,
         logit_std: float = 0.1,
         decay_logits: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
         if groups < 1:
@@ -77,7 +77,7 @@ class FLGConv2d(WholeConv2d):
     @classmethod
     @torch.no_grad()
     def from_grouped(
-        cls, conv: nn.Conv2d, *, logit: float = 1.0, generator: torch.Generator | None = None, **options
+        cls, conv: nn.Conv2d, *, logit: float = 1.0, generator: torch.Generator | None = None, **options: Any
     ) -> Self:
         """The same function as an nn.Conv2d with groups, exactly.
 
@@ -90,11 +90,11 @@ class FLGConv2d(WholeConv2d):
         if conv.bias is not None or conv.padding_mode != "zeros":
             what = "a bias" if conv.bias is not None else f"padding_mode={conv.padding_mode!r}"
             raise UserError(
-                f"the convolution has {what}, which FLGConv2d has not; use bias=False, zero padding"
+                f"the convolution has {what}, which FLGConv2d does not support; use bias=False, zero padding"
             )
         if not logit > 0:
             raise UserError(f"logit={logit} does not choose a group; use one above 0, such as 1")
-        made = cls(
+        layer = cls(
             *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding),
             groups=conv.groups,
             dilation=conv.dilation,
@@ -102,14 +102,14 @@ class FLGConv2d(WholeConv2d):
             dtype=conv.weight.dtype,
             **options,
         )
-        made.reset_parameters(generator)
-        own = torch.eye(conv.groups, device=conv.weight.device, dtype=conv.weight.dtype)
-        for logits in (made.input_logits, made.output_logits):
-            logits.copy_(logit * own.repeat_interleave(len(logits) // conv.groups, 0))
-        blocks = zip(made.weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
+        layer.reset_parameters(generator)
+        groups = torch.eye(conv.groups, device=conv.weight.device, dtype=conv.weight.dtype)
+        for logits in (layer.input_logits, layer.output_logits):
+            logits.copy_(logit * groups.repeat_interleave(len(logits) // conv.groups, 0))
+        blocks = zip(layer.weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
         for group, (rows, block) in enumerate(blocks):
             rows[:, group * block.shape[1] :][:, : block.shape[1]] = block
-        return made.train(conv.training)
+        return layer.train(conv.training)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

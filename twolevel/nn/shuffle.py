@@ -39,8 +39,8 @@ class ShuffleConv2d(WholeConv2d):
         groups: int,
         dilation: Size = 1,
         permutation_seed: int | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
@@ -74,7 +74,7 @@ class ShuffleConv2d(WholeConv2d):
         """nn.Sequential(nn.Conv2d, PermuteChannels), or nn.Conv2d alone where the shuffle leaves all in place.
 
         The shuffle cannot be folded into the filters: filters in another order would read the inputs of
-        other groups. It remains one copy of the output, some percent of the convolution's time on a CPU, until
+        other groups. It remains one copy of the output, a few percent of the convolution's time on a CPU, until
         `twolevel.nn.inference.fold.fold_permutations` moves it into a dense layer that follows.
         """
         conv = frozen_conv2d(self.weight, self.geometry, self.groups)

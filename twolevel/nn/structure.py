@@ -13,11 +13,12 @@ from twolevel.nn.base import WholeConv2d
 from twolevel.nn.channels import ChannelBias, PermuteChannels
 from twolevel.nn.two_level import TwoLevelConv2d
 
+Convolution = TwoLevelConv2d | WholeConv2d | nn.Conv2d
 
-def convolutions(model: nn.Module) -> list[nn.Module]:
+
+def convolutions(model: nn.Module) -> list[Convolution]:
     """The convolutions of a network in the order of their definition, each of ours as one."""
-    kinds = TwoLevelConv2d | WholeConv2d | nn.Conv2d
-    return [module for _, module in named_layers(model) if isinstance(module, kinds)]
+    return [module for _, module in named_layers(model) if isinstance(module, Convolution)]
 
 
 def ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:

@@ -1,5 +1,6 @@
 """Two-level group convolution (GC-2L)."""
 
+import torch
 from torch import Tensor, nn
 
 from twolevel.errors import unknown
@@ -26,8 +27,8 @@ class TwoLevelConv2d(nn.Module):
 
     `schedule` and `kernels` say how it is computed (see `twolevel.ops.two_level_conv2d`). `exchange` carries the
     representatives between ranks and is set by `twolevel.distributed.parallelize`, after which this
-    module holds the rows of its rank's groups alone; `in_channels`, `out_channels` and `groups` go on
-    describing the whole layer.
+    module holds the rows of its rank's groups alone; `in_channels`, `out_channels` and `groups` still
+    describe the whole layer.
 
     Raises UserError where groups does not divide both channel numbers, or for unknown schedule or kernels.
     """
@@ -44,8 +45,8 @@ class TwoLevelConv2d(nn.Module):
         dilation: Size = 1,
         schedule: Schedule = "auto",
         kernels: Kernels = "auto",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
@@ -82,7 +83,7 @@ class TwoLevelConv2d(nn.Module):
         return y if images is x else y[0]
 
     def problem(self, x: Tensor) -> Problem:
-        """What there is to compute for x here, of which `twolevel.ops.dispatch` decides by what."""
+        """The sizes and tensors of this layer for x, from which `twolevel.ops.dispatch` chooses kernels."""
         weights = (self.local.weight, self.restriction.weight, self.coarse.weight)
         x, local, restriction, coarse = cast_for_convolution(x, *weights)
         return Problem.of(x, local, restriction, coarse, self.geometry, self.exchange.ranks)

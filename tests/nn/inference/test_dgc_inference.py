@@ -257,7 +257,7 @@ def test_form_is_chosen_by_shape(outputs, kernel, stride, padding, form):
         ("transpose", "unknown form 'transpose'; did you mean transposed or transposed_last"),
         (
             "product",
-            "form='product' does not compute kernel_size=(3, 3), stride=(2, 2), padding=(1, 1); "
+            "form='product' cannot compute kernel_size=(3, 3), stride=(2, 2), padding=(1, 1); "
             "use forward or forward_last",
         ),
     ],

@@ -2,13 +2,14 @@
 
                                 one image, H heads, K kept channels each
 t = ReLU(BN(x))                 [n, H, W]
-g = saliency(sum of t)          [H, n]           the mean's 1/(H W) goes past the ReLU, into a scalar
+g = saliency(sum of t)          [H, n]           the mean's 1/(H W) is applied after the ReLU, as a scalar
 top K of g: values, indices     [H, K]           values no larger than the layer's bound, where it has one
 image   rows of t               [H K, H, W]      copies of long contiguous rows
 filters rows of weight, times g [H K, m/H k k]   scaled while they are copied
 convolve in H groups, shuffle   [m, H', W']
 """
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -40,9 +41,9 @@ def possible_forms(kernel_size: tuple[int, int], geometry: Geometry) -> tuple[Fo
     """
     forms: list[Form] = ["forward", "forward_last"]
     if geometry.stride == (1, 1) and min(_transposed_padding(kernel_size, geometry)) >= 0:
-        forms += ["transposed", "transposed_last"]
+        forms += ("transposed", "transposed_last")
     if kernel_size == (1, 1) and geometry.padding == (0, 0):
-        forms += ["product"]
+        forms.append("product")
     return tuple(forms)
 
 
@@ -61,7 +62,7 @@ def fastest_form(outputs: int, kernel_size: tuple[int, int], geometry: Geometry)
     return "forward"
 
 
-def _transposed_padding(kernel_size, geometry: Geometry) -> tuple[int, ...]:
+def _transposed_padding(kernel_size: tuple[int, int], geometry: Geometry) -> tuple[int, ...]:
     sides = zip(kernel_size, geometry.padding, geometry.dilation, strict=True)
     return tuple(dilation * (k - 1) - padding for k, padding, dilation in sides)
 
@@ -78,7 +79,7 @@ class DynamicGroupInference(nn.Module):
     """
 
     # One image takes a few hundred microseconds, of which calls, attributes and views are a fifth: hence
-    # everything that can be is decided once, and `_image` reads as one block.
+    # all decisions that can be are made once, and `_image` is one block of calls.
 
     sign: Tensor
     shift: Tensor
@@ -102,7 +103,7 @@ class DynamicGroupInference(nn.Module):
         possible = possible_forms(self.kernel_size, self.geometry)
         if self.form not in possible:
             raise UserError(
-                f"form={form!r} does not compute kernel_size={self.kernel_size}, stride={self.geometry.stride}, "
+                f"form={form!r} cannot compute kernel_size={self.kernel_size}, stride={self.geometry.stride}, "
                 f"padding={self.geometry.padding}; use {' or '.join(possible)}"
             )
         self.convolve = CONVOLVE[self.form]
@@ -124,10 +125,13 @@ class DynamicGroupInference(nn.Module):
             kept = -(-kept // LANES) * LANES
         return min(max(kept, 1), self.in_channels)
 
-    def _tensors(self, layer: "DynamicGroupConv2d"):
+    def _tensors(self, layer: "DynamicGroupConv2d") -> Iterator[tuple[str, Tensor]]:
+        """The buffers by name."""
+        norm = layer.norm
+        assert norm.running_mean is not None and norm.running_var is not None
         # ReLU(a x + b) = |a| ReLU(sign(a) x + b / |a|), and the weights take the factor |a|: a pass less.
-        a = layer.norm.weight / (layer.norm.running_var + layer.norm.eps).sqrt()
-        b = layer.norm.bias - layer.norm.running_mean * a
+        a = norm.weight / (norm.running_var + norm.eps).sqrt()
+        b = norm.bias - norm.running_mean * a
         shift = b / a.abs()
         varies = shift.isfinite()
         factor = torch.where(varies, a.abs(), 1)
@@ -174,13 +178,13 @@ class DynamicGroupInference(nn.Module):
         t = (x * self.sign).add_(self.shift) if self.flips else x + self.shift
         t.relu_()
         hidden = t.sum((2, 3)).mm(self.squeeze).relu_().view(heads, 1, -1)
-        # Without the last ReLU: in what order channels below 0 come changes nothing.
+        # Without the last ReLU: the order of channels below 0 changes nothing.
         g = torch.baddbmm(self.offset, hidden, self.excite, alpha=1 / (t.shape[2] * t.shape[3]))
         values, indices = g.topk(self.used, sorted=False) if self.simple else self._select(g)
         values = values.relu_() if self.bound is None else values.clamp_(0, self.bound)
         values = values.view(-1)
         rows = (indices + self.first_row).view(-1)
-        # Sums of one row each: a gather that scales on the way and fetches rows ahead, as no other does.
+        # Sums of one row each: the only gather that scales while it copies, and prefetches rows.
         bags = self.bags if self.simple else self.bags[: len(rows)]
         filters = torch.embedding_bag(self.rows, rows, bags, mode=0, per_sample_weights=values)[0]
         return self.convolve(self, t, indices.view(-1), filters)
@@ -249,7 +253,7 @@ def _contiguous(y: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).flatten(0, 2).t().contiguous().view(y.shape)
 
 
-CONVOLVE = {
+CONVOLVE: dict[Form, Callable[[DynamicGroupInference, Tensor, Tensor, Tensor], Tensor]] = {
     "product": _product,
     "transposed": _transposed,
     "transposed_last": _transposed_last,

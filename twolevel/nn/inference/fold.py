@@ -1,4 +1,4 @@
-"""Channel permutations around convolutions in inference form, and how they vanish into the layers beside them."""
+"""Removes channel permutations around convolutions in inference form by permuting neighbouring layers' tensors."""
 
 import copy
 import warnings
@@ -21,13 +21,13 @@ class Folding(NamedTuple):
     model: nn.Module
     """The network with the same outputs and fewer permutations."""
     folded: dict[str, tuple[str, ...]]
-    """Name of each permutation that vanished, and of the layers whose tensors took it in."""
+    """Name of each permutation that was removed, and of the layers whose tensors were permuted instead."""
     kept: dict[str, str]
     """Name of each permutation that stayed, and why; also of layers not in inference form."""
 
 
 def fold_permutations(model: nn.Module) -> Folding:
-    """A copy of `model` without those channel permutations that its layers can take in, exact to rounding.
+    """A copy of `model` without those channel permutations that its layers can absorb, exact to rounding.
 
     A permutation is pushed against the flow through elementwise activations, BatchNorm2d and depthwise
     convolutions, whose tensors it permutes, into the filters of a dense Conv2d; where that fails, with the
@@ -42,7 +42,9 @@ def fold_permutations(model: nn.Module) -> Folding:
     if any(module.training for module in model.modules()):
         raise UserError("fold_permutations needs a network in evaluation mode; call model.eval() first")
     model = copy.deepcopy(model)
-    folded, kept, present = {}, {}, []
+    folded: dict[str, tuple[str, ...]] = {}
+    kept: dict[str, str] = {}
+    present: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, WholeConv2d):
             kept[name] = f"{type(module).__name__} in its training form; replace it by its to_inference()"
@@ -59,11 +61,12 @@ def fold_permutations(model: nn.Module) -> Folding:
     kept |= dict.fromkeys(present, "not reached by the trace")
     chains = _Chains(model, graph)
     for node in graph.nodes:
-        if isinstance(chains.module(node), PermuteChannels):
+        layer = chains.layer(node)
+        if layer is not None and isinstance(layer.module, PermuteChannels):
             try:
-                folded |= chains.fold(node)
+                folded |= chains.fold(node, layer, layer.module.index)
             except _Stopped as stopped:
-                kept[node.target] = str(stopped)
+                kept[layer.name] = str(stopped)
     return Folding(model, folded, {name: reason for name, reason in kept.items() if name not in folded})
 
 
@@ -73,11 +76,18 @@ ELEMENTWISE_METHODS = methods_of(ACTIVATIONS)
 
 
 class _Stopped(Exception):
-    """Why a permutation cannot go on."""
+    """Why a permutation cannot move further."""
+
+
+class _Layer(NamedTuple):
+    """A module of the network and its name."""
+
+    name: str
+    module: nn.Module
 
 
 class _Chains:
-    """A network and its graph, and the ways on which a permutation can leave it."""
+    """A network, its graph, and the chains of layers along which a permutation can move."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph):
         self.model = model
@@ -85,17 +95,19 @@ class _Chains:
         modules = [module for _, module in model.named_modules(remove_duplicate=False)]
         self.holders = Counter(id(tensor) for module in modules for tensor in _own_tensors(module).values())
 
-    def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that this node calls, as it is now."""
-        return self.model.get_submodule(node.target) if node.op == "call_module" else None
+    def layer(self, node: fx.Node) -> _Layer | None:
+        """The layer that this node calls, as it is now."""
+        if node.op != "call_module":
+            return None
+        assert isinstance(node.target, str)
+        return _Layer(node.target, self.model.get_submodule(node.target))
 
-    def fold(self, node: fx.Node) -> dict[str, tuple[str, ...]]:
-        """Take this permutation into its neighbours: names of what vanished, and of what took it in.
+    def fold(self, node: fx.Node, permutation: _Layer, index: Tensor) -> dict[str, tuple[str, ...]]:
+        """Permute the tensors of neighbours instead: names of what was removed, and of the layers that changed.
 
-        Raises _Stopped where no neighbour does.
+        Raises _Stopped where no neighbour can absorb the permutation.
         """
-        self._check_owned(node)
-        index = self.module(node).index
+        self._check_owned(permutation)
         try:
             *passed, last = self._walk(node, _before, "before it")
             order, dim = index, 0
@@ -105,61 +117,63 @@ class _Chains:
                 order, dim = index.argsort(), 1
             except _Stopped as after:
                 raise _Stopped(f"{before}; {after}") from None
-        gone = [node.target]
+        removed = [permutation.name]
         for layer in passed:
-            _reorder(self.module(layer), order, 0)
-        if isinstance(self.module(last), PermuteChannels):
-            together = index[self.module(last).index]
+            _reorder(layer.module, order, 0)
+        if isinstance(last.module, PermuteChannels):
+            together = index[last.module.index]
             if torch.equal(together, torch.arange(len(together), device=together.device)):
-                gone.append(last.target)
+                removed.append(last.name)
             else:
-                self.model.set_submodule(last.target, PermuteChannels(together).eval())
+                self.model.set_submodule(last.name, PermuteChannels(together).eval())
         else:
-            _reorder(self.module(last), order, dim)
-        names = tuple(n.target for n in (*passed, last))
-        for name in gone:
+            _reorder(last.module, order, dim)
+        changed = tuple(layer.name for layer in (*passed, last))
+        for name in removed:
             self.model.set_submodule(name, nn.Identity().eval())
-        return {name: names for name in gone}
+        return dict.fromkeys(removed, changed)
 
-    def _walk(self, node: fx.Node, step: Callable[[fx.Node], fx.Node], where: str) -> list[fx.Node]:
-        """The layers from here to the one that takes the permutation in, which is the last; or _Stopped."""
-        passed = []
+    def _walk(self, node: fx.Node, step: Callable[[fx.Node], fx.Node], where: str) -> list[_Layer]:
+        """The layers from here to the one that absorbs the permutation, which is the last; or _Stopped."""
+        passed: list[_Layer] = []
         while True:
             node = step(node)
             if self._is_elementwise(node):
                 continue
-            module = self.module(node)
+            layer = self.layer(node)
+            module = None if layer is None else layer.module
             dense = type(module) is nn.Conv2d and module.groups == 1
             # Of two permutations the earlier is folded first, so they meet with the flow alone.
-            takes_in = dense or (step is _after and isinstance(module, PermuteChannels))
-            if not takes_in and not _is_channelwise(module):
-                raise _Stopped(f"{where} is {_what(node, module)}")
-            self._check_owned(node)
-            passed.append(node)
-            if takes_in:
+            absorbs = dense or (step is _after and isinstance(module, PermuteChannels))
+            if layer is None or not (absorbs or _is_channelwise(module)):
+                raise _Stopped(f"{where} is {_what(node, layer)}")
+            self._check_owned(layer)
+            passed.append(layer)
+            if absorbs:
                 return passed
 
     def _is_elementwise(self, node: fx.Node) -> bool:
         if len(node.all_input_nodes) != 1:
             return False
+        layer = self.layer(node)
         return (
-            (node.op == "call_module" and type(self.module(node)) in ELEMENTWISE)
+            (layer is not None and type(layer.module) in ELEMENTWISE)
             or (node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS)
             or (node.op == "call_method" and node.target in ELEMENTWISE_METHODS)
         )
 
-    def _check_owned(self, node: fx.Node) -> None:
+    def _check_owned(self, layer: _Layer) -> None:
         """Raise _Stopped unless this one call is all that depends on the order of the module's tensors."""
-        name, tensors = node.target, _own_tensors(self.module(node))
+        name, tensors = layer.name, _own_tensors(layer.module)
         elsewhere = any(use.startswith(f"{name}.") for use in self.uses)
         if self.uses[name] > 1 or elsewhere or any(self.holders[id(t)] > 1 for t in tensors.values()):
             raise _Stopped(f"{name} or a tensor of it is used more than once")
         # Weight normalisation and its like compute the weight from other tensors, under other names.
-        if not tensors.keys() <= TENSORS[type(self.module(node))]:
+        if not tensors.keys() <= TENSORS[type(layer.module)]:
             raise _Stopped(f"{name} has tensors of its own: {', '.join(tensors)}")
 
 
-TENSORS = {
+TENSORS: dict[type[nn.Module], set[str]] = {
     PermuteChannels: {"index"},
     nn.Conv2d: {"weight", "bias"},
     nn.BatchNorm2d: {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
@@ -192,13 +206,14 @@ def _after(node: fx.Node) -> fx.Node:
     return next(iter(node.users))
 
 
-def _what(node: fx.Node, module: nn.Module | None) -> str:
+def _what(node: fx.Node, layer: _Layer | None) -> str:
     if node.op in ("placeholder", "output"):
         return f"the {'input' if node.op == 'placeholder' else 'output'} of the network"
-    if module is None:
+    if layer is None:
         return f"{node.name}, a {node.op.removeprefix('call_')}"
+    name, module = layer
     groups = f" of {module.groups} groups" if isinstance(module, nn.Conv2d) else ""
-    return f"{node.target}, {type(module).__name__}{groups}"
+    return f"{name}, {type(module).__name__}{groups}"
 
 
 @torch.no_grad()
