@@ -1,6 +1,8 @@
 """CondenseNet (Huang et al., arXiv 1711.09224), its 1x1 convolutions of any kind."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class DenseLayer(nn.Module):
     BN and ReLU stand before the 1x1 too, unless it brings its own (DGC). `[B, n, H, W]` to `[B, n + growth, H, W]`.
     """
 
-    def __init__(self, channels: int, growth: int, conv):
+    def __init__(self, channels: int, growth: int, conv: Callable[..., nn.Module]):
         super().__init__()
         width = BOTTLENECK * growth
         first = conv(channels, width, 1)
@@ -37,10 +39,17 @@ class DenseLayer(nn.Module):
 class CondenseNet(nn.Module):
     """Stages of dense layers with average pooling between them; images `[B, 3, H, W]` to `[B, num_classes]`."""
 
-    def __init__(self, stages: list[int], growth: list[int], stem_stride: int, conv, num_classes: int):
+    def __init__(
+        self,
+        stages: list[int],
+        growth: list[int],
+        stem_stride: int,
+        conv: Callable[..., nn.Module],
+        num_classes: int,
+    ):
         super().__init__()
         channels = 2 * growth[0]
-        layers = [nn.Conv2d(3, channels, 3, stem_stride, 1, bias=False)]
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, stem_stride, 1, bias=False)]
         for index, (depth, step) in enumerate(zip(stages, growth, strict=True)):
             if index:
                 layers.append(nn.AvgPool2d(2))
@@ -55,7 +64,7 @@ class CondenseNet(nn.Module):
 
 
 def condensenet(
-    name: str, *, conv: str = "dgc", groups: int = 4, num_classes: int | None = None, **options
+    name: str, *, conv: str = "dgc", groups: int = 4, num_classes: int | None = None, **options: Any
 ) -> CondenseNet:
     """`condensenet-50` and `-86` for 32 x 32 and 10 classes, `condensenet-74` for 224 x 224 and 1000."""
     sizes, growth = IMAGENET if name in IMAGENET[0] else CIFAR

@@ -31,7 +31,7 @@ def save(path: Path | str, tensors: dict[str, Tensor], create: dict[str, Any], d
 def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """(arguments of `create`, the data set's settings, state_dict) of a file that `save` wrote.
 
-    Raises UserError where the file is missing, damaged, of another program, or has settings unknown here.
+    Raises UserError where the file is missing, damaged, from another program, or has unknown settings.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -48,7 +48,7 @@ def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Te
     if unknown:
         raise UserError(
             f"{path} has unknown settings of its data set: {', '.join(sorted(unknown))}; "
-            "it may be of another version of twolevel"
+            "it may be from another version of twolevel"
         )
     _network(path, options)
     return options, data, tensors

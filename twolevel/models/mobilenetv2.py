@@ -1,6 +1,8 @@
 """MobileNetV2 (Sandler et al., arXiv 1801.04381)."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,15 +27,23 @@ CIFAR_STRIDES = [1, 1, 2, 2, 1, 2, 1]
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise 3x3 (stride), project 1x1; added to the input where the shape is the same."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, expand, conv):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expansion: int,
+        expand: Callable[..., nn.Module],
+        project: Callable[..., nn.Module],
+    ):
         super().__init__()
         hidden = in_channels * expansion
-        expand = [expand(in_channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+        expanding = [expand(in_channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
         depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
         self.layers = nn.Sequential(
-            *(expand if expansion != 1 else []),
+            *(expanding if expansion != 1 else []),
             *(depthwise, nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)),
-            *(conv(hidden, out_channels, 1), nn.BatchNorm2d(out_channels)),
+            *(project(hidden, out_channels, 1), nn.BatchNorm2d(out_channels)),
         )
         self.residual = stride == 1 and in_channels == out_channels
 
@@ -44,8 +54,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Images `[B, 3, H, W]` to logits `[B, num_classes]`; 224 x 224 and 1000 classes, or with `cifar` 32 x 32 and 10.
 
-    Of kind `conv` are the expanding and projecting 1x1 convolutions and the last 1x1, which as in the paper of
-    GC-2L has no coarse part; of kind `dgc` the projecting ones alone, as in the paper of DGC.
+    The expanding and projecting 1x1 convolutions and the last 1x1 are of kind `conv`. With `gc2l` the last one has
+    no coarse part, as in the paper of GC-2L; with `dgc` only the projecting ones are of that kind, as in its paper.
     """
 
     def __init__(
@@ -55,13 +65,13 @@ class MobileNetV2(nn.Module):
         groups: int = 1,
         num_classes: int | None = None,
         cifar: bool = False,
-        **options,
+        **options: Any,
     ):
         super().__init__()
         project = partial(make_conv, conv, groups=groups, **options)
         expand = partial(make_conv, "sc") if conv == "dgc" else project
         stem = nn.Conv2d(3, 32, 3, stride=1 if cifar else 2, padding=1, bias=False)
-        layers = [stem, nn.BatchNorm2d(32), nn.ReLU6(inplace=True)]
+        layers: list[nn.Module] = [stem, nn.BatchNorm2d(32), nn.ReLU6(inplace=True)]
         channels = 32
         strides = CIFAR_STRIDES if cifar else [stride for *_, stride in STAGES]
         for (expansion, width, blocks, _), first_stride in zip(STAGES, strides, strict=True):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -35,13 +36,13 @@ def create(
     groups: int = 1,
     num_classes: int | None = None,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> nn.Module:
     """The network `name` with convolutions of kind `conv` and its initial parameters drawn from `seed`.
 
     For images of 32 x 32 and 10 classes: `wrn-D-k`, but for `wrn-34-2`; `mobilenetv2-cifar`,
     `condensenet-50`, `condensenet-86`. For 224 x 224 and 1000 classes: `wrn-34-2`, `mobilenetv2`, `resnet18`,
-    `resnet50`, `resnext50`, `resnext101`, `condensenet-74`. `options` go to every convolution of that kind.
+    `resnet50`, `resnext50`, `resnext101`, `condensenet-74`. `options` go to every convolution of kind `conv`.
     Under `torch.device("meta")` nothing is drawn: call `twolevel.nn.initialize` afterwards.
 
     Raises UserError for an unknown name or kind, and for channels that `groups` does not divide.
@@ -69,5 +70,5 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         raise unknown("model", name, NAMES)
     if name.startswith("mobilenetv2"):
         return partial(MobileNetV2, cifar=name.endswith("cifar"))
-    family = {"resnet": resnet, "resnext": resnext, "condensenet": condensenet}
-    return partial(family[re.match("[a-z]+", name)[0]], name)
+    families = {"resnet": resnet, "resnext": resnext, "condensenet": condensenet}
+    return partial(families[name.rstrip("-0123456789")], name)

@@ -1,5 +1,7 @@
 """ResNet (He et al., arXiv 1512.03385) and ResNeXt (Xie et al., arXiv 1611.05431): torchvision's, converted."""
 
+from typing import Any
+
 from torch import nn
 from torchvision import models
 
@@ -7,7 +9,9 @@ from twolevel.errors import UserError
 from twolevel.nn import convert
 
 
-def resnet(name: str, *, conv: str = "sc", groups: int = 1, num_classes: int = 1000, **options) -> nn.Module:
+def resnet(
+    name: str, *, conv: str = "sc", groups: int = 1, num_classes: int = 1000, **options: Any
+) -> nn.Module:
     """`resnet18` or `resnet50` for images of 224 x 224, every convolution but the stem of kind `conv`.
 
     Down-sampling 1x1 convolutions are among them.
@@ -17,12 +21,12 @@ def resnet(name: str, *, conv: str = "sc", groups: int = 1, num_classes: int = 1
 
 
 def resnext(
-    name: str, *, conv: str = "gc", groups: int = 32, num_classes: int = 1000, **options
+    name: str, *, conv: str = "gc", groups: int = 32, num_classes: int = 1000, **options: Any
 ) -> nn.Module:
     """ResNeXt-50 32x4d or -101 32x8d for 224 x 224, the 3x3 convolution of every bottleneck of kind `conv`.
 
     `gc` with 32 groups is the published ResNeXt, `dgconv` is G-ResNeXt (GroupNet). The 1x1 convolutions
-    stay dense. Raises UserError for `sc`, of which no ResNeXt is made.
+    stay dense. Raises UserError for `sc`: dense 3x3 convolutions are not a ResNeXt.
     """
     if conv == "sc":
         raise UserError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,7 +50,7 @@ class WideResNet(nn.Module):
         super().__init__()
         self.stem = stem
         channels = next(m.out_channels for m in stem.modules() if isinstance(m, nn.Conv2d))
-        stages = []
+        stages: list[nn.Module] = []
         for index, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
             strides = [1 if index == 0 else 2] + [1] * (depth - 1)
             inputs = [channels] + [width] * (depth - 1)
@@ -67,7 +68,7 @@ class WideResNet(nn.Module):
 
 
 def wide_resnet(
-    depth: int, widen: int, *, conv: str = "sc", groups: int = 1, num_classes: int = 10, **options
+    depth: int, widen: int, *, conv: str = "sc", groups: int = 1, num_classes: int = 10, **options: Any
 ) -> WideResNet:
     """WRN-depth-widen for images of 32 x 32, its weights not yet drawn by `initialize`.
 
@@ -84,7 +85,9 @@ def wide_resnet(
     return WideResNet(stem, [(depth - 4) // 6] * 3, widths, make, num_classes)
 
 
-def wide_resnet34_2(*, conv: str = "sc", groups: int = 1, num_classes: int = 1000, **options) -> WideResNet:
+def wide_resnet34_2(
+    *, conv: str = "sc", groups: int = 1, num_classes: int = 1000, **options: Any
+) -> WideResNet:
     """WRN-34-2 for images of 224 x 224: stem 7x7 of stride 2 and max-pooling, stages of 3, 4, 6, 3 blocks."""
     stem = nn.Sequential(
         nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)
