@@ -2,10 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from twolevel.analysis.elementwise import ElementCounter
 from twolevel.analysis.traffic import Collective, logits_sum, representatives_exchange
@@ -92,7 +94,7 @@ class Count:
         names += ("macs", "held_macs", "realised_macs", "elementwise", "bytes_sent")
         return {name: getattr(self, name) for name in names}
 
-    def collectives_by_kind(self) -> Counter:
+    def collectives_by_kind(self) -> Counter[str]:
         return Counter(c.kind for c in self.collectives)
 
 
@@ -124,7 +126,8 @@ def count(
 
     stem, classifier = ends(model)
     outputs, elementwise = _output_shapes(model, input_shape)
-    layers, held_whole_ends, published = [], 0, 0
+    layers: list[LayerCount] = []
+    held_whole_ends, published = 0, 0
     for name, module in named_layers(model):
         if name not in outputs:
             continue
@@ -167,18 +170,21 @@ def count(
     )
 
 
-def _output_shapes(model: nn.Module, input_shape) -> tuple[dict[str, tuple[int, ...]], int]:
+def _output_shapes(
+    model: nn.Module, input_shape: tuple[int, int, int]
+) -> tuple[dict[str, tuple[int, ...]], int]:
     """The output shape, without the batch, of every layer that has parameters; elementwise operations in all."""
-    shapes, hooks = {}, []
+    shapes: dict[str, tuple[int, ...]] = {}
+    hooks: list[RemovableHandle] = []
     names = {module: name for name, module in model.named_modules()}
 
-    def keep(module, _, output):
+    def record(module: nn.Module, _: Any, output: Tensor) -> None:
         shapes[names[module]] = tuple(output.shape[1:])
 
     for _, module in named_layers(model):
         ours = isinstance(module, TwoLevelConv2d | WholeConv2d)
         if ours or any(True for _ in module.parameters(recurse=False)):
-            hooks.append(module.register_forward_hook(keep))
+            hooks.append(module.register_forward_hook(record))
     training = {module: module.training for module in model.modules()}
     tensors = {k: torch.empty_like(t, device="meta") for k, t in model.state_dict().items()}
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)

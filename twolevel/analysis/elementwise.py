@@ -1,5 +1,6 @@
 """Operations besides multiply-accumulates, as some papers count them."""
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
@@ -13,7 +14,7 @@ READ_BY_WINDOW = functions_of(WINDOW_POOLS)
 class ElementCounter(TorchFunctionMode):
     """Counts one operation for each element that an activation or a pooling reads.
 
-    An element that windows share is read by each. So do the counters of the code of CondenseNet and DGC, and
+    An element that windows share is read by each. The published code of CondenseNet and DGC counts the same, and
     the MACs in those papers include it.
     """
 
@@ -21,8 +22,15 @@ class ElementCounter(TorchFunctionMode):
         super().__init__()
         self.operations = 0
 
-    def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
-        result = function(*args, **(kwargs or {}))
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
         if function in READ_ONCE:
             self.operations += args[0].numel()
         elif function in READ_BY_WINDOW:

@@ -1,10 +1,14 @@
 """Pictures of what learned and dynamic group convolutions chose."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
@@ -155,7 +159,7 @@ def connectivity(masks: dict[str, Tensor], title: str) -> Figure:
     return figure
 
 
-def _bitmap(axes: Axes, values: Tensor, colours: LinearSegmentedColormap):
+def _bitmap(axes: Axes, values: Tensor, colours: LinearSegmentedColormap) -> AxesImage:
     """A matrix of values in [0, 1], stretched over the axes."""
     return axes.imshow(values.numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto")
 
@@ -166,7 +170,7 @@ def _inches(channels: int) -> float:
 
 
 def _edges(epochs: list[int]) -> np.ndarray:
-    """The borders between epochs; one that has no record is taken to be as the last that has."""
+    """The borders between epochs; one without a record is drawn as the last one with a record."""
     return np.array([*epochs, epochs[-1] + 1]) - 0.5
 
 
@@ -175,13 +179,13 @@ def _epoch_axis(axes: Axes, edges: np.ndarray) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def _colours(number: int) -> list:
+def _colours(number: int) -> list[Any]:
     if number <= MANY_COLOURS:
         return [colormaps["tab10"](i) for i in range(number)]
     return [colormaps["turbo"]((i + 0.5) / number) for i in range(number)]
 
 
-def _powers_of_two(axis, powers: list[int]) -> None:
+def _powers_of_two(axis: Axis, powers: list[int]) -> None:
     axis.set_major_locator(FixedLocator(powers))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,6 +1,6 @@
 """What learned and dynamic group convolutions chose: kept channels, connections, numbers of groups."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ def kept_patterns(
     batches: Iterable[tuple[Tensor, Tensor]],
     num_shown: int,
 ) -> Patterns:
-    """See what `layers`, all of them part of `model`, keep in evaluation of the images of at least one batch.
+    """Record what `layers`, all of them part of `model`, keep in evaluation of the images of at least one batch.
 
     The images shown are the first of each class, in their order, until there are `num_shown`; all are counted.
     The model is left as it was. What is returned is on the CPU.
@@ -59,7 +59,10 @@ def kept_patterns(
     images_shown: list[Tensor] = []
     labels_shown: list[int] = []
     kept_shown: dict[str, list[Tensor]] = {name: [] for name in layers}
-    drops: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
+    drops = {
+        name: torch.zeros(layer.groups, layer.in_channels, dtype=torch.int64)
+        for name, layer in layers.items()
+    }
     num_images = 0
     model.eval()
     try:
@@ -90,13 +93,13 @@ def watch_kept(layers: dict[str, DynamicGroupConv2d]) -> Iterator[dict[str, Tens
     """While it lasts, each forward leaves in the dict what every layer keeps of its input, bool `[B, heads, n]`."""
     kept: dict[str, Tensor] = {}
 
-    def watch(name: str):
-        def see(layer: DynamicGroupConv2d, inputs: tuple[Tensor]) -> None:
+    def recorder(name: str) -> Callable[[DynamicGroupConv2d, tuple[Tensor]], None]:
+        def record(layer: DynamicGroupConv2d, inputs: tuple[Tensor]) -> None:
             kept[name] = layer.kept(*inputs)
 
-        return see
+        return record
 
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
     try:
         yield kept
     finally:
@@ -142,7 +145,8 @@ def group_numbers(epochs: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 def group_sizes(epochs: list[dict[str, Any]]) -> dict[str, tuple[Tensor, Tensor]]:
     """By layer, how many inputs and outputs each group has: two `[epochs, G]`, of "flgc_groups"."""
-    return {
-        name: tuple(torch.tensor([epoch["flgc_groups"][name][end] for epoch in epochs]) for end in (0, 1))
-        for name in epochs[0]["flgc_groups"]
-    }
+
+    def sizes(name: str, end: int) -> Tensor:
+        return torch.tensor([epoch["flgc_groups"][name][end] for epoch in epochs])
+
+    return {name: (sizes(name, 0), sizes(name, 1)) for name in epochs[0]["flgc_groups"]}
