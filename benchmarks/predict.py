@@ -22,7 +22,7 @@ from twolevel.analysis.planner import calibrate, presets
 from twolevel.analysis.planner.costs.base import walk
 from twolevel.analysis.planner.machine import Machine
 from twolevel.analysis.planner.timing import Timing
-from twolevel.analysis.planner.workload import trace
+from twolevel.analysis.planner.tracing import trace
 from twolevel.errors import UserError
 
 WITHIN = 0.2  # a prediction is good if it is off by no more than this share of what was measured

@@ -15,15 +15,25 @@ from twolevel.analysis.planner.costs.fsdp import fsdp_cost
 from twolevel.analysis.planner.costs.group import group_cost
 from twolevel.analysis.planner.costs.pipeline import pipeline_cost
 from twolevel.analysis.planner.machine import Link, Machine
-from twolevel.analysis.planner.workload import trace
+from twolevel.analysis.planner.tracing import trace
 from twolevel.errors import UserError
 
 CURVES = {"float32": ((1, 1.0), (2, 1.0)), "bf16": ((1, 1.0), (2, 1.0))}
 # Everything by hand: 1 GFLOP/s, 1 GB/s, links of 1 ms and 1 MB/s (within) or 0.1 MB/s (between nodes).
 SIMPLE = Machine(
-    "simple", "", 0, {"float32": 1e9, "bf16": 1e9}, 1e9, CURVES, CURVES, streaming=1.0, overhead=0.0
+    name="simple",
+    source="",
+    memory=0,
+    flops={"float32": 1e9, "bf16": 1e9},
+    bandwidth=1e9,
+    dense=CURVES,
+    grouped=CURVES,
+    streaming=1.0,
+    overhead=0.0,
+    link=Link(name="in", latency=1e-3, bandwidth=1e6),
+    internode=Link(name="out", latency=1e-3, bandwidth=1e5),
+    ranks_per_node=4,
 )
-SIMPLE = replace(SIMPLE, link=Link("in", 1e-3, 1e6), internode=Link("out", 1e-3, 1e5), ranks_per_node=4)
 
 
 def workload(name, conv="sc", groups=1, size=16):
@@ -48,7 +58,7 @@ def test_collectives_of_a_group_are_the_counted_ones(ranks, precision):
 
 
 def with_link(latency, bandwidth):
-    link = Link("", latency, bandwidth)
+    link = Link(name="", latency=latency, bandwidth=bandwidth)
     return replace(SIMPLE, link=link, internode=link)
 
 

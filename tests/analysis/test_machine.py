@@ -21,8 +21,32 @@ from twolevel.analysis.planner.timing import Timing
 from twolevel.analysis.planner.workload import Work
 from twolevel.errors import UserError
 
-IN, OUT = Link("in", 1.0, 100.0), Link("out", 10.0, 10.0)
+IN = Link(name="in", latency=1.0, bandwidth=100.0)
+OUT = Link(name="out", latency=10.0, bandwidth=10.0)
 TINY = Grid((2, 4), (1, 2), (1, 2), ((1, 4), (2, 4)), (4, 8), (256, 512))
+
+
+def axis_of(*, ranks, per_node):
+    return Axis(ranks=ranks, per_node=per_node, link=IN, internode=OUT)
+
+
+def convolution(*, batch=1, taps=1):
+    """2 to 2 channels on 2 x 2 pixels."""
+    return Work(kind="conv", batch=batch, channels_in=2, channels_out=2, pixels_in=4, pixels_out=4, taps=taps)
+
+
+def roofline(*, curve, **more):
+    return Machine(
+        name="",
+        source="",
+        memory=0,
+        flops={"float32": 100.0},
+        bandwidth=1e12,
+        dense=curve,
+        grouped=curve,
+        overhead=0.0,
+        **more,
+    )
 
 
 def test_curve_passes_its_points_and_is_level_outside():
@@ -71,7 +95,7 @@ def test_what_is_not_known_is_refused(tmp_path):
 
 
 def test_ring_within_a_node_takes_its_steps():
-    axis = Axis(4, 4, IN, OUT)
+    axis = axis_of(ranks=4, per_node=4)
     assert all_gather(axis, 400) == 3 * (1 + 100 / 100)
     assert all_reduce(axis, 4000) == 2 * 3 * (1 + 1000 / 100)  # a ring for much,
     assert all_reduce(axis, 4) == 2 * 2 * (1 + 4 / 100)  # a tree for little
@@ -79,16 +103,18 @@ def test_ring_within_a_node_takes_its_steps():
 
 
 def test_ring_over_nodes_is_as_slow_as_the_link_between_them():
-    axis = Axis(8, 4, IN, OUT)
+    axis = axis_of(ranks=8, per_node=4)
     assert axis.nodes == 2
     assert all_gather(axis, 800) == 7 * (10 + 100 / 10)
 
 
 def test_two_level_gather_crosses_nodes_once_for_each():
-    axis = Axis(8, 4, IN, OUT)
+    axis = axis_of(ranks=8, per_node=4)
     # One step between two nodes, in which each sends its half; three within, each of a quarter of the whole.
     assert all_gather(axis, 800, two_level=True) == (10 + 400 / 10) + 3 * (1 + 200 / 100)
-    assert all_gather(Axis(4, 4, IN, OUT), 400, two_level=True) == all_gather(Axis(4, 4, IN, OUT), 400)
+    assert all_gather(axis_of(ranks=4, per_node=4), 400, two_level=True) == all_gather(
+        axis_of(ranks=4, per_node=4), 400
+    )
 
 
 def test_inner_axis_stays_within_a_node_where_it_fits():
@@ -101,7 +127,7 @@ def test_inner_axis_stays_within_a_node_where_it_fits():
 
 
 def test_one_rank_sends_nothing():
-    axis = Axis(1, 1, IN, OUT)
+    axis = axis_of(ranks=1, per_node=1)
     assert all_gather(axis, 100) == all_reduce(axis, 100) == broadcast(axis, 100) == 0
 
 
@@ -119,8 +145,8 @@ def test_buckets_close_once_they_are_full():
 
 def test_roofline_is_the_slower_of_arithmetic_and_memory():
     curve = {"float32": ((1.0, 0.5), (2.0, 0.5))}
-    machine = Machine("", "", 0, {"float32": 100.0}, 1e12, curve, curve, streaming=1.0, overhead=0.0)
-    work = Work("conv", 1, 2, 2, 4, 4, taps=9)
+    machine = roofline(curve=curve, streaming=1.0)
+    work = convolution(taps=9)
     assert work.macs == 4 * 9 * 4
     seconds = Timing(machine)(work)
     assert (seconds.forward, seconds.backward) == pytest.approx((2 * 144 / 50, 4 * 144 / 50))
@@ -132,21 +158,32 @@ def test_roofline_is_the_slower_of_arithmetic_and_memory():
 
 def test_half_empty_device_takes_as_long():
     curve = {"float32": ((1.0, 1.0), (2.0, 1.0))}
-    machine = Machine("", "", 0, {"float32": 100.0}, 1e12, curve, curve, overhead=0.0, saturation=16.0)
-    one, two = (Timing(machine)(Work("conv", batch, 2, 2, 4, 4)) for batch in (1, 2))
+    machine = roofline(curve=curve, saturation=16.0)
+    one, two = (Timing(machine)(convolution(batch=batch)) for batch in (1, 2))
     assert one.forward == pytest.approx(two.forward)
 
 
 def test_calibration_measures_every_table_and_its_machine_survives_a_file(tmp_path):
     calibration = Calibration("cpu", "float32", TINY, depth=1)
     tables = dict(calibration.run())
-    assert len(tables) == calibration.number
+    assert len(tables) == calibration.num_tables
     machine = measured(tables, "cpu", "float32", IN, OUT)
     machine.save(tmp_path / "m.json")
     assert Machine.load(tmp_path / "m.json") == machine
     timing = Timing(machine)
     for kind in ("conv", "two-level", "norm", "activation", "add", "mean", "pool", "linear"):
-        seconds = timing(Work(kind, 2, 8, 8, 16, 16, 9, 2, 4))
+        work = Work(
+            kind=kind,
+            batch=2,
+            channels_in=8,
+            channels_out=8,
+            pixels_in=16,
+            pixels_out=16,
+            taps=9,
+            groups=2,
+            all_groups=4,
+        )
+        seconds = timing(work)
         assert 0 < seconds.forward < 1 and 0 < seconds.backward < 1, kind
     assert 0 < timing.optimiser(10, 1000) < 1
     with pytest.raises(UserError, match=r"was measured in float32, not in bf16"):

@@ -2,7 +2,6 @@
 
 import weakref
 from collections import Counter
-from dataclasses import replace
 from inspect import signature
 
 import pytest
@@ -21,9 +20,9 @@ from twolevel.analysis.planner.costs.channel import channel_cost
 from twolevel.analysis.planner.costs.fsdp import fsdp_cost
 from twolevel.analysis.planner.costs.group import group_cost
 from twolevel.analysis.planner.costs.pipeline import cut
-from twolevel.analysis.planner.footprint import Part, buffers, held
+from twolevel.analysis.planner.footprint import Part, buffers, rank_parameters
 from twolevel.analysis.planner.machine import Link, Machine
-from twolevel.analysis.planner.workload import trace
+from twolevel.analysis.planner.tracing import trace
 from twolevel.distributed import parallelize, replicate
 from twolevel.distributed.strategies.channel import split_channels
 from twolevel.distributed.strategies.fsdp import shard_parameters
@@ -34,9 +33,19 @@ from twolevel.nn.structure import ACTIVATIONS
 CURVES = {"float32": ((1, 1.0), (2, 1.0)), "bf16": ((1, 1.0), (2, 1.0))}
 # Everything by hand: 1 GFLOP/s, 1 GB/s, links of 1 ms and 1 MB/s (within) or 0.1 MB/s (between nodes).
 SIMPLE = Machine(
-    "simple", "", 0, {"float32": 1e9, "bf16": 1e9}, 1e9, CURVES, CURVES, streaming=1.0, overhead=0.0
+    name="simple",
+    source="",
+    memory=0,
+    flops={"float32": 1e9, "bf16": 1e9},
+    bandwidth=1e9,
+    dense=CURVES,
+    grouped=CURVES,
+    streaming=1.0,
+    overhead=0.0,
+    link=Link(name="in", latency=1e-3, bandwidth=1e6),
+    internode=Link(name="out", latency=1e-3, bandwidth=1e5),
+    ranks_per_node=4,
 )
-SIMPLE = replace(SIMPLE, link=Link("in", 1e-3, 1e6), internode=Link("out", 1e-3, 1e5), ranks_per_node=4)
 NETWORKS = [
     ("wrn-10-2", "sc", 1, 16),
     ("wrn-10-2", "gc", 4, 16),
@@ -153,7 +162,7 @@ def test_rank_of_a_group_holds_the_counted_parameters(conv, groups, ranks):
     with torch.device("meta"):
         counted = count(models.create("wrn-10-2", conv=conv, groups=groups), (3, 16, 16), ranks=ranks)
     layers = workload("wrn-10-2", conv, groups).layers
-    assert sum(held(layer, ranks) for layer in layers) == counted.held
+    assert sum(rank_parameters(layer, ranks) for layer in layers) == counted.held
 
 
 def _step(model, images, labels):

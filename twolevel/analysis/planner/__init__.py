@@ -1,6 +1,6 @@
 """The cost model and `twolevel plan`.
 
-    workload      a network as a list of layers and the values between them
+    workload      a network as a list of layers and the values between them; tracing, how it is read
     machine       what a machine is; presets by name, or calibrate (and calibrate_links) to measure this one
     timing        seconds of a layer on a machine
     footprint     bytes that a rank holds

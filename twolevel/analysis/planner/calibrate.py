@@ -9,10 +9,11 @@ long ago, while the input has just been written.
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 from twolevel.analysis.planner.machine import Link, Machine, Table
 from twolevel.nn import TwoLevelConv2d
 from twolevel.ops import Copies
+
+T = TypeVar("T")
 
 DEPTH = 3
 TURNS = 2
@@ -69,7 +72,7 @@ class Stopwatch:
         self.device = device
         self.clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
-    def __call__(self, call: Callable[[], object]) -> tuple[float, object]:
+    def __call__(self, call: Callable[[], T]) -> tuple[float, T]:
         if self.device == "cpu":
             start = self.clock()
             result = call()
@@ -83,7 +86,9 @@ class Stopwatch:
 
 
 class Calibration:
-    """The measurements of one device in one precision; `steps` counts the tables to come, `run` makes them."""
+    """The measurements of one device in one precision; `run` measures `num_tables` tables."""
+
+    num_tables = 10
 
     def __init__(self, device: str, precision: str, grid: Grid | None = None, depth: int | None = None):
         self.device, self.precision, self.depth = device, precision, depth or DEPTH
@@ -91,8 +96,8 @@ class Calibration:
         self.watch = Stopwatch(device)
 
     def run(self) -> Iterator[tuple[str, Table]]:
-        """Each table with its name, as it is done."""
-        torch.ones(31 << 18)  # let the C library keep freed memory, as it does after any large network
+        """Each table with its name, as it is measured."""
+        torch.ones(31 << 18)  # make the C library keep freed memory, as it does after any large network
         for kind, (kernel, taps) in product(("conv", "two-level"), (("spatial", 9), ("pointwise", 1))):
             yield f"{kind} {kernel}", self._convolutions(kind, taps)
         for kind in ("norm", "activation", "add", "mean"):
@@ -100,17 +105,16 @@ class Calibration:
         yield "linear", self._linear()
         yield "optimiser", self._optimiser()
 
-    number = 10
-
     # ---- one layer
 
     def seconds(
         self, layer: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]
     ) -> tuple[float, float]:
         """(forward, backward) medians of a layer on inputs like x, `depth` of them in flight."""
-        forward, backward = [], []
+        forward: list[tuple[int, float]] = []
+        backward: list[tuple[int, float]] = []
         for turn in range(TURNS + 1):
-            done = []
+            done: list[tuple[Tensor, Tensor]] = []
             for _ in range(self.depth if turn else 1):
                 given = x.clone().requires_grad_()
                 with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -126,7 +130,11 @@ class Calibration:
                     lambda y=y, wanted=wanted, hot=hot: torch.autograd.grad(y, wanted, hot)
                 )
                 backward.append((turn, seconds))
-        return tuple(statistics.median(s for turn, s in times if turn) for times in (forward, backward))
+        # The first turn warms up.
+        return (
+            statistics.median(s for turn, s in forward if turn),
+            statistics.median(s for turn, s in backward if turn),
+        )
 
     def _images(self, batch: int, channels: int, height: int, width: int | None = None) -> Tensor:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -139,81 +147,90 @@ class Calibration:
         grid, widths, images = self.grid, self.grid.widths, self.grid.images
         if taps == 1 and len(widths) > 3 and len(images) > 2:
             widths, images = widths[::2], images[::2]  # the few shortcuts: every other shape will do
-        pixels = tuple(float(batch * height * height) for batch, height in images)
-        axes = [("width", tuple(map(float, widths))), ("groups", tuple(map(float, grid.groups)))]
-        axes += [("ranks", tuple(map(float, grid.ranks)))] if kind == "two-level" else []
+        pixels = [batch * height * height for batch, height in images]
+        axes: list[tuple[str, Sequence[float]]] = [("width", widths), ("groups", grid.groups)]
+        axes += [("ranks", grid.ranks)] if kind == "two-level" else []
         axes += [("pixels", pixels)]
-        found, rate = [], {"cpu": 1e11, "cuda": 2e13}[self.device]
+        times: list[tuple[float, float]] = []
+        rate = {"cpu": 1e11, "cuda": 2e13}[self.device]
         all_ranks = grid.ranks if kind == "two-level" else (1,)
         for width, groups, ranks in product(widths, grid.groups, all_ranks):
             for index, (batch, height) in enumerate(images):
                 if width * groups > grid.most_channels and groups > grid.groups[0]:
                     more = groups / grid.groups[grid.groups.index(groups) - 1]
-                    fewer_groups = found[-len(all_ranks) * len(images)]
-                    found.append(tuple(seconds * more for seconds in fewer_groups))
+                    times.append(_scaled(times[-len(all_ranks) * len(images)], more))  # fewer groups
                     continue
                 elements = width * groups * batch * height * height
                 if index and (3 * taps * width * elements / rate > LONGEST or elements > MOST):
                     more = pixels[index] / pixels[index - 1]
-                    found.append(tuple(seconds * more for seconds in found[-1]))
+                    times.append(_scaled(times[-1], more))
                     continue
-                layer = _layer(kind, width, groups, ranks, 3 if taps == 9 else 1).to(
-                    self.device, memory_format=torch.channels_last
-                )
+                layer = _layer(kind, width, groups, ranks, 3 if taps == 9 else 1).to(self.device)
+                layer = layer.to(memory_format=torch.channels_last)
                 x = self._images(batch, width * groups, height)
-                found.append(self.seconds(layer, x, list(layer.parameters())))
-        return Table(tuple(axes), *zip(*found, strict=True))
+                times.append(self.seconds(layer, x, list(layer.parameters())))
+        return _table(axes, times)
 
     def _elementwise(self, kind: str) -> Table:
-        grid, found = self.grid, []
+        grid = self.grid
+        times: list[tuple[float, float]] = []
         for channels, elements in product(grid.channels, grid.elements):
             pixels = max(1, elements // channels)
             x = self._images(1, channels, pixels, 1)
             if kind == "norm":
                 norm = nn.BatchNorm2d(channels).to(self.device)
-                found.append(self.seconds(norm, x, list(norm.parameters())))
+                times.append(self.seconds(norm, x, list(norm.parameters())))
             elif kind == "activation":
-                found.append(self.seconds(F.relu, x, []))
+                times.append(self.seconds(F.relu, x, []))
             elif kind == "mean":
-                found.append(self.seconds(lambda t: t.mean((2, 3)), x, []))
+                times.append(self.seconds(lambda t: t.mean((2, 3)), x, []))
             else:
                 other = torch.randn_like(x)
                 forward, _ = self.seconds(lambda t, other=other: t + other, x, [])
-                found.append((forward, forward))
-        axes = (
-            ("channels", tuple(map(float, grid.channels))),
-            ("elements", tuple(map(float, grid.elements))),
-        )
-        return Table(axes, *zip(*found, strict=True))
+                times.append((forward, forward))
+        return _table([("channels", grid.channels), ("elements", grid.elements)], times)
 
     def _linear(self) -> Table:
-        sizes, found = (256, 4096), []
-        for features, batch in product(sizes, (16, 128)):
+        points: list[tuple[int, tuple[float, float]]] = []
+        for features, batch in product((256, 4096), (16, 128)):
             layer = nn.Linear(features, 10).to(self.device)
             labels = torch.zeros(batch, dtype=torch.long, device=self.device)
             x = torch.randn(batch, features, device=self.device)
-            found.append(
-                self.seconds(
-                    lambda t, layer=layer, labels=labels: F.cross_entropy(layer(t), labels),
-                    x,
-                    list(layer.parameters()),
-                )
+            seconds = self.seconds(
+                lambda t, layer=layer, labels=labels: F.cross_entropy(layer(t), labels),
+                x,
+                list(layer.parameters()),
             )
-        ordered = sorted(zip([f * 10 * b for f, b in product(sizes, (16, 128))], found, strict=True))
-        points = tuple(float(elements) for elements, _ in ordered)
-        return Table((("elements", points),), *zip(*(seconds for _, seconds in ordered), strict=True))
+            points.append((features * 10 * batch, seconds))
+        points.sort()
+        return _table(
+            [("elements", [elements for elements, _ in points])], [seconds for _, seconds in points]
+        )
 
     def _optimiser(self) -> Table:
         """Seconds a tensor of a step of fused SGD."""
-        sizes, number, found = (2**6, 2**10, 2**14, 2**18, 2**21), 10, []
+        sizes, num_tensors = (2**6, 2**10, 2**14, 2**18, 2**21), 10
+        times: list[tuple[float, float]] = []
         for size in sizes:
-            parameters = [nn.Parameter(torch.randn(size, device=self.device)) for _ in range(number)]
+            parameters = [nn.Parameter(torch.randn(size, device=self.device)) for _ in range(num_tensors)]
             for parameter in parameters:
                 parameter.grad = torch.randn_like(parameter)
             sgd = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
-            times = [self.watch(sgd.step)[0] / number for _ in range(5)]
-            found.append((statistics.median(times[1:]),) * 2)
-        return Table((("elements", tuple(map(float, sizes))),), *zip(*found, strict=True))
+            _, *steps = [self.watch(sgd.step)[0] / num_tensors for _ in range(5)]
+            seconds = statistics.median(steps)
+            times.append((seconds, seconds))
+        return _table([("elements", sizes)], times)
+
+
+def _scaled(times: tuple[float, float], factor: float) -> tuple[float, float]:
+    forward, backward = times
+    return forward * factor, backward * factor
+
+
+def _table(axes: Sequence[tuple[str, Sequence[float]]], times: Sequence[tuple[float, float]]) -> Table:
+    """The table of these (forward, backward) seconds, in row order."""
+    points = tuple((name, tuple(map(float, values))) for name, values in axes)
+    return Table(points, tuple(forward for forward, _ in times), tuple(backward for _, backward in times))
 
 
 def _layer(kind: str, width: int, groups: int, ranks: int, kernel: int) -> nn.Module:
@@ -229,14 +246,14 @@ def _layer(kind: str, width: int, groups: int, ranks: int, kernel: int) -> nn.Mo
             part.out_channels = rows
         for part in (conv.local, conv.restriction):
             part.in_channels, part.groups = channels, groups
-        conv.exchange = Copies(ranks)  # what a rank computes, and nothing that crosses
+        conv.exchange = Copies(ranks)  # what a rank computes, without communication
     for part in (conv.local, conv.restriction, conv.coarse):
         nn.init.normal_(part.weight, std=prod(part.weight.shape[1:]) ** -0.5)
     return conv
 
 
 def machine_name(device: str) -> str:
-    """What is measured: the GPU's name, or the processor and the number of threads."""
+    """The name of the GPU, or of the processor with the number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()} {torch.get_num_threads()} thread(s)"
@@ -245,5 +262,14 @@ def machine_name(device: str) -> str:
 def measured(tables: dict[str, Table], device: str, precision: str, link: Link, internode: Link) -> Machine:
     """The machine of these tables."""
     memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
-    machine = Machine(machine_name(device), "measured by twolevel plan --calibrate", memory, {}, 0.0)
-    return replace(machine, tables=tables, precision=precision, link=link, internode=internode)
+    return Machine(
+        name=machine_name(device),
+        source="measured by twolevel plan --calibrate",
+        memory=memory,
+        flops={},
+        bandwidth=0.0,
+        link=link,
+        internode=internode,
+        tables=tables,
+        precision=precision,
+    )

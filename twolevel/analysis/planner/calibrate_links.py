@@ -27,15 +27,17 @@ def measure_link(axis: MeshAxis, device: torch.device, name: str) -> Link:
     agreed = torch.tensor([latency, 1 / slope], dtype=torch.float64, device=device)
     dist.broadcast(agreed, group_src=0, group=axis.group)
     latency, bandwidth = agreed.tolist()
-    return Link(name, latency, bandwidth, f"measured by all-gathers of {axis.ranks} ranks")
+    source = f"measured by all-gathers of {axis.ranks} ranks"
+    return Link(name=name, latency=latency, bandwidth=bandwidth, source=source)
 
 
 def _all_gather(axis: MeshAxis, device: torch.device, size: int) -> float:
-    own, times = torch.zeros(1, size // 4, device=device), []
+    sent = torch.zeros(1, size // 4, device=device)
+    times: list[float] = []
     for _ in range(TURNS + 2):
         dist.barrier(axis.group)
         start = time.perf_counter()
-        axis.gather(own).wait()
+        axis.gather(sent).wait()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

@@ -7,7 +7,7 @@ import torch
 
 from twolevel.analysis.planner import calibrate, presets
 from twolevel.analysis.planner.calibrate_links import measure_link
-from twolevel.analysis.planner.machine import Link, Machine
+from twolevel.analysis.planner.machine import Link, Machine, Table
 from twolevel.distributed.environment import World, start, stop
 from twolevel.distributed.mesh import init_mesh
 from twolevel.distributed.mpi_axis import MPIAxis, exchange_of
@@ -60,11 +60,12 @@ def measure(
 def _measure(world: World, precision: str) -> Machine:
     device = world.device.type
     calibration = calibrate.Calibration(device, precision)
-    tables, first = {}, world.rank == 0
+    tables: dict[str, Table] = {}
+    first = world.rank == 0
     for index, (name, table) in enumerate(calibration.run(), start=1):
         tables[name] = table
         if first:
-            say(f"measured {index} of {calibration.number}: {name}, {len(table.forward)} shapes")
+            say(f"measured {index} of {calibration.num_tables}: {name}, {len(table.forward)} shapes")
     link, internode = _links(world)
     if first:
         say(f"link: {_described(link)}; between nodes: {_described(internode)}")

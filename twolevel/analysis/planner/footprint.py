@@ -1,8 +1,8 @@
 """Bytes that a rank holds in a training step: what autograd keeps for backward, and the most that is held at once.
 
 The step is walked layer by layer, forward and backward, with the tensors that torch holds: saved ones until the last
-layer that saved them is done, gradients of values until the layer that made the value has used them, gradients of
-parameters as they come. Left out: workspaces of libraries, what the allocator rounds up, the device's context.
+layer that saved them is done, gradients of values until the layer that computed the value has used them, gradients of
+parameters as they are computed. Not counted: workspaces of libraries, the allocator's rounding, the device's context.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from twolevel.analysis.planner.timing import ITEMSIZE
 from twolevel.analysis.planner.workload import KEEPS_INPUT, Layer, Workload
 from twolevel.nn.structure import KEEPS_RESULT_IN_PLACE
 
-Kept = tuple[Hashable, int]  # (which tensor, bytes)
+Saved = tuple[Hashable, int]  # (which tensor, bytes)
 
 
 @dataclass(frozen=True)
@@ -36,47 +36,48 @@ class Part:
         parts = self.ranks if self.workload.is_map(value) and not whole else 1
         return self.batch * self.workload.values[value].elements // parts * ITEMSIZE[self.precision]
 
-    def saved(self, layer: Layer) -> list[Kept]:
+    def saved(self, layer: Layer) -> list[Saved]:
         """The tensors, by storage, that autograd keeps of a layer besides parameters."""
         values, size = self.workload.values, ITEMSIZE[self.precision]
         first = layer.inputs[0]
         given = (values[first].storage, self.bytes_of(first))
-        made = (values[layer.output].storage, self.bytes_of(layer.output))
+        result = (values[layer.output].storage, self.bytes_of(layer.output))
         out = values[layer.output]
-        kept: list[Kept] = []
+        saved: list[Saved] = []
         if layer.kind == "conv" and self.gathers and first in self.workload.gathered:
-            kept.append((("gathered", first), self.bytes_of(first, whole=True)))
+            saved.append((("gathered", first), self.bytes_of(first, whole=True)))
         elif layer.kind in ("conv", "two-level", "linear"):
             # Autocast makes a copy of the image; later values are in its type already.
             cast = self.precision != "float32" and first == 0
-            kept.append((("cast", 0) if cast else given[0], given[1]))
+            saved.append((("cast", 0) if cast else given[0], given[1]))
         if layer.kind == "two-level":
             z = self.batch * layer.groups * prod(out.shape[1:]) * size
-            kept.append((("z", layer.output), z))
+            saved.append((("z", layer.output), z))
         if layer.parameters and self.precision != "float32" and layer.kind != "norm":
             biases = sum(prod(shape) for shape in layer.parameters if len(shape) == 1)
-            kept.append((("weights", layer.output), (held(layer, self.ranks) - biases) * size))
+            weights = (rank_parameters(layer, self.ranks) - biases) * size
+            saved.append((("weights", layer.output), weights))
         if layer.kind == "norm":
             statistics = 2 * 4 * out.shape[0] // (self.ranks if self.workload.is_map(layer.output) else 1)
-            kept += [given, (("statistics", layer.output), statistics)]
+            saved += [given, (("statistics", layer.output), statistics)]
         if layer.kind == "activation" or layer.operation in KEEPS_INPUT:
-            in_place = given[0] == made[0]
+            in_place = given[0] == result[0]
             if layer.operation not in KEEPS_INPUT or (in_place and layer.operation in KEEPS_RESULT_IN_PLACE):
-                kept.append(made)
+                saved.append(result)
             else:  # in place autograd copies the input first
-                kept.append((("copy", layer.output), given[1]) if in_place else given)
+                saved.append((("copy", layer.output), given[1]) if in_place else given)
         if layer.operation == "dropout":
-            kept.append((("mask", layer.output), made[1]))
+            saved.append((("mask", layer.output), result[1]))
         if layer.operation == "max_pool2d":
-            kept.append((("indices", layer.output), made[1] // size * 8))
+            saved.append((("indices", layer.output), result[1] // size * 8))
         if layer.end == "classifier":
             # Of the loss: logarithms of probabilities (float32), labels, and the sum of the weights.
-            kept.append(("loss", self.batch * (4 * out.shape[0] + 8) + 4))
-        return kept
+            saved.append(("loss", self.batch * (4 * out.shape[0] + 8) + 4))
+        return saved
 
     def activations(self) -> int:
         """Bytes that autograd keeps from forward to backward, each storage once."""
-        return sum(dict(kept for layer in self.layers for kept in self.saved(layer)).values())
+        return sum(dict(saved for layer in self.layers for saved in self.saved(layer)).values())
 
     def peak(self, *, gradients_persist: bool = False) -> int:
         """The most bytes of activations and gradients held at once in forward and backward.
@@ -88,7 +89,9 @@ class Part:
     def _forward(self) -> int:
         values = self.workload.values
         readers = Counter(values[v].storage for layer in self.layers for v in layer.inputs)
-        alive, saved, most = {}, {}, 0
+        alive: dict[Hashable, int] = {}
+        saved: dict[Hashable, int] = {}
+        most = 0
         for layer in self.layers:
             saved |= dict(self.saved(layer))
             alive[values[layer.output].storage] = self.bytes_of(layer.output)
@@ -102,7 +105,7 @@ class Part:
 
     def _backward(self, gradients_persist: bool) -> int:
         keep = Counter(key for layer in self.layers for key, _ in self.saved(layer))
-        sizes = dict(kept for layer in self.layers for kept in self.saved(layer))
+        sizes = dict(saved for layer in self.layers for saved in self.saved(layer))
         saved, gradients, most = sum(sizes.values()), _Gradients(), 0
         parameters = 0
         gradients.add(self.layers[-1].output, self.bytes_of(self.layers[-1].output))
@@ -116,7 +119,7 @@ class Part:
                     gradients.add(value, self.bytes_of(value))
                     extra += self.bytes_of(value, whole=True) if whole else 0
             if not gradients_persist:
-                parameters += 4 * held(layer, self.ranks)
+                parameters += 4 * rank_parameters(layer, self.ranks)
             most = max(most, saved + gradients.total + gradients.passing + parameters + extra)
             gradients.settle(layer.output)
             for key, size in self.saved(layer):
@@ -126,7 +129,7 @@ class Part:
 
 
 class _Gradients:
-    """Gradients of values as autograd holds them: a sum takes both of its terms until it is made."""
+    """Gradients of values as autograd holds them: a sum needs both of its terms until it is computed."""
 
     def __init__(self) -> None:
         self.of: dict[int, int] = {}  # value -> token
@@ -169,7 +172,7 @@ class _Gradients:
             del self.size[token]
 
 
-def held(layer: Layer, ranks: int) -> int:
+def rank_parameters(layer: Layer, ranks: int) -> int:
     """Parameters of a layer on one of `ranks` ranks that split it; each has the classifier's bias whole."""
     if layer.end != "classifier":
         return layer.size // ranks
@@ -177,7 +180,7 @@ def held(layer: Layer, ranks: int) -> int:
     return prod(weight) // ranks + sum(map(prod, bias))
 
 
-def sharded(layers: Iterable[Layer], ranks: int) -> int:
+def fsdp_parameters(layers: Iterable[Layer], ranks: int) -> int:
     """Parameters of rank 0 under FSDP2, which cuts every parameter at dim 0 in `ranks` parts, the last ones smaller."""
     shapes = (shape for layer in layers for shape in layer.parameters)
     return sum(-(-shape[0] // ranks) * prod(shape[1:]) for shape in shapes)

@@ -1,4 +1,4 @@
-"""What a cost model has to know of a machine: its memory, how fast it computes, and its links (imports no torch)."""
+"""What the cost model knows of a machine: its memory, how fast it computes, and its links (imports no torch)."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def on_curve(curve: Curve, x: float) -> float:
     return curve[-1][1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Link:
     """A link between two ranks: a message of s bytes takes latency + s / bandwidth (alpha and 1/beta).
 
@@ -36,6 +36,9 @@ class Link:
     latency: float
     bandwidth: float
     source: str = ""
+
+
+NO_LINK = Link(name="none", latency=1e-5, bandwidth=1e10)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Table:
 
     def at(self, **where: float) -> tuple[float, float]:
         """(forward, backward) seconds at a place, one number for each axis."""
-        corners = []
+        corners: list[tuple[tuple[int, float], ...]] = []
         for name, points in self.axes:
             x = max(where[name], 1e-9)
             if len(points) == 1:
@@ -71,7 +74,7 @@ class Table:
         return math.exp(forward), math.exp(backward)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """One rank's device and its links.
 
@@ -98,8 +101,8 @@ class Machine:
     reserved: float = 0.6e9
     fuses: bool = False
     """whether norm, activation and sum are one pass, as under torch.compile"""
-    link: Link = Link("none", 1e-5, 1e10)
-    internode: Link = Link("none", 1e-5, 1e10)
+    link: Link = NO_LINK
+    internode: Link = NO_LINK
     ranks_per_node: int = 8
     tables: dict[str, Table] = field(default_factory=dict)
     precision: str | None = None

@@ -21,7 +21,7 @@ def message(collective: Collective, seconds: float, *, exposed: float = 0.0) -> 
     return Message(collective.kind, collective.bytes_in, collective.bytes_sent, seconds, exposed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Axis:
     """P ranks that take part in a collective: `per_node` of them on each of `nodes` nodes.
 
@@ -52,8 +52,11 @@ def axes(machine: Machine, data: int, inner: int) -> tuple[Axis, Axis]:
     inside = min(inner, machine.ranks_per_node)
     per_node = max(1, machine.ranks_per_node // inner)
     crossing = min(inside, machine.ranks_per_node)
-    links = (machine.link, machine.internode)
-    return Axis(data, min(data, per_node), *links, crossing), Axis(inner, inside, *links)
+    link, internode = machine.link, machine.internode
+    return (
+        Axis(ranks=data, per_node=min(data, per_node), link=link, internode=internode, sharing=crossing),
+        Axis(ranks=inner, per_node=inside, link=link, internode=internode),
+    )
 
 
 def all_gather(axis: Axis, whole: float, *, two_level: bool = False) -> float:
@@ -119,11 +122,11 @@ def buckets(sizes: list[int], first: int = 1 << 20, limit: int = 25 << 20) -> li
     """
     closed: list[list[int]] = []
     open_: list[int] = []
-    held = 0
+    filled = 0
     for index, size in enumerate(sizes):
         open_.append(index)
-        held += size
-        if held >= (limit if closed else first):
+        filled += size
+        if filled >= (limit if closed else first):
             closed.append(open_)
-            open_, held = [], 0
+            open_, filled = [], 0
     return closed + ([open_] if open_ else [])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,8 @@ from twolevel.analysis.planner.costs.channel import channel_cost
 from twolevel.analysis.planner.costs.fsdp import fsdp_cost
 from twolevel.analysis.planner.costs.group import group_cost
 from twolevel.analysis.planner.costs.pipeline import pipeline_cost
-from twolevel.analysis.planner.workload import Workload, trace
+from twolevel.analysis.planner.tracing import trace
+from twolevel.analysis.planner.workload import Workload
 from twolevel.errors import UserError
 from twolevel.models.wide_resnet import WideResNet
 from twolevel.nn import make_conv
@@ -74,7 +76,7 @@ class Networks:
 
     def _create(self, conv: str, groups: int) -> nn.Module:
         request = self.request
-        options = {"conv": conv, "groups": groups}
+        options: dict[str, Any] = {"conv": conv, "groups": groups}
         if request.num_classes is not None:
             options["num_classes"] = request.num_classes
         if request.wide_stem and groups > 16:
@@ -98,7 +100,7 @@ class Networks:
         return fitting
 
 
-def _with_wide_stem(name: str, groups: int, options: dict) -> nn.Module:
+def _with_wide_stem(name: str, groups: int, options: dict[str, Any]) -> nn.Module:
     """WRN-D-k whose stem has `groups` channels instead of 16, so that more groups divide it."""
     try:
         depth, widen = map(int, name.removeprefix("wrn-").split("-"))
@@ -222,7 +224,7 @@ def _against(
     found: list[Cost],
     request: Request,
 ) -> Iterable[str]:
-    """Where group parallelism is not the best choice, said plainly."""
+    """Where group parallelism is not the best choice."""
     if request.ranks == 1:
         return
     if group is None:

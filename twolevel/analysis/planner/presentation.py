@@ -4,8 +4,9 @@ import json
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from twolevel.analysis.planner.machine import Machine
+from twolevel.analysis.planner.costs.base import Cost
 from twolevel.analysis.planner.plan import Plan, Request, gigabytes, seconds, title
 from twolevel.analysis.planner.study import SERIES, Point
 from twolevel.terminal import Column, Console, print_stacked, print_table
@@ -87,7 +88,7 @@ def print_study(request: Request, points: list[Point]) -> None:
     console.print(PROJECTION)
 
 
-def _cell(cost) -> str:
+def _cell(cost: Cost) -> str:
     mesh = (
         f" {cost.data}x{cost.inner} G={cost.groups}"
         if cost.strategy == "group" and cost.inner != cost.ranks
@@ -143,8 +144,8 @@ def headline(request: Request) -> str:
     )
 
 
-def _request(request: Request) -> dict:
-    machine: Machine = request.setting.machine
+def _request(request: Request) -> dict[str, Any]:
+    machine = request.setting.machine
     described = asdict(machine)
     described["tables"] = sorted(machine.tables)
     asked = {

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from twolevel.analysis.planner.footprint import Part, buffers, held
+from twolevel.analysis.planner.footprint import Part, buffers, rank_parameters
 from twolevel.analysis.planner.machine import Machine
 from twolevel.analysis.planner.messages import Axis, Message, all_reduce, broadcast, buckets, drain, message
 from twolevel.analysis.planner.timing import Seconds, Timing
@@ -87,14 +87,14 @@ class Cost:
         return sum(m.bytes_sent for m in self.messages)
 
     @property
-    def collectives(self) -> Counter:
+    def collectives(self) -> Counter[str]:
         return Counter(m.kind for m in self.messages)
 
     def epoch(self, images: int) -> float:
-        """Seconds of one pass over so many images, the last batch made full."""
+        """Seconds of one pass over so many images, the last batch filled up."""
         return -(-images // self.batch) * self.step
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         names = ("strategy conv groups data inner batch microbatches two_level_exchange parameters parameter_bytes "
                  "gradient_bytes momentum_bytes activation_bytes peak_bytes fits compute bubble")  # fmt: skip
         more = ("communication", "exposed", "hidden", "step", "bytes_sent")
@@ -131,8 +131,8 @@ def walk(
     """Compute of a rank; `on_layer` is called with every layer and its seconds, from the last layer to the first."""
     layers, line = tuple(layers), Walk()
     sizes: list[int] = []
-    made = {layer.output for layer in layers}
-    joins = Counter(v for v in workload.joins if v in made)
+    outputs = {layer.output for layer in layers}
+    joins = Counter(v for v in workload.joins if v in outputs)
     for layer in reversed(layers):
         for _ in range(joins[layer.output]):
             line.backward += timing(workload.join(layer.output, batch, ranks)).forward
@@ -142,7 +142,7 @@ def walk(
         on_layer(layer, seconds)
         if layer.parameters:
             line.ready.append((line.backward, layer))
-            sizes += [held(layer, ranks) // len(layer.parameters)] * len(layer.parameters)
+            sizes += [rank_parameters(layer, ranks) // len(layer.parameters)] * len(layer.parameters)
     line.optimiser = timing.optimiser(len(sizes), sum(sizes))
     return line
 
@@ -151,7 +151,7 @@ def replica_messages(workload: Workload, line: Walk, axis: Axis, ranks: int) -> 
     """DDP over the data axis: all-reduces in buckets under a walk's backward; running statistics before forward."""
     if axis.ranks == 1:
         return []
-    sizes = [4 * held(layer, ranks) for _, layer in line.ready]
+    sizes = [4 * rank_parameters(layer, ranks) for _, layer in line.ready]
     messages: list[Message] = []
     jobs: list[tuple[float, float]] = []
     for indices in buckets(sizes):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from twolevel.analysis.planner.costs.base import Cost, Setting, Walk, step_cost, walk
-from twolevel.analysis.planner.footprint import Part, buffers, sharded
+from twolevel.analysis.planner.footprint import Part, buffers, fsdp_parameters
 from twolevel.analysis.planner.messages import Axis, Message, all_gather, axes, message
 from twolevel.analysis.planner.workload import Layer, Workload
 from twolevel.analysis.traffic import collective
@@ -20,7 +20,7 @@ def fsdp_cost(workload: Workload, setting: Setting, conv: str, *, ranks: int) ->
     lines = {name: walk(workload, layers, batch, timing) for name, layers in units.items()}
     messages = _messages(units, sizes, lines, axis) if ranks > 1 else []
     whole = walk(workload, workload.layers, batch, timing)
-    shards = sharded(workload.layers, ranks)
+    shards = fsdp_parameters(workload.layers, ranks)
     # The optimiser works on the shards.
     count = sum(len(layer.parameters) for layer in workload.layers)
     line = replace(whole, optimiser=timing.optimiser(count, shards))
@@ -54,7 +54,7 @@ def _messages(
         for kind in ("all-gather", "reduce-scatter")
     )
     order = (["", *names] if sizes.get("") else names, [*reversed(names), *([""] if sizes.get("") else [])])
-    messages = []
+    messages: list[Message] = []
     free = clock = began = 0.0  # of the link; of the compute; when the compute of the unit before began
     for index, name in enumerate(order[0]):
         seconds = all_gather(axis, sizes[name])
@@ -63,7 +63,7 @@ def _messages(
         messages.append(message(gathers[name], seconds, exposed=start - clock))
         free, began, clock = arrived, start, start + lines[name].forward
     free = began = clock = 0.0
-    scatters = []
+    scatters: list[Message] = []
     for name in order[1]:
         seconds = all_gather(axis, sizes[name])
         if name:

@@ -1,7 +1,7 @@
 """Cut by channel group, with replicas; and plain data parallelism, which cuts nothing."""
 
 from twolevel.analysis.planner.costs.base import Cost, Setting, replica_messages, step_cost, walk
-from twolevel.analysis.planner.footprint import Part, buffers, held
+from twolevel.analysis.planner.footprint import Part, buffers, rank_parameters
 from twolevel.analysis.planner.messages import Axis, Message, all_gather, all_reduce, axes, message
 from twolevel.analysis.planner.timing import ITEMSIZE, Seconds
 from twolevel.analysis.planner.workload import Layer, Workload
@@ -23,13 +23,13 @@ def group_cost(
     itemsize = ITEMSIZE[setting.precision]
     messages: list[Message] = []
 
-    def exchange(layer: Layer, seconds: Seconds) -> None:
+    def add_layer(layer: Layer, compute: Seconds) -> None:
         if group > 1 and layer.kind == "two-level":
             messages.extend(
                 _representatives(
                     workload,
                     layer,
-                    seconds,
+                    compute,
                     axis,
                     batch=batch,
                     itemsize=itemsize,
@@ -39,7 +39,7 @@ def group_cost(
         elif group > 1 and layer.end == "classifier":
             messages.append(logits_message(workload, layer, axis, batch=batch, itemsize=itemsize))
 
-    line = walk(workload, workload.layers, batch, timing, group, on_layer=exchange)
+    line = walk(workload, workload.layers, batch, timing, group, on_layer=add_layer)
     messages += replica_messages(workload, line, replicas, group)
     return step_cost(
         "group" if group > 1 or workload.groups > 1 else "ddp",
@@ -48,7 +48,7 @@ def group_cost(
         conv=conv,
         data=data,
         inner=group,
-        parameters=sum(held(layer, group) for layer in workload.layers),
+        parameters=sum(rank_parameters(layer, group) for layer in workload.layers),
         static=buffers(workload, workload.layers, group) + 4 * batch * workload.values[0].elements,
         part=Part(workload, workload.layers, batch, group, setting.precision),
         line=line,
@@ -60,14 +60,14 @@ def group_cost(
 def _representatives(
     workload: Workload,
     layer: Layer,
-    seconds: Seconds,
+    compute: Seconds,
     axis: Axis,
     *,
     batch: int,
     itemsize: int,
     two_level: bool,
 ) -> list[Message]:
-    """The exchange of a two-level convolution, hidden as far as its local convolution takes."""
+    """The exchange of a two-level convolution, hidden for as long as its local convolution runs."""
     output = workload.values[layer.output]
     gather, scatter = representatives_exchange(
         batch=batch,
@@ -77,10 +77,10 @@ def _representatives(
         ranks=axis.ranks,
     )
     # Of a gather and a scatter alike `bytes_in` of the scatter is the complete tensor.
-    taken = all_gather(axis, scatter.bytes_in, two_level=two_level)
+    seconds = all_gather(axis, scatter.bytes_in, two_level=two_level)
     return [
-        message(gather, taken, exposed=max(0.0, taken - seconds.local_forward)),
-        message(scatter, taken, exposed=max(0.0, taken - seconds.local_backward)),
+        message(gather, seconds, exposed=max(0.0, seconds - compute.local_forward)),
+        message(scatter, seconds, exposed=max(0.0, seconds - compute.local_backward)),
     ]
 
 
@@ -88,5 +88,5 @@ def logits_message(workload: Workload, layer: Layer, axis: Axis, *, batch: int, 
     """The sum of the classifier's partial logits, which nothing hides."""
     classes = workload.values[layer.output].elements
     total = logits_sum(batch=batch, classes=classes, itemsize=itemsize, ranks=axis.ranks)
-    taken = all_reduce(axis, total.bytes_in)
-    return message(total, taken, exposed=taken)
+    seconds = all_reduce(axis, total.bytes_in)
+    return message(total, seconds, exposed=seconds)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 from twolevel.analysis.planner.costs.base import Cost, Setting, walk
-from twolevel.analysis.planner.footprint import Part, buffers, held
+from twolevel.analysis.planner.footprint import Part, buffers, rank_parameters
 from twolevel.analysis.planner.messages import Message, axes, message, send
 from twolevel.analysis.planner.workload import Layer, Workload
 from twolevel.analysis.traffic import collective
@@ -38,15 +38,15 @@ def pipeline_cost(
     messages: list[Message] = []
     exposed = 0.0
     for layers in parts[:-1]:
-        crossing = Part(workload, layers, size, 1, setting.precision).bytes_of(layers[-1].output)
-        taken = send(axis, crossing)
-        exposed += 2 * taken  # the first microbatch forward and the last backward; others pass under compute
-        messages += [message(collective("send", crossing, ranks=2), taken)] * microbatches
+        sent = Part(workload, layers, size, 1, setting.precision).bytes_of(layers[-1].output)
+        seconds = send(axis, sent)
+        exposed += 2 * seconds  # the first microbatch forward and the last backward; others run under compute
+        messages += [message(collective("send", sent, ranks=2), seconds)] * microbatches
     if messages:
         # One stage in the middle sends forward and backward.
         messages = messages[:microbatches] * (2 if stages > 2 else 1)
         messages[0] = replace(messages[0], exposed=exposed, seconds=max(exposed, messages[0].seconds))
-    memories = []
+    memories: list[tuple[int, int, int]] = []
     for index, layers in enumerate(parts):
         in_flight = _in_flight(schedule, stage=index, stages=stages, microbatches=microbatches)
         memories.append(_memory(workload, layers, setting, size=size, in_flight=in_flight))
@@ -77,7 +77,7 @@ def _memory(
     workload: Workload, layers: tuple[Layer, ...], setting: Setting, *, size: int, in_flight: int
 ) -> tuple[int, int, int]:
     """(parameters, bytes of activations, bytes at the peak) of a stage."""
-    parameters = sum(held(layer, 1) for layer in layers)
+    parameters = sum(rank_parameters(layer, 1) for layer in layers)
     part = Part(workload, layers, size, 1, setting.precision)
     images = 4 * setting.batch * workload.values[0].elements if layers[0].inputs[0] == 0 else 0
     activations = in_flight * part.activations()
@@ -89,8 +89,8 @@ def _memory(
 def cut(workload: Workload, stages: int) -> list[tuple[Layer, ...]]:
     """The layers in so many stages; the multiply-accumulates of the largest are the fewest possible.
 
-    It is cut only where a single value crosses, that no operation in place changes afterwards; of places with the
-    same work before them after the smallest value.
+    A cut is only made where a single value is passed on, and no later operation changes it in place. Of places with
+    the same work before them, the one with the smallest value is used.
 
     Raises UserError where there are fewer places than stages need.
     """
@@ -101,7 +101,7 @@ def cut(workload: Workload, stages: int) -> list[tuple[Layer, ...]]:
     ends = [*(place for place in places), len(layers)]
     least = {end: (work[end], work[end] ** 2, (end,)) for end in ends}
     for _ in range(stages - 1):
-        following = {}
+        following: dict[int, tuple[int, int, tuple[int, ...]]] = {}
         for end in ends:
             options = [
                 (
@@ -132,8 +132,8 @@ def _places(workload: Workload) -> list[int]:
     done = 0
     for index, layer in enumerate(layers[:-1]):
         done += workload.work(layer, 1).macs
-        made = {0, *(earlier.output for earlier in layers[: index + 1])}
-        alive = {value for value in made if last.get(value, -1) > index}
+        computed = {0, *(earlier.output for earlier in layers[: index + 1])}
+        alive = {value for value in computed if last.get(value, -1) > index}
         if alive != {layer.output} or not 0 < done < total:
             continue
         readers = [later for later in layers[index + 1 :] if layer.output in later.inputs]
