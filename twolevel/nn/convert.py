@@ -85,8 +85,8 @@ def convert(
                 why = str(error)
             else:
                 for name in names:
-                    parent, _, own = name.rpartition(".")
-                    setattr(model.get_submodule(parent), own, new)
+                    parent, _, attribute = name.rpartition(".")
+                    setattr(model.get_submodule(parent), attribute, new)
                 done.replaced |= dict.fromkeys(names, "shared") | {names[0]: weights}
         if why:
             done.left |= dict.fromkeys(names, why)
@@ -131,17 +131,17 @@ def _why_left(module: nn.Module, names: list[str], holders: dict[nn.Parameter, l
     if type(module) is not nn.Conv2d:
         return f"a {type(module).__name__}, which may do more than a Conv2d"
     # Weight normalisation of the old kind, pruning and their like compute the weight from other tensors.
-    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())} - {"weight", "bias"}
-    if own:
-        return f"it has tensors of its own: {', '.join(sorted(own))}"
+    others = {name for name, _ in (*module.named_parameters(), *module.named_buffers())} - {"weight", "bias"}
+    if others:
+        return f"it has tensors of its own: {', '.join(sorted(others))}"
     if any(value for name, value in vars(module).items() if name.endswith("_hooks")):
         return "it has hooks, which belong to it; register them after the conversion"
     if "forward" in vars(module):
         return "its forward was replaced"
     for name, parameter in module.named_parameters():
-        others = [holder for holder in holders[parameter] if holder not in names]
-        if others:
-            return f"its {name} is shared with {', '.join(others)}"
+        sharers = [holder for holder in holders[parameter] if holder not in names]
+        if sharers:
+            return f"its {name} is shared with {', '.join(sharers)}"
     if any(getattr(module.weight, kind, None) for kind in TENSOR_HOOKS):
         return "its weight has hooks, which belong to it; register them after the conversion"
     if module.groups > 1 and module.groups == module.in_channels:

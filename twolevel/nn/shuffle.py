@@ -58,8 +58,8 @@ class ShuffleConv2d(WholeConv2d):
         """Draw the weight from `generator`, and the permutation, which `to_empty` loses too, from its own seed."""
         he_normal_(self.weight, generator)
         if self.permutation is not None and self.permutation_seed is not None:
-            own = torch.Generator().manual_seed(self.permutation_seed)
-            self.permutation.copy_(torch.randperm(self.out_channels, generator=own, device="cpu"))
+            stream = torch.Generator().manual_seed(self.permutation_seed)
+            self.permutation.copy_(torch.randperm(self.out_channels, generator=stream, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(as_images(x, self.in_channels), self.weight, None, *self.geometry, self.groups)

@@ -238,8 +238,8 @@ def _layer(kind: str, width: int, groups: int, ranks: int, kernel: int) -> nn.Mo
     padding = kernel // 2
     if kind == "conv":
         return nn.Conv2d(width * groups, width * groups, kernel, padding=padding, groups=groups, bias=False)
-    whole, channels = groups * ranks, width * groups
-    conv = TwoLevelConv2d(width * whole, width * whole, kernel, padding=padding, groups=whole)
+    all_groups, channels = groups * ranks, width * groups
+    conv = TwoLevelConv2d(width * all_groups, width * all_groups, kernel, padding=padding, groups=all_groups)
     if ranks > 1:
         for part, rows in ((conv.local, channels), (conv.restriction, groups), (conv.coarse, channels)):
             part.weight = nn.Parameter(part.weight.detach()[:rows].clone())

@@ -67,9 +67,9 @@ class Timing:
             local = self._convolution("conv", work)
             if work.kind == "conv":
                 return local
-            whole = self._convolution("two-level", work)
-            hidden = (min(local.forward, whole.forward), min(local.backward, whole.backward))
-            return Seconds(whole.forward, whole.backward, *hidden)
+            layer = self._convolution("two-level", work)
+            hidden = (min(local.forward, layer.forward), min(local.backward, layer.backward))
+            return Seconds(layer.forward, layer.backward, *hidden)
         if work.kind == "linear":
             return Seconds(*tables["linear"].at(elements=work.channels_in * work.channels_out * work.batch))
         kind = work.kind if work.kind in ("norm", "activation", "add") else "mean"
@@ -125,7 +125,7 @@ class Timing:
         return Seconds(local.forward + extra[0], local.backward + extra[1], local.forward, local.backward)
 
     def _coarse(self, work: Work) -> float:
-        """One of the three products of the coarse term: G channels to those of the output, each pixel alone."""
+        """One of the three products of the coarse term: G channels to those of the output, for each pixel."""
         machine = self.machine
         share = on_curve(machine.dense[self.precision], min(work.all_groups, work.channels_out))
         return 2 * work.elements_out * work.all_groups / (machine.flops[self.precision] * share)

@@ -137,7 +137,7 @@ class _Tracer(TorchFunctionMode):
         if name in VIEWS and before is not None and result.numel() == before.numel():
             self.number(result, self.values[inputs[0]].storage)
             last = self.layers[-1] if self.layers else None
-            if last and last.output == inputs[0]:  # a view is no layer: its source is renamed
+            if last and last.output == inputs[0]:  # a view is not a layer: it replaces its source
                 self.layers[-1] = replace(last, output=len(self.values) - 1)
             return result
         in_place = any(result is a for a in args)

@@ -59,7 +59,7 @@ class Work:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of forward in convolution by the weights of `local` alone, or the linear layer's."""
+        """Multiply-accumulates of forward: of a convolution by the weights of `local`, or of the linear layer."""
         if self.kind not in ("conv", "two-level", "linear"):
             return 0
         return self.batch * self.pixels_out * self.taps * self.channels_in * self.channels_out // self.groups

@@ -31,9 +31,9 @@ def channel_cost(workload: Workload, setting: Setting, *, data: int, ranks: int)
 
     line = walk(workload, workload.layers, batch, timing, ranks, whole_input=True, on_layer=add_layer)
     for value in workload.gathered if ranks > 1 else ():
-        whole = part.bytes_of(value, whole=True)
-        seconds = all_gather(axis, whole)
-        gather, scatter = (collective(kind, whole, ranks=ranks) for kind in ("all-gather", "reduce-scatter"))
+        size = part.bytes_of(value, whole=True)
+        seconds = all_gather(axis, size)
+        gather, scatter = (collective(kind, size, ranks=ranks) for kind in ("all-gather", "reduce-scatter"))
         messages.append(message(gather, seconds, exposed=seconds))
         messages.append(message(scatter, seconds, exposed=max(0.0, seconds - hiding[value])))
     messages += replica_messages(workload, line, replicas, ranks)

@@ -19,11 +19,11 @@ def fsdp_cost(workload: Workload, setting: Setting, conv: str, *, ranks: int) ->
     sizes = {name: 4 * sum(layer.size for layer in layers) for name, layers in units.items()}
     lines = {name: walk(workload, layers, batch, timing) for name, layers in units.items()}
     messages = _messages(units, sizes, lines, axis) if ranks > 1 else []
-    whole = walk(workload, workload.layers, batch, timing)
+    line = walk(workload, workload.layers, batch, timing)
     shards = fsdp_parameters(workload.layers, ranks)
     # The optimiser works on the shards.
     count = sum(len(layer.parameters) for layer in workload.layers)
-    line = replace(whole, optimiser=timing.optimiser(count, shards))
+    line = replace(line, optimiser=timing.optimiser(count, shards))
     blocks = sorted((size for name, size in sizes.items() if name), reverse=True)
     # Gathered at once: what is in no block, a block and the next one; and one block's gradients before they are
     # reduced. With one rank nothing is gathered.

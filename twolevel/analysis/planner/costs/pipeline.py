@@ -124,7 +124,7 @@ def cut(workload: Workload, stages: int) -> list[tuple[Layer, ...]]:
 
 
 def _places(workload: Workload) -> list[int]:
-    """The numbers of layers after which one value alone is read later."""
+    """The numbers of layers after which a single value is read later."""
     layers, values = workload.layers, workload.values
     last = {value: index for index, layer in enumerate(layers) for value in layer.inputs}
     total = sum(workload.work(layer, 1).macs for layer in layers)
