@@ -174,7 +174,7 @@ def draw(found: dict, path: Path) -> None:
         for alone, marker in ((True, "o"), (False, "^")):
             shown = [c for c in mine if (c["ranks"] == 1) is alone]
             if shown:
-                label = conv if alone else f"{conv}, one rank of P (nothing crosses)"
+                label = conv if alone else f"{conv}, one rank of P (nothing is sent)"
                 points = [c["median_ms"] for c in shown], [c["predicted_ms"] for c in shown]
                 axes.plot(*points, marker, color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel="measured, ms a step", ylabel="predicted, ms a step")

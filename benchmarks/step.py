@@ -266,7 +266,7 @@ def draw(found: dict, settings: Settings, path: Path) -> None:
     ratios = {(peer["peer"], peer["groups"]): peer["to_sc"] for peer in found["peers"]}
     names = [name for name in dict.fromkeys(name for name, _ in ratios) if name.split()[0] != "sc"]
     series = {
-        name + (" (nothing crosses)" if name == rank_name(settings.ranks) else ""): [
+        name + (" (nothing is sent)" if name == rank_name(settings.ranks) else ""): [
             ratios.get((name, groups)) for groups in settings.groups
         ]
         for name in names

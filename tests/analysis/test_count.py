@@ -13,7 +13,7 @@ from twolevel.analysis.report import count_table
 from twolevel.errors import UserError
 from twolevel.models import create
 from twolevel.nn import TwoLevelConv2d
-from twolevel.nn.base import WholeConv2d
+from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.structure import ACTIVATIONS
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
@@ -198,7 +198,7 @@ def test_ranks_that_do_not_divide_the_groups_are_refused():
         count(model, CIFAR, ranks=0)
 
 
-class Uncounted(WholeConv2d):
+class Uncounted(ReplicatedConv2d):
     def forward(self, x):
         return x.new_empty(len(x), self.out_channels, *x.shape[2:])
 

@@ -162,7 +162,7 @@ def second_derivatives_on_ranks(frozen):
         (g_weight,) = torch.autograd.grad(norm(x), wanted, gy, create_graph=True)
         assert not g_weight.requires_grad
         return
-    with pytest.raises(NotImplementedError, match="second derivatives do not cross ranks"):
+    with pytest.raises(NotImplementedError, match="second derivatives across ranks are not supported"):
         torch.autograd.grad(norm(x), wanted, gy, create_graph=True)
 
 

@@ -14,7 +14,7 @@ from twolevel.analysis.traffic import Collective, logits_sum, representatives_ex
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_divides
-from twolevel.nn.base import WholeConv2d
+from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.convert import CONVOLUTIONS
 from twolevel.nn.structure import ends, named_layers
 
@@ -114,7 +114,7 @@ def count(
     computed. Multiply-accumulates are those of convolutions and linear layers, for one image, forward.
 
     Raises UserError where `ranks` does not divide the groups, for a model that is a part already or whose shapes
-    depend on values, for a WholeConv2d without `macs`, and for convolutions other than of images, or transposed.
+    depend on values, for a ReplicatedConv2d without `macs`, and for convolutions other than of images, or transposed.
     """
     layout = layout_of(model)
     if layout.parts > 1:
@@ -136,9 +136,11 @@ def count(
         held = sum(t.numel() // (ranks if split[k] else 1) for k, t in tensors.items())
         parameters = sum(t.numel() for t in tensors.values())
         held_whole_ends += parameters if module in (stem, classifier) else held
-        published += module.used_parameters(nominal=True) if isinstance(module, WholeConv2d) else parameters
+        published += (
+            module.used_parameters(nominal=True) if isinstance(module, ReplicatedConv2d) else parameters
+        )
         macs, realised = _macs(name, module, outputs[name])
-        elementwise += module.selection_operations() if isinstance(module, WholeConv2d) else 0
+        elementwise += module.selection_operations() if isinstance(module, ReplicatedConv2d) else 0
         layers.append(
             LayerCount(
                 name=name,
@@ -182,7 +184,7 @@ def _output_shapes(
         shapes[names[module]] = tuple(output.shape[1:])
 
     for _, module in named_layers(model):
-        ours = isinstance(module, TwoLevelConv2d | WholeConv2d)
+        ours = isinstance(module, TwoLevelConv2d | ReplicatedConv2d)
         if ours or any(True for _ in module.parameters(recurse=False)):
             hooks.append(module.register_forward_hook(record))
     training = {module: module.training for module in model.modules()}
@@ -207,9 +209,9 @@ def _macs(name: str, module: nn.Module, output: tuple[int, ...]) -> tuple[int, i
     """(as papers count, as the module is now): every weight of a convolution is used once for each output pixel."""
     if isinstance(module, nn.Linear):
         return module.weight.numel(), module.weight.numel()
-    if isinstance(module, WholeConv2d):
+    if isinstance(module, ReplicatedConv2d):
         kind = type(module)
-        if kind.macs is WholeConv2d.macs:
+        if kind.macs is ReplicatedConv2d.macs:
             raise UserError(
                 f"{name} is of {kind.__name__}, whose work is unknown; "
                 f"define {kind.__name__}.macs(pixels, *, nominal=False)"

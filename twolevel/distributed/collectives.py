@@ -143,4 +143,6 @@ class _SumBackward(torch.autograd.Function):
 def refuse_second_derivative(gradient: Tensor) -> None:
     """Collectives of torch.distributed pass no gradient: a derivative of one taken here would be wrong."""
     if torch.is_grad_enabled() and gradient.requires_grad:
-        raise NotImplementedError("second derivatives do not cross ranks; take them on one process")
+        raise NotImplementedError(
+            "second derivatives across ranks are not supported; take them on one process"
+        )

@@ -1,4 +1,4 @@
-"""The base of the convolutions that every rank computes whole: Shuffle, FLGC, DGConv, DGC."""
+"""The base of the convolutions that are replicated on every rank: Shuffle, FLGC, DGConv, DGC."""
 
 import math
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from twolevel.nn.arguments import Padding, Size, geometry, pair
 
 
-class WholeConv2d(nn.Module):
-    """A convolution without bias that every rank holds whole: `[B, n, H, W] -> [B, m, H', W']`.
+class ReplicatedConv2d(nn.Module):
+    """A convolution without bias, replicated on every rank: `[B, n, H, W] -> [B, m, H', W']`.
 
     A subclass calls `reset_parameters` at the end of its `__init__`.
     """

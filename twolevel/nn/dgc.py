@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import Padding, Size, as_given, as_images, check_groups
-from twolevel.nn.base import WholeConv2d, he_normal_
+from twolevel.nn.base import ReplicatedConv2d, he_normal_
 from twolevel.nn.inference.dgc import DynamicGroupInference
 from twolevel.ops.autocast import without_autocast
 from twolevel.settings import THRESHOLDS, Threshold
@@ -35,7 +35,7 @@ class Saliency(nn.Module):
         return (torch.einsum("bhr,hnr->bhn", hidden, excite.view(heads, channels, -1)) + offset).relu()
 
 
-class DynamicGroupConv2d(WholeConv2d):
+class DynamicGroupConv2d(ReplicatedConv2d):
     """BN, ReLU, and H heads, each a convolution of the channels that it finds most salient in this image.
 
         t   = ReLU(BN(x))                          p = mean of t over its pixels

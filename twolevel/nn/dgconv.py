@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import Padding, Size
-from twolevel.nn.base import WholeConv2d, he_normal_
+from twolevel.nn.base import ReplicatedConv2d, he_normal_
 from twolevel.nn.channels import PermuteChannels
 from twolevel.nn.inference.grouped import frozen_conv2d
 
@@ -17,7 +17,7 @@ Initial = Literal["random", "dense", "depthwise"]
 INITIAL: tuple[str, ...] = get_args(Initial)
 
 
-class DGConv2d(WholeConv2d):
+class DGConv2d(ReplicatedConv2d):
     """A convolution that learns into how many groups, and which, its channels divide.
 
         y = (U * W) conv x,   U = U_1 kron ... kron U_K,   U_k = g_k 1(2 x 2) + (1 - g_k) I(2),   g = step(gates)

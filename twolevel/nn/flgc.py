@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError
 from twolevel.nn.arguments import Padding, Size, as_given, as_images
-from twolevel.nn.base import WholeConv2d, he_normal_
+from twolevel.nn.base import ReplicatedConv2d, he_normal_
 from twolevel.nn.inference.grouped import RegroupedConv2d
 
 
@@ -24,7 +24,7 @@ def one_hot_rows(logits: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-class FLGConv2d(WholeConv2d):
+class FLGConv2d(ReplicatedConv2d):
     """Group convolution whose groups are learned, one choice for each input and each output channel.
 
         W' = W * (T S^T),  y = W' conv x      S [n, G] and T [m, G] with one-hot rows

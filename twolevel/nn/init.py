@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from twolevel.nn.base import WholeConv2d
+from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.layout import Layout, layout_of
 from twolevel.streams import stream
 
@@ -34,7 +34,7 @@ def initialize(
     layout = layout or layout_of(model)
     start = f"{prefix}." if prefix else ""
     for path, module in model.named_modules():
-        if isinstance(module, WholeConv2d):
+        if isinstance(module, ReplicatedConv2d):
             module.reset_parameters(stream(seed, start + path))
             continue
         for name, parameter in module.named_parameters(recurse=False):

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twolevel.nn.arguments import Padding, Size, as_given, as_images, check_groups
-from twolevel.nn.base import WholeConv2d, he_normal_
+from twolevel.nn.base import ReplicatedConv2d, he_normal_
 from twolevel.nn.channels import PermuteChannels, take_channels
 from twolevel.nn.inference.grouped import frozen_conv2d
 
 
-class ShuffleConv2d(WholeConv2d):
+class ShuffleConv2d(ReplicatedConv2d):
     """Group convolution, then a fixed shuffle of its output channels, so that the next one mixes groups.
 
         y_g = A_g * x_g                     group convolution, k x k, n/G -> m/G

@@ -9,11 +9,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
-from twolevel.nn.base import WholeConv2d
+from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.channels import ChannelBias, PermuteChannels
 from twolevel.nn.two_level import TwoLevelConv2d
 
-Convolution = TwoLevelConv2d | WholeConv2d | nn.Conv2d
+Convolution = TwoLevelConv2d | ReplicatedConv2d | nn.Conv2d
 
 
 def convolutions(model: nn.Module) -> list[Convolution]:
@@ -31,7 +31,7 @@ def ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:
 def named_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, without the parts of our convolutions."""
     yield name, module
-    if not isinstance(module, TwoLevelConv2d | WholeConv2d):
+    if not isinstance(module, TwoLevelConv2d | ReplicatedConv2d):
         for child, inner in module.named_children():
             yield from named_layers(inner, f"{name}.{child}" if name else child)
 
@@ -47,7 +47,7 @@ class LayerTracer(fx.Tracer):
         self.childless = childless
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, TwoLevelConv2d | WholeConv2d | ChannelBias | PermuteChannels):
+        if isinstance(m, TwoLevelConv2d | ReplicatedConv2d | ChannelBias | PermuteChannels):
             return True
         if self.childless and not any(True for _ in m.children()):
             return True

@@ -1,4 +1,4 @@
-"""How representatives cross ranks, as the layers see it: P ranks, each holding G/P consecutive groups."""
+"""How ranks exchange representatives, as the layers see it: P ranks, each holding G/P consecutive groups."""
 
 import itertools
 from typing import NamedTuple, Protocol
@@ -53,7 +53,7 @@ class _Done(NamedTuple):
 
 
 class _Local:
-    """The exchange of one rank that holds every group: nothing crosses."""
+    """The exchange of one rank that holds every group: nothing is sent."""
 
     ranks = 1
 
@@ -74,7 +74,7 @@ LOCAL: Exchange = _Local()
 
 
 class Copies:
-    """The exchange of one of `ranks` ranks with itself alone: results of the right shape, and nothing crosses."""
+    """The exchange of one of `ranks` ranks with itself alone: results of the right shape, and nothing is sent."""
 
     def __init__(self, ranks: int):
         self.ranks = ranks

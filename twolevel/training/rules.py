@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
-from twolevel.nn.base import WholeConv2d
+from twolevel.nn.base import ReplicatedConv2d
 from twolevel.training.config import RuleConfig
 
 
@@ -47,7 +47,7 @@ def rules_for(model: nn.Module, config: RuleConfig) -> list[Rule]:
 
 def undecayed(model: nn.Module) -> set[nn.Parameter]:
     """Parameters that a convolution says weight decay must spare, such as gates."""
-    whole = [m for m in model.modules() if isinstance(m, WholeConv2d)]
+    whole = [m for m in model.modules() if isinstance(m, ReplicatedConv2d)]
     return {parameter for m in whole for name, parameter in m.named_parameters() if name in m.undecayed}
 
 
@@ -55,7 +55,7 @@ def undecayed(model: nn.Module) -> set[nn.Parameter]:
 def copy_choices(model: nn.Module, average: nn.Module) -> None:
     """Give a moving average what must not be averaged: how far DGC has pruned, and its threshold."""
     for source, target in zip(model.modules(), average.modules(), strict=True):
-        if isinstance(source, WholeConv2d):
+        if isinstance(source, ReplicatedConv2d):
             for mine, its in zip(source.buffers(recurse=False), target.buffers(recurse=False), strict=True):
                 its.copy_(mine)
 

@@ -210,7 +210,7 @@ def second_derivative():
     x = torch.ones(1, 2, 5, 5, requires_grad=True)
     total = sum(y.sum() for y in gathered_convolutions(x, convs, axis))
     # A loss linear in y: the filters' gradients depend on x of every rank all the same.
-    with pytest.raises(NotImplementedError, match="second derivatives do not cross ranks"):
+    with pytest.raises(NotImplementedError, match="second derivatives across ranks are not supported"):
         torch.autograd.grad(total, convs[0].weight, create_graph=True)
 
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from twolevel.analysis.planner.workload import KIND_OF, VIEWS, End, Kind, Layer, Shape, Value, Workload
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
-from twolevel.nn.base import WholeConv2d
+from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.layout import channel_groups
 from twolevel.nn.structure import ends, named_layers
 
@@ -26,7 +26,7 @@ def trace(model: nn.Module, input_shape: Shape) -> Workload:
 
     Raises UserError for convolutions that choose their connections (flgc, dgconv, dgc) and for shuffle.
     """
-    kind = next((type(m).__name__ for m in model.modules() if isinstance(m, WholeConv2d)), None)
+    kind = next((type(m).__name__ for m in model.modules() if isinstance(m, ReplicatedConv2d)), None)
     if kind is not None:
         raise UserError(f"the cost model knows conv sc, gc and gc2l, not {kind}; use one of these")
     tracer = _Tracer(model)

@@ -17,7 +17,7 @@ from twolevel.distributed.batch_norm import synchronise_batch_norm
 from twolevel.distributed.strategies.base import EVAL_BATCH, Loss, Placed, Strategy, autocast
 from twolevel.errors import UserError
 from twolevel.nn import Layout, initialize, layout_of
-from twolevel.nn.base import WholeConv2d
+from twolevel.nn.base import ReplicatedConv2d
 
 
 class FullyShardedParallel(Strategy):
@@ -117,7 +117,7 @@ def shard_parameters(
             f"parallel=fsdp shards over the data axis alone, not over group={mesh['group'].size()} ranks as well"
         )
     for name, module in model.named_modules():
-        if isinstance(module, WholeConv2d):
+        if isinstance(module, ReplicatedConv2d):
             raise UserError(
                 f"{name} is a {type(module).__name__}, which parallel=fsdp cannot shard; use conv sc, gc or gc2l"
             )

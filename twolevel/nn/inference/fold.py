@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from twolevel.errors import UserError
-from twolevel.nn.base import WholeConv2d
+from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.channels import PermuteChannels
 from twolevel.nn.structure import ACTIVATIONS, DROPOUTS, LayerTracer, functions_of, methods_of
 
@@ -46,7 +46,7 @@ def fold_permutations(model: nn.Module) -> Folding:
     kept: dict[str, str] = {}
     present: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, WholeConv2d):
+        if isinstance(module, ReplicatedConv2d):
             kept[name] = f"{type(module).__name__} in its training form; replace it by its to_inference()"
         elif isinstance(module, PermuteChannels):
             present.append(name)

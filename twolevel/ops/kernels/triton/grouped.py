@@ -145,7 +145,7 @@ def input_grad(
     """The gradient of x `[B, n, H, W]` channels_last, from gy `[B, m, H', W']` channels_last and the weight.
 
     Pixels of x whose places agree modulo the stride meet the same taps, so each such phase is one launch that
-    multiplies no tap in vain. Raises UserError for a tensor that the kernel cannot read.
+    skips taps that contribute nothing. Raises UserError for a tensor that the kernel cannot read.
     """
     problem = problem_of(tuple(x_shape), weight.shape, geometry, groups, gy.dtype)
     check_image("gy", gy, (problem.batch, problem.outputs, *problem.out_size), gy)
