@@ -36,6 +36,17 @@ def named_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
             yield from named_layers(inner, f"{name}.{child}" if name else child)
 
 
+def blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The members of Sequentials that hold a convolution or linear layer: what parallel=fsdp gathers at a time."""
+    for child, module in model.named_children():
+        path = f"{name}.{child}" if name else child
+        works = any(isinstance(m, nn.Conv2d | nn.Linear) for m in module.modules())
+        if isinstance(model, nn.Sequential) and works and not isinstance(module, nn.Sequential):
+            yield path, module
+        elif isinstance(module, nn.Sequential):
+            yield from blocks(module, path)
+
+
 class LayerTracer(fx.Tracer):
     """Steps into a network's own blocks, but not into layers: our convolutions and torch's modules.
 

@@ -90,7 +90,7 @@ def test_shards_start_as_those_of_the_whole(pool, name, conv, groups, from_meta)
 
 def collectives(accumulate):
     mesh = init_mesh(data=2, device="cpu")
-    rule = OptimiserConfig(accumulate=accumulate, weight_decay=5e-4)
+    rule = OptimiserConfig(accumulate=accumulate)
     step = make_step("wrn-10-1", mesh, "cpu", parallel="fsdp", optimiser=rule)
     units = sum(isinstance(module, FSDPModule) for module in step.placed.model.modules())
     images, labels = batch(4, 8)

@@ -1,6 +1,6 @@
 """Reads a network's operations by running it once on the meta device, so from shapes alone."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
 from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.layout import channel_groups
-from twolevel.nn.structure import ends, named_layers
+from twolevel.nn.structure import blocks, ends, named_layers
 
 
 def trace(model: nn.Module, input_shape: Shape) -> Workload:
@@ -43,23 +43,12 @@ def trace(model: nn.Module, input_shape: Shape) -> Workload:
         for module, mode in modes.items():
             module.training = mode
     layers: list[Layer] = []
-    block, blocks = "", list(_blocks(model))
+    block, names = "", [name for name, _ in blocks(model)]
     for layer in tracer.layers:
         if layer.name:
-            block = next((b for b in blocks if f"{layer.name}.".startswith(f"{b}.")), "")
+            block = next((b for b in names if f"{layer.name}.".startswith(f"{b}.")), "")
         layers.append(replace(layer, block=block))
     return Workload(tuple(tracer.values), tuple(layers), channel_groups(model))
-
-
-def _blocks(model: nn.Module, name: str = "") -> Iterator[str]:
-    """The members of Sequentials that hold a convolution or linear layer: what FSDP gathers at a time."""
-    for child, module in model.named_children():
-        path = f"{name}.{child}" if name else child
-        works = any(isinstance(inner, nn.Conv2d | nn.Linear) for inner in module.modules())
-        if isinstance(model, nn.Sequential) and works and not isinstance(module, nn.Sequential):
-            yield path
-        elif isinstance(module, nn.Sequential):
-            yield from _blocks(module, path)
 
 
 class _Tracer(TorchFunctionMode):

@@ -4,7 +4,7 @@ A block's parameters are gathered just before they are used, forward and backwar
 reduce-scattered to the ranks that keep them: `torch.distributed.fsdp.fully_shard`, block by block.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from twolevel.distributed.strategies.base import EVAL_BATCH, Loss, Placed, Strat
 from twolevel.errors import UserError
 from twolevel.nn import Layout, initialize, layout_of
 from twolevel.nn.base import ReplicatedConv2d
+from twolevel.nn.structure import blocks
 
 
 class FullyShardedParallel(Strategy):
@@ -124,22 +125,11 @@ def shard_parameters(
     whole = layout_of(model)
     if sync_batch_norm:
         synchronise_batch_norm(model, mesh)
-    for name, block in [*_blocks(model), ("", model)]:
+    for name, block in [*blocks(model), ("", model)]:
         if device is not None:
             _draw_rest(block, name, whole, seed, device, dtype)
         fully_shard(block, mesh=mesh["data"])
     return model
-
-
-def _blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The members of Sequentials that hold a convolution or linear layer: what is gathered at a time."""
-    for child, module in model.named_children():
-        path = f"{name}.{child}" if name else child
-        works = any(isinstance(m, nn.Conv2d | nn.Linear) for m in module.modules())
-        if isinstance(model, nn.Sequential) and works and not isinstance(module, nn.Sequential):
-            yield path, module
-        elif isinstance(module, nn.Sequential):
-            yield from _blocks(module, path)
 
 
 def _draw_rest(

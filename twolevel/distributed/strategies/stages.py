@@ -43,7 +43,7 @@ def cut_stages(model: nn.Module, stages: int, image_shape: tuple[int, int, int])
     work = _Work(model, graph, image_shape)
     nodes = [*graph.nodes]
     places = _places(nodes, work)
-    cuts = _balance([work.before[place] for place in places], work.total, stages)
+    cuts = balance([work.before[place] for place in places], work.total, stages)
     if cuts is None:
         raise UserError(
             f"stages={stages}: {type(model).__name__} can be cut in {len(places)} places, into {len(places) + 1} "
@@ -131,16 +131,17 @@ def _size(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _balance(before: list[int], total: int, stages: int) -> list[int] | None:
+def balance(before: list[int], total: int, stages: int) -> list[int] | None:
     """Which `stages` - 1 of the places to cut at, so that the most work of a stage is least; None: too few places.
 
-    Of equally good cuts those with the least sum of squares are taken.
+    `before` is the work before each place, ascending, and `total` all of it. Of equally good cuts those with the least
+    sum of squares are taken.
     """
     # least[j]: (most work, sum of squares, cuts) of the stages before place j, one more stage each round.
     ends = [*before, total]
     least = {j: (work, work**2, ()) for j, work in enumerate(ends)}
     for _ in range(stages - 1):
-        following = {}
+        following: dict[int, tuple[int, int, tuple[int, ...]]] = {}
         for j, end in enumerate(ends):
             options = []
             for i, (most, squares, cuts) in least.items():

@@ -14,6 +14,7 @@ from twolevel.analysis.planner.footprint import Part, buffers, rank_parameters
 from twolevel.analysis.planner.messages import Message, axes, message, send
 from twolevel.analysis.planner.workload import Layer, Workload
 from twolevel.analysis.traffic import collective
+from twolevel.distributed.strategies.stages import balance
 from twolevel.errors import UserError
 
 PipelineSchedule = Literal["naive", "gpipe", "1f1b"]
@@ -98,28 +99,12 @@ def cut(workload: Workload, stages: int) -> list[tuple[Layer, ...]]:
     work = [0]
     for layer in layers:
         work.append(work[-1] + workload.work(layer, 1).macs)
-    ends = [*(place for place in places), len(layers)]
-    least = {end: (work[end], work[end] ** 2, (end,)) for end in ends}
-    for _ in range(stages - 1):
-        following: dict[int, tuple[int, int, tuple[int, ...]]] = {}
-        for end in ends:
-            options = [
-                (
-                    max(most, work[end] - work[cuts[-1]]),
-                    squares + (work[end] - work[cuts[-1]]) ** 2,
-                    (*cuts, end),
-                )
-                for before, (most, squares, cuts) in least.items()
-                if before < end
-            ]
-            if options:
-                following[end] = min(options)
-        least = following
-    if len(layers) not in least:
+    chosen = balance([work[place] for place in places], work[-1], stages)
+    if chosen is None:
         raise UserError(
             f"stages={stages}: the network can be cut in {len(places)} places; use {len(places) + 1} or fewer"
         )
-    cuts = (0, *least[len(layers)][2])
+    cuts = [0, *(places[index] for index in chosen), len(layers)]
     return [layers[first:last] for first, last in pairwise(cuts)]
 
 
