@@ -278,9 +278,12 @@ def test_what_a_checkpoint_does_not_keep_is_not_resumed(pool, finished):
         ("--conv dgconv --complexity-exponent 0.3", ["complexity_exponent=0.3"]),
         ("--schedule dense --kernels narrow", ["kernels=narrow"]),
         ("--conv gc --remeasure", ["remeasure=True"]),
+        ("--weight-decay 0 --no-decay-norm", ["decay_norm=False"]),
         # What a recipe or another setting fills in is not the user's.
         ("--epochs 3", []),
         ("--lr-schedule cosine", []),
+        ("--weight-decay 0", []),
+        ("--no-decay-norm", []),
         ("--lr-milestones 1 --lr-gamma 0.5", []),
         ("--conv dgc", []),
         ("--conv dgc --threshold global --threshold-steps 3", []),

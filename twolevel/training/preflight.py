@@ -103,6 +103,8 @@ def _without_effect(config: TrainConfig, mesh: DeviceMesh) -> Iterator[tuple[obj
         yield optimiser, "lr_gamma", "lr_schedule=cosine has no milestones"
     elif all(milestone >= config.epochs for milestone in optimiser.lr_milestones or ()):
         yield optimiser, "lr_gamma", f"no milestone comes before epochs={config.epochs}"
+    if not optimiser.weight_decay:
+        yield optimiser, "decay_norm", "weight_decay=0 decays nothing"
     if mesh["data"].size() == 1:
         yield config.mesh, "sync_batch_norm", "there is one replica"
     if config.mesh.parallel in ("fsdp", *PIPELINES):
