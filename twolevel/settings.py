@@ -10,7 +10,7 @@ from typing import Literal, get_args
 Conv = Literal["sc", "gc", "gc2l", "shuffle", "flgc", "dgconv", "dgc"]
 CONVS: tuple[str, ...] = get_args(Conv)
 
-# gc2l: when its parts are computed, and by what.
+# gc2l: the order of its operations, and the kernels that compute them.
 Schedule = Literal["auto", "overlapped", "fused", "dense"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 Kernels = Literal["auto", "grouped", "products", "depthwise", "native", "narrow", "triton"]

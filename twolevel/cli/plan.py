@@ -35,8 +35,8 @@ class PlanConfig:
     """bf16 is autocast; that of a measured machine, else float32, unless given"""
 
     machine: str | None = None
-    """titan-rtx, v100, a100-40, a100-80, h100, h200, rtx-4090, or a file of --calibrate; what was measured here last
-    unless given"""
+    """titan-rtx, v100, a100-40, a100-80, h100, h200, rtx-4090, or a file of --calibrate; the newest measurement
+    of this machine unless given"""
 
     link: str | None = None
     """link within a node: nvlink-v100, nvlink-a100, nvlink-h100, pcie3, pcie4, loopback; the machine's unless given"""

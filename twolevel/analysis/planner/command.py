@@ -16,7 +16,7 @@ from twolevel.ops.store import cache_folder
 
 
 def find_machine(name: str | None) -> Machine:
-    """A preset, a file of `Machine.save`, or without a name what was measured here last.
+    """A preset, a file of `Machine.save`, or without a name the newest measurement of this machine.
 
     Raises UserError for a name that is neither, and where nothing was measured.
     """

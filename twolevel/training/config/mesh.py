@@ -21,7 +21,7 @@ class MeshConfig:
     """what ranks split: groups, filters of dense convolutions (channel), parameters (fsdp) or layers (others)"""
 
     data_parallel: int = field(default=1, metadata=FREE)
-    """replicas, each with its share of the batch; with fsdp all ranks, which need not be said"""
+    """replicas, each with its share of the batch; with fsdp all ranks, by default"""
 
     group_parallel: int | None = field(default=None, metadata=FREE)
     """ranks over which each replica's groups, filters or layers are split; all that data_parallel leaves"""

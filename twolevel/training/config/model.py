@@ -29,10 +29,10 @@ class ModelConfig:
     """channel groups, of dgc the heads; 4 unless given (32 for ResNeXt), 1 for sc; dgconv learns them"""
 
     schedule: Schedule = field(default="auto", metadata=FREE)
-    """gc2l: when its parts are computed, and when the exchange; auto: what is fastest, by a measurement kept on disk"""
+    """gc2l: the order of its operations and the exchange; auto: the fastest, by a measurement stored on disk"""
 
     kernels: Kernels = field(default="auto", metadata=FREE)
-    """gc2l: by what its parts are computed: torch (the first three), C on CPUs (native, narrow), Triton"""
+    """gc2l: which kernels compute it: of torch (the first three), C on CPUs (native, narrow), Triton"""
 
     permutation_seed: int | None = None
     """shuffle: a fixed random permutation of the channels from this seed, instead of the shuffle"""

@@ -54,7 +54,7 @@ class OptimiserConfig:
     """also keep and test an exponential moving average of the weights, with this decay a step"""
 
     precise_batch_norm: int = 0
-    """before each test take batch norm's statistics anew, over this many training batches; 0 keeps running averages"""
+    """before each test recompute batch norm's statistics over this many training batches; 0 keeps running averages"""
 
     def __post_init__(self):
         check_finite(self)

@@ -17,7 +17,7 @@ class RuleConfig:
     """dgc: the norm summed over channels (paper) or their mean (the authors' code)"""
 
     threshold_steps: int = 50
-    """dgc with threshold global: last steps of an epoch over which the threshold is taken"""
+    """dgc with threshold global: last steps of an epoch over which the threshold is computed"""
 
     complexity_divisor: float | None = None
     """dgconv: wanted complexity as a fraction of dense, 32 in public use; no budget unless given"""

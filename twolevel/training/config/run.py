@@ -1,4 +1,4 @@
-"""Settings of where results go and how the run is carried out."""
+"""Settings of where results are written and how the run is executed."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from twolevel.training.validation import check_least
 
 @dataclass
 class RunConfig:
-    """Where results go, and how the run is carried out."""
+    """Where results are written, and how the run is executed."""
 
     output: Path | None = field(default=None, metadata=FREE)
     """folder of the run: config.json, metrics, checkpoints, curve; runs/MODEL-CONV-GROUPS-DATA unless given"""
@@ -22,7 +22,7 @@ class RunConfig:
     """go on from the newest checkpoint in the output folder"""
 
     seed: int = field(default=0, metadata=FIXED)
-    """of initial weights, order, crops and flips; the same for any number of ranks"""
+    """seed of initial weights, image order, crops and flips; the same for any number of ranks"""
 
     precision: Precision = "float32"
     """bf16 is autocast: weights and gradients stay float32"""
@@ -34,7 +34,7 @@ class RunConfig:
     """launch a whole training step at once, as a CUDA graph; one replica on GPUs"""
 
     max_steps: int | None = field(default=None, metadata=FREE)
-    """stop after this many steps in all, in the middle of an epoch if need be"""
+    """stop after this many steps in all, even in the middle of an epoch"""
 
     checkpoint_steps: int | None = field(default=None, metadata=FREE)
     """write a checkpoint every so many steps, besides the one after each epoch"""
@@ -46,10 +46,10 @@ class RunConfig:
     """steps between two records of loss and accuracy; reading them waits for the device"""
 
     remeasure: bool = field(default=False, metadata=STARTING)
-    """gc2l: measure again by what each layer is computed best, instead of taking what the run has recorded"""
+    """gc2l: measure again which kernels are fastest for each layer, instead of using those that the run recorded"""
 
     forms: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict, metadata=FREE)
-    """by what each size of two-level layer is computed ("schedule kernels"); of config.json, no option"""
+    """the form of each size of two-level layer ("schedule kernels"); of config.json, no option"""
 
     def __post_init__(self):
         self.output = self.output and Path(self.output).expanduser()
