@@ -9,6 +9,7 @@ from typing import Literal, get_args
 # Convolutions; `twolevel.nn.factory` builds them.
 Conv = Literal["sc", "gc", "gc2l", "shuffle", "flgc", "dgconv", "dgc"]
 CONVS: tuple[str, ...] = get_args(Conv)
+UNGROUPED = ("sc", "dgconv")  # groups is 1 unless given
 
 # gc2l: the order of its operations, and the kernels that compute them.
 Schedule = Literal["auto", "overlapped", "fused", "dense"]

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,13 +57,22 @@ def test_a_data_set_is_loaded_through_its_module(stripes):
     assert torch.equal(images[:, 0, 0, 0], labels * 2.0 - 1)  # (0 - 0.5) / 0.5 and (1 - 0.5) / 0.5
 
 
+def test_a_line_that_says_something_else_than_the_module_loads_is_noticed(stripes, monkeypatch):
+    wrong = replace(registry.DATA_SETS["stripes"], num_classes=3)
+    monkeypatch.setattr("twolevel.data.config.DATA_SETS", {**DATA_SETS, "stripes": wrong})
+    with pytest.raises(
+        AssertionError, match=r"DATA_SETS\['stripes'\] says .* = \(3, 8\); loaded were \(2, 8\)"
+    ):
+        load(DataConfig("stripes", batch_size=4), seed=0, device="cpu")
+
+
 def test_a_line_gives_checks_recipe_and_help(stripes):
     config = TrainConfig(data=DataConfig("stripes", workers=1))
     assert config.data.num_classes == 2 and config.data.image_shape == (3, 8, 8)
     assert config.data.ignored() == ["workers"]
     optimiser = config.optimiser
     assert (optimiser.epochs, optimiser.lr_milestones, optimiser.weight_decay) == (3, (2,), 0.0)
-    assert list_of_names(about=True).endswith("imagenet or stripes (two classes)")
+    assert list_of_names(about=True).endswith(" or stripes (two classes)")
     with pytest.raises(UserError, match="did you mean stripes"):
         DataConfig("stripe")
 

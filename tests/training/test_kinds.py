@@ -6,6 +6,7 @@ from command import records, run
 
 import twolevel.models
 from twolevel.nn import DynamicGroupConv2d
+from twolevel.settings import CONVS
 
 KINDS = {
     "sc": [],
@@ -16,6 +17,8 @@ KINDS = {
     "dgconv": ["--complexity-divisor", 4],
     "dgc": ["--groups", 4, "--lasso", 1e-4],
 }
+
+assert set(KINDS) == set(CONVS)
 
 
 @pytest.mark.parametrize("conv", KINDS)

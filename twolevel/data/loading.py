@@ -53,7 +53,13 @@ def load(
             or does not divide over the ranks.
     """
     view = View(seed=seed, device=torch.device(device), dtype=dtype, data_rank=data_rank, data_size=data_size)
-    return _module(config).load(config, view)
+    data, line = _module(config).load(config, view), config.data_set
+    said = (line.num_classes or data.num_classes, line.image_size or data.image_shape[-1])
+    found = (data.num_classes, data.image_shape[-1])
+    assert said == found, (
+        f"DATA_SETS[{config.data!r}] says (num_classes, image_size) = {said}; loaded were {found}"
+    )
+    return data
 
 
 def _module(config: DataConfig) -> DataSetModule:

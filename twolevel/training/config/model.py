@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twolevel.errors import UserError
-from twolevel.settings import FIXED, FREE, Kernels, Schedule, Threshold
+from twolevel.settings import FIXED, FREE, UNGROUPED, Kernels, Schedule, Threshold
 from twolevel.training.validation import check, check_finite
 
 # Settings that one kind of convolution alone has.
@@ -49,7 +49,7 @@ class ModelConfig:
     def __post_init__(self):
         if self.groups is None:
             default = 32 if self.model.startswith("resnext") else 4
-            self.groups = 1 if self.conv in ("sc", "dgconv") else default
+            self.groups = 1 if self.conv in UNGROUPED else default
         check_finite(self)
         seed = self.permutation_seed
         check(self, "permutation_seed", seed is None or -(2**63) <= seed < 2**64, "an integer of 64 bits")
