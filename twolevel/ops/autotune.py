@@ -1,4 +1,4 @@
-"""Timing the forms of a layer on this machine, and keeping what was found on disk."""
+"""Times the forms of a layer on this machine, and stores the results on disk."""
 
 import logging
 import platform
@@ -35,7 +35,7 @@ class Form(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A form and why: the milliseconds of each that was measured, none where the best estimate is taken."""
+    """A form and why: milliseconds of each form that was measured; none where the best estimate is used."""
 
     form: Form
     milliseconds: Mapping[str, float]
@@ -43,7 +43,7 @@ class Decision(NamedTuple):
     """Whether it was measured just now."""
 
     def why(self) -> str:
-        """The form, and the times in which it was found the best, in one line."""
+        """The form and the times that were measured, in one line."""
         if not self.milliseconds:
             return f"{self.form}, too small to measure or the only one"
         ranked = sorted(self.milliseconds.items(), key=lambda item: item[1])
@@ -63,7 +63,7 @@ class Measurements:
         self.store = store
 
     def known(self, problem: Problem, able: Sequence[Form]) -> Decision | None:
-        """What was measured before, None where nothing was."""
+        """The stored measurement, or None."""
         kept = _valid(self.store.get(line(problem, able)), able)
         return None if kept is None else Decision(Form(*kept["form"]), kept["ms"])
 
@@ -82,14 +82,14 @@ class Measurements:
 
 @cache
 def measurements() -> Measurements:
-    """Those of this user."""
+    """The store of this user."""
     return Measurements(Store(cache_folder() / "forms.json"))
 
 
 def measure(
     problem: Problem, able: Sequence[Form], runs: Callable[[Problem], list[Run]]
 ) -> dict[Form, float]:
-    """Seconds of forward and backward by form, the least of a few turns. What does not fit a card is left out."""
+    """Seconds of forward and backward by form, the least of a few runs. A form that runs out of memory is left out."""
     candidates = dict(zip(able, runs(problem), strict=True))
     times: dict[Form, float] = {}
     for turn in range(TURNS + 1):  # one to warm up
@@ -127,7 +127,7 @@ def _best(times: dict[Form, float], able: Sequence[Form]) -> Form:
 
 
 def _valid(kept: Any, able: Sequence[Form]) -> dict[str, Any] | None:
-    """What a store holds for a layer, None where that is not what was kept: it is measured again."""
+    """What a store holds for a layer; None where that is not valid, so that the layer is measured again."""
     good = isinstance(kept, dict) and kept.get("form") in [[*form] for form in able]
     return kept if good and isinstance(kept.get("ms"), dict) else None
 

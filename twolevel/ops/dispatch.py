@@ -1,4 +1,4 @@
-"""By what a two-level convolution is computed: looked up, else chosen among what can, else measured.
+"""Chooses how a two-level convolution is computed: looks the plan up; else lists the forms that can, and measures them.
 
 A form is a schedule and a set of kernels:
 
@@ -69,11 +69,11 @@ def plan_for(
     *,
     may_measure: bool,
 ) -> Plan:
-    """The plan for these tensors: what is asked for, and of what is left open the fastest as measured here.
+    """The plan for these tensors: the requested schedule and kernels; where they are auto, the fastest as measured.
 
-    In the steady state this is one look-up. Small layers take the best estimate, and so do those not measured yet
-    where it is not the time for it: where the caller says so, and while a CUDA graph is captured. Raises UserError for
-    an unknown name and for what cannot compute these tensors here.
+    In the steady state this is one look-up. The best estimate is used for layers that are too small to benchmark, and
+    for layers without a measurement while none may be made: if `may_measure` is False, or a CUDA graph is captured.
+    Raises UserError for an unknown name and for kernels that cannot compute these tensors here.
     """
     key = (
         *(x.shape, x.dtype, x.device, type(x), x.is_contiguous(memory_format=torch.channels_last)),
@@ -108,9 +108,9 @@ def _plan(form: Form) -> Plan:
 
 
 def able_forms(problem: Problem, schedule: str = "auto", kernels: str = "auto") -> list[Form]:
-    """What can compute this problem here and is asked for, one form at least; the best estimate first.
+    """The requested forms that can compute this problem here, at least one; the best estimate first.
 
-    Raises UserError for an unknown name, and where there is none: with the reason of every set that is asked for.
+    Raises UserError for an unknown name, and where there is none: with the reason of every requested set.
     """
     if schedule not in SCHEDULES:
         raise unknown("schedule", schedule, SCHEDULES)
@@ -155,13 +155,13 @@ def _cannot(
 
 @cache
 def _warn_without_c() -> None:
-    """Once a process: that torch computes what C kernels would compute faster, and why."""
+    """Warn once a process that torch computes what C kernels would compute faster, and why."""
     if (why := available()) is not None:
         log.warning("two-level convolutions are computed without the C kernels: %s", why)
 
 
 def decide(problem: Problem, able: Sequence[Form], *, may_measure: bool) -> Decision | None:
-    """The fastest of `able`; None where it is not known and may not be measured now."""
+    """The fastest of `able`; None where it is unknown and must not be measured now."""
     if len(able) == 1 or problem.macs < autotune.SMALL_MACS or problem.device.type not in ("cpu", "cuda"):
         return Decision(able[0], {})
     known = measurements().known(problem, able)

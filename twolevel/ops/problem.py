@@ -35,7 +35,7 @@ class Problem:
     def of(
         cls, x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry, ranks: int
     ) -> Self:
-        """That of these tensors, whose shapes are as in `twolevel.ops.two_level_conv2d`."""
+        """The problem of these tensors, whose shapes are as in `twolevel.ops.two_level_conv2d`."""
         batch, inputs, height, width = x.shape
         outputs, _, kernel_height, kernel_width = local.shape
         return cls(
@@ -71,7 +71,7 @@ class Problem:
         return pixels * math.prod(self.local_shape)
 
     def title(self) -> str:
-        """The layer in a few words, whatever its batch and the machine: what a run keeps its form under."""
+        """The layer in a few words, without its batch and machine: the key under which a run records its form."""
         pairs = zip(Geometry._fields, self.geometry, Geometry(), strict=True)
         parts = [
             f"{self.inputs} to {self.outputs} channels of {_times(self.size)}",

@@ -1,4 +1,4 @@
-"""The ranks of a command, and from settings to a network on them."""
+"""The ranks of a command, and the network that they build from its settings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,7 @@ class Context:
         return strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm, compile=compile)
 
     def carriers(self, network: nn.Module) -> str:
-        """What carries tensors between these ranks: over MPI go those of layers that have its axis."""
+        """What carries tensors between these ranks: MPI for the layers that have its axis."""
         over_mpi = any(isinstance(v, MPIAxis) for module in network.modules() for v in vars(module).values())
         if not over_mpi:
             return self.world.backend

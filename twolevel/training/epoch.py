@@ -55,7 +55,7 @@ class Epochs:
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.placed.device)
 
     def run(self) -> dict[str, Any] | None:
-        """All that are left; the record of the last one, None where no epoch ends."""
+        """Run all epochs that are left; returns the record of the last one, None if no epoch ends."""
         last = None
         while self.state.untested or self.state.step < self.last_step:
             if self.state.untested or self.train():
@@ -63,7 +63,7 @@ class Epochs:
         return last
 
     def train(self) -> bool:
-        """Go on to the end of the epoch, or to the last step where that comes before; whether the epoch ended."""
+        """Train to the end of the epoch, or to the last step if that comes first; returns whether the epoch ended."""
         state, run = self.state, self.config.run
         epoch, began = state.epoch, time.perf_counter()
         self.began = began
@@ -169,7 +169,7 @@ class Epochs:
         return record
 
     def test_network(self, network: nn.Module, epoch: int, first: int, prefix: str = "") -> dict[str, Any]:
-        """What the record of `epoch` says of one network; `first` is the unit of work of its first batch."""
+        """Test one network; returns its part of the record of `epoch`. `first` is its first batch as a unit of work."""
         sync_buffers(network, self.state.mesh)
         number = self.config.optimiser.precise_batch_norm
 

@@ -1,4 +1,4 @@
-"""By what each two-level convolution of a run is computed: decided before its first step, and then part of its state.
+"""The form of each two-level convolution of a run: decided before its first step, and then part of its state.
 
 Another form gives other rounding errors. A run that goes on, and one that is started from another's config.json, takes
 the forms recorded there; so its results do not depend on what the machine measured.

@@ -1,4 +1,4 @@
-"""A run from its settings to its last words; `epoch.py` has what happens in between."""
+"""A run, from its settings to its final message; `epoch.py` has the epochs in between."""
 
 import json
 import shlex
@@ -32,7 +32,7 @@ from twolevel.training.stopping import StopRequest
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
-    """Carry out a run; every rank calls it with the same configuration.
+    """Train as configured; every rank calls it with the same configuration.
 
     Leaves in the output folder `config.json`, `metrics.jsonl`, `epochs.csv`, `tensorboard/`,
     `checkpoints/` and `curve.png`. Returns the record of the last epoch, None where `max_steps` ends the run
@@ -113,7 +113,7 @@ class Trainer:
         return TrainState(self.config, model, sgd, self.context.mesh, steps, self.data.num_classes, ema)
 
     def run(self) -> dict[str, Any] | None:
-        """Carry it out; the record of the last epoch, None where no epoch ends."""
+        """Run all epochs that are left; returns the record of the last one, None if no epoch ends."""
         state, first = self.state, self.context.first
         self.display = Display(self.last_step, state.step, shown=first)
         metrics_log = None

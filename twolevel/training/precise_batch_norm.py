@@ -1,4 +1,4 @@
-"""Batch norm's statistics for a test: of training batches and the present weights, not of the steps that led here."""
+"""Batch norm's statistics for a test, recomputed from training batches with the present weights."""
 
 from collections.abc import Callable
 from itertools import islice

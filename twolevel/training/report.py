@@ -54,7 +54,7 @@ class Report:
 
 @dataclass
 class Run:
-    """What a run left: its newest weights, the records of its epochs, and its name in titles."""
+    """The results of a run: its newest weights, the records of its epochs, and its name in titles."""
 
     path: Path
     weights: Weights

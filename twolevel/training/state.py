@@ -23,7 +23,7 @@ from twolevel.training.config import TrainConfig
 
 @dataclass
 class TrainState:
-    """The network and what training has made of it. `step` counts from the start of the run.
+    """The network and the state of its training. `step` counts from the start of the run.
 
     Batches, crops and learning rate are functions of the step, so the position in the epoch is all that
     has to be kept of them. `epoch_sums` are the sums (loss, correct, images) of the epoch so far; `untested` is the
@@ -103,7 +103,7 @@ class TrainState:
                 )
 
     def load(self, path: Path) -> None:
-        """Take up the state of a checkpoint, whatever the number of ranks that wrote it."""
+        """Load the state of a checkpoint, whatever the number of ranks that wrote it."""
         state = checkpoint.read_state(path)
         if self.config.optimiser.momentum:
             for parameter in self.model.parameters():

@@ -27,7 +27,7 @@ class KernelSet(Protocol):
         ...
 
     def estimate(self, problem: Problem) -> float:
-        """The lower, the faster these kernels are thought to be; the numbers mean nothing else."""
+        """Orders the sets before any is measured: lower is faster. The numbers have no other meaning."""
         ...
 
     def restrict(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -88,7 +88,7 @@ class KernelSet(Protocol):
     def local_and_coarse(
         self, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, z: Tensor, coarse: Tensor
     ) -> Tensor:
-        """A * x + C z, where z is there already."""
+        """A * x + C z, when z has already arrived."""
         ...
 
     def coarse_input_grad(self, gy: Tensor, coarse: Tensor) -> Tensor:

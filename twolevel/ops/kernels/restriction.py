@@ -1,13 +1,14 @@
-"""The restriction, of whose group convolution CPU libraries leave all but one lane of a vector empty.
+"""The restriction, faster than by the group convolution of CPU libraries.
 
-They fill vectors with output channels, and the restriction has one a group. Two other ways to compute it:
+Those fill vectors with output channels. The restriction has one a group, so all lanes but one stay empty.
+Two other ways to compute it:
 
     products    a matrix product over pixels with a row for each tap (`tap_products`); its maps are G kh kw channels
     depthwise   d_i = r[i] * x_i for every channel, then the sum of d_i over each group; its maps are n channels
 
-Both need channels_last memory. `twolevel.ops.autotune` measures which is the fastest; before it has, the one with the
-smaller maps is taken on CPUs. Measured there on one thread, batch 32, forward and backward, against the group
-convolution: 64 channels of 32 x 32 in 4 groups take 0.3 of its time (products), in 16 groups 0.5 (depthwise).
+Both need channels_last memory. `twolevel.ops.autotune` measures which is the fastest; without a measurement
+the one with the smaller maps is used on CPUs. Measured there on one thread, batch 32, forward and backward, against the
+group convolution: 64 channels of 32 x 32 in 4 groups take 0.3 of its time (products), in 16 groups 0.5 (depthwise).
 """
 
 from typing import Literal, get_args

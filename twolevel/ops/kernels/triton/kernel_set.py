@@ -16,10 +16,10 @@ MOST = 4
 
 
 class TritonKernels(TorchKernels):
-    """Convolutions by Triton kernels; the products of the coarse term are torch's, but where z is there in time for the
-    epilogue of the local convolution.
+    """Convolutions by Triton kernels. The products of the coarse term are torch's, unless z has arrived before
+    the local convolution starts: then its epilogue adds them.
 
-    A problem's configurations are measured when it is first met, outside of CUDA graphs, and kept in `choices`.
+    A problem's configurations are measured when it is first met, outside of CUDA graphs, and stored in `choices`.
     """
 
     name = "triton"
