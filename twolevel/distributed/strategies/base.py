@@ -39,7 +39,6 @@ class Strategy(ABC):
         self.mesh, self.device, self.precision = mesh, torch.device(device), precision
         self.dtype = torch.float64 if precision == "float64" else torch.float32
 
-    @abstractmethod
     def place(
         self,
         network: nn.Module,
@@ -53,6 +52,16 @@ class Strategy(ABC):
 
         With `compile` its forward runs through torch.compile. Every rank must call this; it fails on all or on none.
         """
+        placed = self._place(network, seed, image_shape, sync_batch_norm)
+        if compile:
+            placed.compile_()
+        return placed
+
+    @abstractmethod
+    def _place(
+        self, network: nn.Module, seed: int, image_shape: tuple[int, int, int], sync_batch_norm: bool
+    ) -> "Placed":
+        """As `place`, not compiled."""
 
     def check_batch(self, batch_size: int, accumulate: int) -> None:
         """Raise UserError where a batch does not divide into the parts in which it is computed."""
@@ -89,6 +98,10 @@ class Placed(ABC):
     def __init__(self, strategy: Strategy, model: nn.Module):
         self.strategy, self.model = strategy, model
         self.mesh, self.device = strategy.mesh, strategy.device
+
+    def compile_(self) -> None:
+        """Have the forward of `model` run through torch.compile."""
+        self.model.compile()
 
     @abstractmethod
     def forward_backward(self, images: Tensor, labels: Tensor, loss: Loss, accumulate: int = 1) -> None:

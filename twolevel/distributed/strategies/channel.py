@@ -36,14 +36,8 @@ class ChannelParallel(GroupParallel):
 
     parallel = "channel"
 
-    def place(
-        self,
-        network: nn.Module,
-        seed: int,
-        image_shape: tuple[int, int, int],
-        *,
-        sync_batch_norm: bool = False,
-        compile: bool = False,
+    def _place(
+        self, network: nn.Module, seed: int, image_shape: tuple[int, int, int], sync_batch_norm: bool
     ) -> PlacedReplica:
         split_channels(
             network,
@@ -54,7 +48,7 @@ class ChannelParallel(GroupParallel):
             exchange=self.exchange,
             timeout_s=self.timeout_s,
         )
-        return PlacedReplica(self, self._in_memory_format(network), compile=compile)
+        return PlacedReplica(self, self._in_memory_format(network))
 
 
 def split_channels(

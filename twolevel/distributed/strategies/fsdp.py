@@ -26,14 +26,8 @@ class FullyShardedParallel(Strategy):
 
     parallel = "fsdp"
 
-    def place(
-        self,
-        network: nn.Module,
-        seed: int,
-        image_shape: tuple[int, int, int],
-        *,
-        sync_batch_norm: bool = False,
-        compile: bool = False,
+    def _place(
+        self, network: nn.Module, seed: int, image_shape: tuple[int, int, int], sync_batch_norm: bool
     ) -> "PlacedShards":
         # fully_shard takes contiguous parameters: channels_last comes from the images alone.
         model = shard_parameters(
@@ -44,7 +38,7 @@ class FullyShardedParallel(Strategy):
             dtype=self.dtype,
             sync_batch_norm=sync_batch_norm,
         )
-        return PlacedShards(self, model, compile=compile)
+        return PlacedShards(self, model)
 
     def __str__(self) -> str:
         return f"{self.mesh['data'].size()} fsdp ranks"
@@ -53,12 +47,10 @@ class FullyShardedParallel(Strategy):
 class PlacedShards(Placed):
     """A replica of which this rank keeps a part of every parameter, and gathers the rest block by block."""
 
-    def __init__(self, strategy: Strategy, model: nn.Module, *, compile: bool = False):
-        super().__init__(strategy, model)
-        if compile:
-            # Gathering ends a graph at each block. All blocks are one class, so that torch would take their sizes for
-            # variable, and then fails to generate code (2.15, CPU).
-            model.compile(dynamic=False)
+    def compile_(self) -> None:
+        # Gathering ends a graph at each block. All blocks are one class, so that torch would take their sizes for
+        # variable, and then fails to generate code (2.15, CPU).
+        self.model.compile(dynamic=False)
 
     def forward_backward(self, images: Tensor, labels: Tensor, loss: Loss, accumulate: int = 1) -> None:
         chunks = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)

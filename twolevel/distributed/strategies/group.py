@@ -30,14 +30,8 @@ class GroupParallel(Strategy):
         super().__init__(mesh, device, precision=precision)
         self.exchange, self.timeout_s = exchange, timeout_s
 
-    def place(
-        self,
-        network: nn.Module,
-        seed: int,
-        image_shape: tuple[int, int, int],
-        *,
-        sync_batch_norm: bool = False,
-        compile: bool = False,
+    def _place(
+        self, network: nn.Module, seed: int, image_shape: tuple[int, int, int], sync_batch_norm: bool
     ) -> "PlacedReplica":
         parallelize(
             network,
@@ -46,16 +40,11 @@ class GroupParallel(Strategy):
             exchange=self.exchange,
             timeout_s=self.timeout_s,
         )
-        return PlacedReplica(self, self._draw(network, seed), compile=compile)
+        return PlacedReplica(self, self._draw(network, seed))
 
 
 class PlacedReplica(Placed):
     """A part of a network that is whole over the ranks of a `group` axis, and has replicas along `data`."""
-
-    def __init__(self, strategy: Strategy, model: nn.Module, *, compile: bool = False):
-        super().__init__(strategy, model)
-        if compile:
-            model.compile()
 
     @cached_property
     def network(self) -> nn.Module:

@@ -46,18 +46,12 @@ class PipelineParallel(Strategy):
                 f"schedule; use {ranks} or more, or gpipe"
             )
 
-    def place(
-        self,
-        network: nn.Module,
-        seed: int,
-        image_shape: tuple[int, int, int],
-        *,
-        sync_batch_norm: bool = False,
-        compile: bool = False,
+    def _place(
+        self, network: nn.Module, seed: int, image_shape: tuple[int, int, int], sync_batch_norm: bool
     ) -> "PlacedStage":
         stages = cut_stages(network, self.mesh["group"].size(), image_shape)
         stage = stages[self.mesh.get_local_rank("group")]
-        return PlacedStage(self, stage, self._draw(stage.network, seed), compile=compile)
+        return PlacedStage(self, stage, self._draw(stage.network, seed))
 
     def check_batch(self, batch_size: int, accumulate: int) -> None:
         self._check_parts(batch_size, microbatches=self.microbatches, accumulate=accumulate)
@@ -66,10 +60,8 @@ class PipelineParallel(Strategy):
 class PlacedStage(Placed):
     """This rank's `stage`; all other ranks of the mesh's `group` axis have theirs, and the last one has the logits."""
 
-    def __init__(self, strategy: PipelineParallel, stage: Stage, model: nn.Module, *, compile: bool = False):
+    def __init__(self, strategy: PipelineParallel, stage: Stage, model: nn.Module):
         super().__init__(strategy, model)
-        if compile:
-            model.compile()
         self.stage = stage
         self.group = self.mesh.get_group("group")
         self.rank, self.ranks = self.group.rank(), self.group.size()
