@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -89,10 +90,10 @@ class Strategy(ABC):
         return f"{self.mesh['data'].size()} data x {self.mesh['group'].size()} {self.parallel} ranks"
 
 
-class Placed(ABC):
+class Placed:
     """This rank's part of a network, ready to train and to test: `model`, as a strategy placed it.
 
-    Every rank must make the same calls.
+    Every rank must make the same calls. This class is right for a rank that computes logits by calling `network`.
     """
 
     def __init__(self, strategy: Strategy, model: nn.Module):
@@ -103,13 +104,27 @@ class Placed(ABC):
         """Have the forward of `model` run through torch.compile."""
         self.model.compile()
 
-    @abstractmethod
+    @property
+    def network(self) -> nn.Module:
+        """What a step calls: `model`, or what adds the exchange of gradients to it."""
+        return self.model
+
     def forward_backward(self, images: Tensor, labels: Tensor, loss: Loss, accumulate: int = 1) -> None:
         """Add the gradients of `loss` over the whole batch, of which this rank has its share, to the parameters'.
 
         The batch is computed in `accumulate` equal parts one after the other. `loss` is called for each part, on the
         ranks that have logits, and divided by their number here.
         """
+        chunks = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
+        for index, (x, y) in enumerate(chunks, start=1):
+            with self._synchronised(last_part=index == accumulate):
+                with autocast(self.device, self.strategy.precision):
+                    logits = self.network(x)
+                (loss(logits, y) / accumulate).backward()
+
+    def _synchronised(self, *, last_part: bool) -> AbstractContextManager[None]:
+        """Replicas add their gradients up once a step, with its last part."""
+        return nullcontext()
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale the gradients of the whole network down to this norm; returns their norm before, a scalar."""
@@ -126,7 +141,6 @@ class Placed(ABC):
 
     def end_forwards(self, model: nn.Module) -> None:
         """Called after the last of some `logits`, which have no backward."""
-        return
 
     def total(self, sums: Tensor) -> list[float]:
         """Sums over the logits that ranks have, summed over all images, on the host of every rank."""

@@ -5,6 +5,7 @@ reduce-scattered to the ranks that keep them: `torch.distributed.fsdp.fully_shar
 """
 
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from twolevel.data.split import EvalSplit
 from twolevel.distributed.batch_norm import synchronise_batch_norm
-from twolevel.distributed.strategies.base import EVAL_BATCH, Loss, Placed, Strategy, autocast
+from twolevel.distributed.strategies.base import EVAL_BATCH, Placed, Strategy
 from twolevel.errors import UserError
 from twolevel.nn import Layout, initialize, layout_of
 from twolevel.nn.base import ReplicatedConv2d
@@ -52,14 +53,10 @@ class PlacedShards(Placed):
         # variable, and then fails to generate code (2.15, CPU).
         self.model.compile(dynamic=False)
 
-    def forward_backward(self, images: Tensor, labels: Tensor, loss: Loss, accumulate: int = 1) -> None:
-        chunks = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
-        for index, (x, y) in enumerate(chunks, start=1):
-            assert isinstance(self.model, FSDPModule)
-            self.model.set_requires_gradient_sync(index == accumulate)
-            with autocast(self.device, self.strategy.precision):
-                logits = self.model(x)
-            (loss(logits, y) / accumulate).backward()
+    def _synchronised(self, *, last_part: bool) -> AbstractContextManager[None]:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last_part)
+        return super()._synchronised(last_part=last_part)
 
     def eval_batches(self, model: nn.Module, test: EvalSplit) -> Generator[tuple[Tensor, Tensor], None, None]:
         """As many batches on every rank, since each takes part in every gathering; those to fill up have no labels."""

@@ -4,13 +4,13 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from twolevel.distributed.parallelize import parallelize
 from twolevel.distributed.replicas import replicate
-from twolevel.distributed.strategies.base import Loss, Placed, Strategy, autocast
+from twolevel.distributed.strategies.base import Placed, Strategy
 
 
 class GroupParallel(Strategy):
@@ -51,16 +51,7 @@ class PlacedReplica(Placed):
         """What averages gradients over replicas. Made for the first step, since a test needs none of its memory."""
         return replicate(self.model, self.mesh)
 
-    def forward_backward(self, images: Tensor, labels: Tensor, loss: Loss, accumulate: int = 1) -> None:
-        chunks = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
-        for index, (x, y) in enumerate(chunks, start=1):
-            with self._synchronised(last_part=index == accumulate):
-                with autocast(self.device, self.strategy.precision):
-                    logits = self.network(x)
-                (loss(logits, y) / accumulate).backward()
-
     def _synchronised(self, *, last_part: bool) -> AbstractContextManager[None]:
-        """Replicas add their gradients up once a step, with its last part."""
         if isinstance(self.network, DistributedDataParallel) and not last_part:
             return self.network.no_sync()
         return nullcontext()
