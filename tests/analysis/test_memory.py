@@ -6,6 +6,7 @@ from inspect import signature
 
 import pytest
 import torch
+from by_hand import SIMPLE, workload
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
@@ -21,7 +22,6 @@ from twolevel.analysis.planner.costs.fsdp import fsdp_cost
 from twolevel.analysis.planner.costs.group import group_cost
 from twolevel.analysis.planner.costs.pipeline import cut
 from twolevel.analysis.planner.footprint import Part, buffers, rank_parameters
-from twolevel.analysis.planner.machine import Link, Machine
 from twolevel.analysis.planner.tracing import trace
 from twolevel.distributed import parallelize, replicate
 from twolevel.distributed.strategies.channel import split_channels
@@ -30,22 +30,6 @@ from twolevel.distributed.strategies.stages import cut_stages
 from twolevel.errors import UserError
 from twolevel.nn.structure import ACTIVATIONS
 
-CURVES = {"float32": ((1, 1.0), (2, 1.0)), "bf16": ((1, 1.0), (2, 1.0))}
-# Everything by hand: 1 GFLOP/s, 1 GB/s, links of 1 ms and 1 MB/s (within) or 0.1 MB/s (between nodes).
-SIMPLE = Machine(
-    name="simple",
-    source="",
-    memory=0,
-    flops={"float32": 1e9, "bf16": 1e9},
-    bandwidth=1e9,
-    dense=CURVES,
-    grouped=CURVES,
-    streaming=1.0,
-    overhead=0.0,
-    link=Link(name="in", latency=1e-3, bandwidth=1e6),
-    internode=Link(name="out", latency=1e-3, bandwidth=1e5),
-    ranks_per_node=4,
-)
 NETWORKS = [
     ("wrn-10-2", "sc", 1, 16),
     ("wrn-10-2", "gc", 4, 16),
@@ -57,11 +41,6 @@ NETWORKS += [
     ("condensenet-50", "sc", 1, 16),
     ("resnext50", "gc", 32, 64),
 ]
-
-
-def workload(name, conv="sc", groups=1, size=16):
-    with torch.device("meta"):
-        return trace(models.create(name, conv=conv, groups=groups), (3, size, size))
 
 
 def make(name, conv, groups):
