@@ -105,7 +105,7 @@ def build(
         precision="bf16" if device == "cuda" else "float32",
         optimiser=RULE,
     )
-    network = getattr(step.placed, "network", None)
+    network = step.placed.network
     if isinstance(network, DistributedDataParallel) and not crosses:
         # As DDP itself does, which stumbles over the fake group: what that hands back is no tensor.
         network.register_comm_hook(mesh.get_group("data"), _keep_own)

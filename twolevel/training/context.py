@@ -44,15 +44,7 @@ class Context:
 
     def strategy(self, precision: str) -> Strategy:
         """The way in which these ranks share a network that computes in `precision`."""
-        return strategies.create(
-            self.config.parallel,
-            self.mesh,
-            self.device,
-            precision=precision,
-            exchange=self.config.exchange,
-            timeout_s=self.config.timeout,
-            microbatches=self.config.microbatches,
-        )
+        return strategy_for(self.config, self.mesh, self.device, precision)
 
     def build(
         self,
@@ -80,6 +72,21 @@ class Context:
 
     def close(self) -> None:
         stop(self.world)
+
+
+def strategy_for(
+    config: MeshConfig, mesh: DeviceMesh, device: torch.device | str, precision: str
+) -> Strategy:
+    """The strategy that settings name."""
+    return strategies.create(
+        config.parallel,
+        mesh,
+        device,
+        precision=precision,
+        exchange=config.exchange,
+        timeout_s=config.timeout,
+        microbatches=config.microbatches,
+    )
 
 
 def join(mesh: MeshConfig, settings: dict[str, Any]) -> Context:

@@ -9,12 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from twolevel import models
-from twolevel.distributed import strategies
 from twolevel.distributed.agreement import together
 from twolevel.distributed.strategies import Placed
 from twolevel.distributed.strategies.base import autocast
 from twolevel.settings import Carrier, Parallel
 from twolevel.training.config import MeshConfig, OptimiserConfig
+from twolevel.training.context import strategy_for
 from twolevel.training.evaluate import batch_sums
 from twolevel.training.optimiser import make_sgd
 from twolevel.training.rules import Rule
@@ -87,8 +87,7 @@ def make_step(
     `step(images, labels)` takes this rank's share of a batch: with b images and D ranks of the `data` axis b / D, the
     same on all ranks of the `group` axis. For fsdp all ranks are on the `data` axis, for the pipelines on `group`.
     `optimiser` is that of `twolevel train` on CIFAR unless given: SGD, learning rate 0.1, momentum 0.9, weight decay
-    5e-4.
-    Every rank must call this.
+    5e-4. Every rank must call this.
 
     Raises UserError, on every rank, for what cannot be combined.
     """
@@ -101,14 +100,7 @@ def make_step(
         exchange=exchange,
     )
     config.check_conv(conv)
-    strategy = strategies.create(
-        parallel,
-        mesh,
-        device,
-        precision=precision,
-        exchange=exchange,
-        microbatches=microbatches,
-    )
+    strategy = strategy_for(config, mesh, device, precision)
     with together(device), torch.device("meta"):
         network = models.create(model, conv=conv, groups=groups, num_classes=num_classes)
     placed = strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm, compile=compile)
