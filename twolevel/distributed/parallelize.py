@@ -6,9 +6,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from twolevel.distributed.batch_norm import synchronise_batch_norm
 from twolevel.distributed.mpi_axis import exchange_of
 from twolevel.distributed.separable import check_within_groups
-from twolevel.distributed.shard import check_unshared, check_whole, cut_channels
+from twolevel.distributed.shard import check_unshared, cut_channels, whole_layout
 from twolevel.errors import UserError
-from twolevel.nn import Layout, TwoLevelConv2d, layout_of
+from twolevel.nn import Layout, TwoLevelConv2d
 from twolevel.nn.arguments import check_groups
 from twolevel.nn.layout import set_layout
 from twolevel.nn.structure import ends
@@ -37,8 +37,7 @@ def parallelize(
 
     Raises UserError where the axis does not divide the groups, a module acts across groups, or as in `exchange_of`.
     """
-    check_whole(model)
-    layout = layout_of(model)
+    layout = whole_layout(model)
     ranks = mesh["group"].size()
     if ranks > 1:
         _check(model, layout, ranks)

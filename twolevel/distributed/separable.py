@@ -78,8 +78,7 @@ def _check_module(name: str, module: nn.Module, ranks: int) -> None:
             f"{name} is a dense convolution and cannot be split over group={ranks} ranks; "
             f"use conv='gc' or 'gc2l', or replicate it with data={ranks}, group=1"
         )
-    flattens = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-    if not flattens and not isinstance(module, (nn.Conv2d, TwoLevelConv2d, *PER_CHANNEL)):
+    if not _flattens(module) and not isinstance(module, (nn.Conv2d, TwoLevelConv2d, *PER_CHANNEL)):
         raise _refuse(f"{name} ({type(module).__name__})", ranks)
 
 
@@ -112,7 +111,7 @@ def gathered_together(model: nn.Module, ranks: int) -> list[list[nn.Conv2d]]:
         elif not inputs:
             if isinstance(module, nn.Conv2d):
                 raise _refuse_channel(f"{node.target}, a second convolution of the image,")
-            if isinstance(module, nn.Dropout | nn.Dropout2d) and module.p > 0:
+            if isinstance(module, DROPOUTS) and module.p > 0:
                 raise _refuse_channel(f"{node.target}, a dropout of what every rank holds,")
         elif module is classifier:
             check_divides("ranks", ranks, **{f"features of {node.target}": classifier.in_features})
@@ -137,8 +136,12 @@ def _acts_by_channel(node: fx.Node, module: nn.Module | None, ranks: int) -> boo
         if module.groups > 1:
             check_divides("ranks", ranks, **{f"groups of {node.target}": module.groups})
         return True
-    flattens = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-    return flattens or isinstance(module, PER_CHANNEL)
+    return _flattens(module) or isinstance(module, PER_CHANNEL)
+
+
+def _flattens(module: nn.Module) -> bool:
+    """Whether it makes maps features, channel by channel."""
+    return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
 
 
 def _refuse_channel(what: str) -> UserError:

@@ -13,8 +13,8 @@ from torch import nn
 from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.layers import SplitClassifier, SplitStem, become
 from twolevel.errors import UserError
-from twolevel.nn import Layout, TwoLevelConv2d
-from twolevel.nn.structure import ends
+from twolevel.nn import Layout, TwoLevelConv2d, layout_of
+from twolevel.nn.structure import ends, own_tensors
 
 
 def cut_channels(
@@ -28,10 +28,10 @@ def cut_channels(
     """
     stem, classifier = ends(model)
     for name, module in [*model.named_modules()]:
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if draw is not None and tensors:
-            draw(module, name)
-        _keep_rows(module, layout.within(name))
+        if own_tensors(module):
+            if draw is not None:
+                draw(module, name)
+            _keep_rows(module, layout.within(name))
         if module is stem:
             split = become(module, SplitStem)
             split.axis = axis
@@ -44,9 +44,8 @@ def cut_channels(
             module.exchange = axis
         elif isinstance(module, nn.Conv2d):
             module.out_channels //= axis.ranks
-            if (
-                module.groups > 1
-            ):  # one of a single group reads all channels: a coarse or a gathering convolution
+            # One of a single group, a coarse or a gathering convolution, reads all channels.
+            if module.groups > 1:
                 module.in_channels //= axis.ranks
                 module.groups //= axis.ranks
         elif isinstance(module, nn.BatchNorm2d):
@@ -54,18 +53,19 @@ def cut_channels(
 
 
 def _keep_rows(module: nn.Module, layout: Layout) -> None:
-    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+    for name, tensor in own_tensors(module).items():
         part = layout.cut(name, tensor.detach()).clone()
         if isinstance(tensor, nn.Parameter):
             part = nn.Parameter(part, requires_grad=tensor.requires_grad)
         setattr(module, name, part)
 
 
-def check_whole(model: nn.Module) -> None:
-    """Raise UserError for a network of which a part is held already."""
-    layout = getattr(model, "layout", None)
-    if layout is not None and layout.parts > 1:
+def whole_layout(model: nn.Module) -> Layout:
+    """The layout of a network that is to be split. Raises UserError for one of which a part is held already."""
+    layout = layout_of(model)
+    if layout.parts > 1:
         raise UserError("this network is a part already; split a whole one")
+    return layout
 
 
 def check_unshared(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from twolevel.nn.structure import convolutions, ends
+from twolevel.nn.structure import convolutions, ends, own_tensors
 from twolevel.nn.two_level import TwoLevelConv2d
 
 
@@ -85,7 +85,7 @@ def channel_dims(model: nn.Module) -> dict[str, int | None]:
         if module is classifier:
             dims[start + "weight"] = 1
             break
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for name, tensor in own_tensors(module).items():
             if tensor.dim() > 0:
                 dims[start + name] = 0
     return dims

@@ -36,6 +36,11 @@ def named_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
             yield from named_layers(inner, f"{name}.{child}" if name else child)
 
 
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module by name, without those of the modules in it."""
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
 def blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The members of Sequentials that hold a convolution or linear layer: what parallel=fsdp gathers at a time."""
     for child, module in model.named_children():

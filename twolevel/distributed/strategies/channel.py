@@ -25,9 +25,9 @@ from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.layers import GatheringConv2d, become
 from twolevel.distributed.mpi_axis import exchange_of
 from twolevel.distributed.separable import gathered_together
-from twolevel.distributed.shard import check_unshared, check_whole, cut_channels
+from twolevel.distributed.shard import check_unshared, cut_channels, whole_layout
 from twolevel.distributed.strategies.group import GroupParallel, PlacedReplica
-from twolevel.nn import Layout, initialize, layout_of
+from twolevel.nn import Layout, initialize
 from twolevel.nn.layout import channel_dims, set_layout
 
 
@@ -71,8 +71,7 @@ def split_channels(
     Raises UserError, on every rank and before anything is changed, where a module or operation acts across
     channels, or ranks do not divide channels; or as in `exchange_of`.
     """
-    check_whole(model)
-    whole, ranks = layout_of(model), mesh["group"].size()
+    whole, ranks = whole_layout(model), mesh["group"].size()
     if ranks == 1:
         set_layout(model, whole)
         if device is not None:

@@ -19,7 +19,7 @@ from twolevel.distributed.strategies.base import EVAL_BATCH, Placed, Strategy
 from twolevel.errors import UserError
 from twolevel.nn import Layout, initialize, layout_of
 from twolevel.nn.base import ReplicatedConv2d
-from twolevel.nn.structure import blocks
+from twolevel.nn.structure import blocks, own_tensors
 
 
 class FullyShardedParallel(Strategy):
@@ -126,8 +126,8 @@ def _draw_rest(
 ) -> None:
     """Draw what of `block` is still on the meta device: all of a block, and what of the model is in none."""
     for path, module in block.named_modules():
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if own and all(tensor.is_meta for tensor in own):
+        tensors = own_tensors(module).values()
+        if tensors and all(tensor.is_meta for tensor in tensors):
             key = ".".join(filter(None, (name, path)))
             initialize(module, seed, device, prefix=key, layout=whole.within(key))
             module.to(dtype)

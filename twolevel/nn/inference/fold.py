@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from twolevel.errors import UserError
 from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.channels import PermuteChannels
-from twolevel.nn.structure import ACTIVATIONS, DROPOUTS, LayerTracer, functions_of, methods_of
+from twolevel.nn.structure import ACTIVATIONS, DROPOUTS, LayerTracer, functions_of, methods_of, own_tensors
 
 
 class Folding(NamedTuple):
@@ -93,7 +93,7 @@ class _Chains:
         self.model = model
         self.uses = Counter(node.target for node in graph.nodes if node.op in ("call_module", "get_attr"))
         modules = [module for _, module in model.named_modules(remove_duplicate=False)]
-        self.holders = Counter(id(tensor) for module in modules for tensor in _own_tensors(module).values())
+        self.holders = Counter(id(tensor) for module in modules for tensor in own_tensors(module).values())
 
     def layer(self, node: fx.Node) -> _Layer | None:
         """The layer that this node calls, as it is now."""
@@ -164,7 +164,7 @@ class _Chains:
 
     def _check_owned(self, layer: _Layer) -> None:
         """Raise _Stopped unless this one call is all that depends on the order of the module's tensors."""
-        name, tensors = layer.name, _own_tensors(layer.module)
+        name, tensors = layer.name, own_tensors(layer.module)
         elsewhere = any(use.startswith(f"{name}.") for use in self.uses)
         if self.uses[name] > 1 or elsewhere or any(self.holders[id(t)] > 1 for t in tensors.values()):
             raise _Stopped(f"{name} or a tensor of it is used more than once")
@@ -178,10 +178,6 @@ TENSORS: dict[type[nn.Module], set[str]] = {
     nn.Conv2d: {"weight", "bias"},
     nn.BatchNorm2d: {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
 }
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
 
 def _is_channelwise(module: nn.Module | None) -> bool:
@@ -219,6 +215,6 @@ def _what(node: fx.Node, layer: _Layer | None) -> str:
 @torch.no_grad()
 def _reorder(module: nn.Module, order: Tensor, dim: int) -> None:
     """Put the rows (dim 0) of the module's tensors, or the columns (dim 1) of its weight, in this order."""
-    for tensor in _own_tensors(module).values():
+    for tensor in own_tensors(module).values():
         if tensor.dim() > dim:
             tensor.copy_(tensor.index_select(dim, order))
