@@ -14,7 +14,7 @@ UNGROUPED = ("sc", "dgconv")  # groups is 1 unless given
 # gc2l: the order of its operations, and the kernels that compute them.
 Schedule = Literal["auto", "overlapped", "fused", "dense"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
-Kernels = Literal["auto", "grouped", "products", "depthwise", "native", "narrow", "triton"]
+Kernels = Literal["auto", "grouped", "products", "depthwise", "native", "triton"]
 KERNELS: tuple[str, ...] = get_args(Kernels)
 
 # dgc: whose channels are compared with each other at test time; the norm of its lasso.

@@ -276,7 +276,7 @@ def test_what_a_checkpoint_does_not_keep_is_not_resumed(pool, finished):
         ("--conv sc --data-parallel 2 --exchange group", ["exchange=group"]),
         ("--conv dgc --threshold-steps 3", ["threshold_steps=3"]),
         ("--conv dgconv --complexity-exponent 0.3", ["complexity_exponent=0.3"]),
-        ("--schedule dense --kernels narrow", ["kernels=narrow"]),
+        ("--schedule dense --kernels native", ["kernels=native"]),
         ("--conv gc --remeasure", ["remeasure=True"]),
         ("--weight-decay 0 --no-decay-norm", ["decay_norm=False"]),
         # What a recipe or another setting fills in is not the user's.

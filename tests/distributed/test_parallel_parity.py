@@ -94,21 +94,24 @@ def test_layer(pool, groups, ranks, schedule):
         torch.testing.assert_close(join(parts, whole), whole, **CLOSE, msg=lambda m, c=case: f"{c}: {m}")
 
 
-def layer_by_kernels(kernels, dtype):
-    # So many channels that a vector of the narrow kernels is full on each of 4 ranks.
+def layer_by_kernels(schedule, kernels, dtype):
     options = {"kernels": kernels, "dtype": dtype, "n": 64, "m": 128}
-    return [run_layer(s, (7, 8), "overlapped", torch.channels_last, 8, mesh_of(), **options) for s in (1, 2)]
+    return [run_layer(s, (7, 8), schedule, torch.channels_last, 8, mesh_of(), **options) for s in (1, 2)]
 
 
-@pytest.mark.parametrize("kernels", ["grouped", "products", "depthwise", "native", "narrow"])
+@pytest.mark.parametrize(
+    ("schedule", "kernels"),
+    [("overlapped", kernels) for kernels in ("grouped", "products", "depthwise", "native")]
+    + [("fused", "grouped"), ("fused", "native")],
+)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_layer_by_every_kind_of_kernel(pool, ranks, kernels):
+def test_layer_by_every_kind_of_kernel(pool, ranks, schedule, kernels):
     """Each against torch's group convolutions on one process."""
-    in_c = kernels in ("native", "narrow")
+    in_c = kernels == "native"
     if in_c and native.available():
         pytest.skip(native.available())
     dtype = torch.float32 if in_c else torch.float64
-    held = pool.run(layer_by_kernels, kernels, dtype, ranks=ranks)
+    held = pool.run(layer_by_kernels, schedule, kernels, dtype, ranks=ranks)
     options = {"kernels": "grouped", "dtype": dtype, "n": 64, "m": 128}
     # float32: sums of some hundred products of normal numbers, in another order.
     close = {"rtol": 1e-4, "atol": 2e-4} if in_c else CLOSE

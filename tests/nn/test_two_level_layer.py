@@ -199,7 +199,7 @@ def test_image_of_other_channels_is_refused(shape):
 
 @pytest.mark.parametrize("groups", [4, 16])
 def test_a_network_in_channels_last_memory_compiles_whole(groups):
-    """Functionalisation has to undo what a layer does in place; wide and narrow groups go different ways."""
+    """Functionalisation has to undo what a layer does in place; few and many groups go different ways."""
     model = create("wrn-10-1", conv="gc2l", groups=groups).double().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
     model(x).square().sum().backward()

@@ -210,10 +210,11 @@ def test_dense_is_for_one_rank_alone():
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        ({"schedule": "fused"}, Form("fused", "grouped")),
+        ({"schedule": "fused"}, Form("fused", "grouped" if native.available() else "native")),
+        ({"schedule": "fused", "kernels": "grouped"}, Form("fused", "grouped")),
         ({"schedule": "dense"}, Form("dense", "grouped")),
         ({"schedule": "dense", "kernels": "depthwise"}, Form("dense", "grouped")),
-        ({"schedule": "dense", "kernels": "narrow"}, Form("dense", "grouped")),
+        ({"schedule": "dense", "kernels": "native"}, Form("dense", "grouped")),
         ({"kernels": "depthwise"}, Form("overlapped", "depthwise")),
         ({"schedule": "overlapped", "kernels": "grouped"}, Form("overlapped", "grouped")),
     ],
@@ -230,13 +231,10 @@ def test_what_is_asked_for_is_taken(asked, found):
             r"kernels='triton' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu: (x is on cpu|Triton is not).*"
             "; use auto, depthwise, grouped or products$",
         ),
-        *(
-            (
-                {"kernels": kernels},
-                rf"kernels='{kernels}' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu: they are for float32 on "
-                "CPUs, not torch.float64 on cpu; use auto, depthwise, grouped or products$",
-            )
-            for kernels in ("native", "narrow")
+        (
+            {"kernels": "native"},
+            r"kernels='native' cannot compute \[2, 32, 6, 6\] in torch.float64 on cpu: they are for float32 on CPUs, "
+            "not torch.float64 on cpu; use auto, depthwise, grouped or products$",
         ),
         (
             {"schedule": "fused", "kernels": "products"},
@@ -254,24 +252,19 @@ def test_what_cannot_be_done_is_refused_in_one_line(asked, message):
 
 def test_ways_for_channels_last_memory_say_so():
     one = problem(ranks=2)
-    with pytest.raises(UserError, match=r"they are for channels_last memory; use auto or grouped$"):
+    with pytest.raises(
+        UserError, match=r"they are for channels_last memory; use auto(, grouped or native| or grouped)$"
+    ):
         able_forms(dataclasses.replace(one, channels_last=False), kernels="products")
 
 
-@pytest.mark.skipif(native.available() is not None, reason="no C compiler")
-def test_narrow_says_which_groups_it_is_for():
-    message = "groups of 7 to 7 channels do not fill their vectors; use auto, depthwise, grouped, native or products$"
-    with pytest.raises(UserError, match=message):
-        two_level_conv2d(*layer(groups=4, width=7), kernels="narrow")
-
-
 def test_without_a_compiler_torch_computes_and_that_is_said_once(monkeypatch, caplog):
-    for place in ("dispatch", "kernels.native.small"):
+    for place in ("dispatch", "kernels.native.call"):
         monkeypatch.setattr(f"twolevel.ops.{place}.available", lambda: "no C compiler")
     dispatch._warn_without_c.cache_clear()
     with caplog.at_level(logging.WARNING, "twolevel.ops"):
         found = [able_forms(one) for one in (problem(), problem(), problem(dtype=torch.float64))]
-    assert not any(form.kernels in ("native", "narrow") for able in found for form in able)
+    assert not any(form.kernels == "native" for able in found for form in able)
     said = "two-level convolutions are computed without the C kernels: no C compiler"
     assert [record.getMessage() for record in caplog.records] == [said]
     dispatch._warn_without_c.cache_clear()
@@ -284,4 +277,4 @@ def test_c_kernels_are_kept_from_memory_that_is_not_what_they_read():
         fake = mode.from_tensor(x)
     for tensors in ((x, local.double(), *others), (fake, local, *others)):
         one = Problem.of(*tensors, geometry, 1)
-        assert not any(form.kernels in ("native", "narrow") for form in able_forms(one))
+        assert not any(form.kernels == "native" for form in able_forms(one))

@@ -1,5 +1,7 @@
 """The exchange is in flight under the local convolution, forward and backward: an order of events, no clock."""
 
+import inspect
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from twolevel.distributed import parallelize
 from twolevel.nn import TwoLevelConv2d
 from twolevel.ops import LOCAL
 from twolevel.ops.kernels import native
+from twolevel.ops.kernels.native import two_level
 
 GROUPS = 4
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"}
@@ -114,13 +117,46 @@ def test_exchange_runs_under_the_local_convolution(schedule, case):
     assert backward == backward_order(case[5])
 
 
+def spied(call, events):
+    """A call of C kernels, of which torch sees nothing, that says which parts of a layer it is for."""
+    signature = inspect.signature(call)
+
+    def run(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        parts = [part for part in ("local", "restriction", "coarse") if given.get(part) is not None]
+        events.append(" and ".join(parts) or "gradient of coarse")
+        return call(*args, **kwargs)
+
+    return run
+
+
 @pytest.mark.skipif(native.available() is not None, reason=native.available() or "")
-def test_exchange_runs_under_the_local_convolution_with_c_kernels():
-    """Of which torch sees nothing: what is left are the local convolution and the exchange."""
-    conv, x = make("overlapped", ("native", *DEPTHWISE[1:]))
-    forward, backward = events_of(conv, x)
-    assert forward == ["gather started", "local", "gather waited"]
-    assert backward == ["scatter started", "local gradients", "scatter waited"]
+@pytest.mark.parametrize(
+    ("schedule", "forward", "backward"),
+    [
+        (
+            "overlapped",
+            ["restriction", "gather started", "local", "gather waited", "coarse"],
+            ["coarse", "scatter started", "gradient of coarse", "local", "scatter waited", "restriction"],
+        ),
+        (
+            "fused",
+            ["restriction", "gather started", "gather waited", "local and coarse"],
+            ["coarse", "scatter started", "scatter waited", "local and restriction"],
+        ),
+    ],
+)
+def test_order_of_the_c_kernels(monkeypatch, schedule, forward, backward):
+    conv, x = make(schedule, ("native", *GROUPED[1:]))
+    log = Events(conv)
+    conv.exchange = Logged(conv.exchange, log.events)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(two_level, name, spied(getattr(two_level, name), log.events))
+    y = conv(x.requires_grad_())
+    assert log.events == forward
+    log.events.clear()
+    y.sum().backward()
+    assert log.events == backward
 
 
 def test_fused_exposes_the_exchange():

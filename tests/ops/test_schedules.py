@@ -136,14 +136,14 @@ TOO_SMALL = [
     ((1, 4), (0, 0), (3, 2)),
     ((5, 1), (1, 0), (2, 2)),
 ]
-FORMS = [("overlapped", kernels) for kernels in ("grouped", "products", "depthwise", "native", "narrow")]
-FORMS += [("fused", "grouped"), ("dense", "grouped")]
+FORMS = [("overlapped", kernels) for kernels in ("grouped", "products", "depthwise", "native")]
+FORMS += [("fused", "grouped"), ("fused", "native"), ("dense", "grouped")]
 
 
 @pytest.mark.parametrize(("size", "padding", "stride"), TOO_SMALL)
 @pytest.mark.parametrize(("schedule", "kernels"), FORMS)
 def test_image_smaller_than_the_kernel_is_refused_as_by_torch(schedule, kernels, size, padding, stride):
-    if kernels in ("native", "narrow") and native.available() is not None:
+    if kernels == "native" and native.available() is not None:
         pytest.skip(native.available())
     tensors = make(16, 4, 4, (3, 3), size=size, memory_format=torch.channels_last)
     tensors, geometry = [t.detach().float() for t in tensors], Geometry(stride, padding)
@@ -158,7 +158,7 @@ def test_image_smaller_than_the_kernel_is_refused_as_by_torch(schedule, kernels,
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
 @pytest.mark.parametrize(("schedule", "kernels"), FORMS)
 def test_image_that_fits_only_with_its_padding(schedule, kernels, stride, size):
-    if kernels in ("native", "narrow") and native.available() is not None:
+    if kernels == "native" and native.available() is not None:
         pytest.skip(native.available())
     geometry = Geometry(stride, (3, 3), (1, 2))
     tensors = make(16, 4, 4, (3, 3), size=size, memory_format=torch.channels_last)

@@ -16,7 +16,8 @@
               gr_p, gx_p += from gz_p
 
 `fused`, the paper's: one convolution with m/G + 1 outputs a group computes y_p and z_p, then all wait for the
-exchange; one convolution computes gA_p, gr_p and gx_p, after all have waited for it.
+exchange; one convolution computes gA_p, gr_p and gx_p, after all have waited for it. Kernels that join the coarse term
+(`KernelSet.joins_coarse`) wait before the local part instead, and then write y once.
 """
 
 from typing import Protocol
@@ -27,10 +28,8 @@ from torch.nn import functional as F
 
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.kernels.base import KernelSet
+from twolevel.ops.kernels.base import Gradients, KernelSet, Wanted
 from twolevel.ops.kernels.torch import TorchKernels
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Schedule(Protocol):
@@ -58,7 +57,7 @@ class Schedule(Protocol):
         z: Tensor,
         geometry: Geometry,
         exchange: Exchange,
-        wanted: tuple[bool, bool, bool, bool],
+        wanted: Wanted,
     ) -> Gradients:
         """The gradients, None where not wanted. Every rank takes part in the exchange, whatever it wants itself:
         its C feeds the other ranks' restrictions.
@@ -73,22 +72,20 @@ class Overlapped:
         self.kernels = kernels
 
     def forward(self, x, local, restriction, coarse, geometry, exchange):
-        own = self.kernels.restrict(x, restriction, geometry)
         if exchange is LOCAL:
-            return self.kernels.local_and_coarse(x, local, geometry, len(restriction), own, coarse), own
+            return self.kernels.whole(x, local, restriction, coarse, geometry)
+        own = self.kernels.restrict(x, restriction, geometry)
         gathering = exchange.gather(own)
         y = self.kernels.local(x, local, geometry, len(restriction))
         z = gathering.wait()
         return self.kernels.add_coarse_(y, z, coarse), z
 
     def backward(self, gy, x, local, restriction, coarse, z, geometry, exchange, wanted):
+        if exchange is LOCAL:
+            return self.kernels.whole_backward(gy, x, local, restriction, coarse, z, geometry, wanted)
         want_x, want_local, want_restriction, want_coarse = wanted
-        if exchange is LOCAL and want_coarse:
-            gz, g_coarse = self.kernels.coarse_grads(gy, z, coarse)
-            scattering = exchange.scatter_sum(gz)
-        else:
-            scattering = exchange.scatter_sum(self.kernels.coarse_input_grad(gy, coarse))
-            g_coarse = self.kernels.coarse_weight_grad(gy, z) if want_coarse else None
+        scattering = exchange.scatter_sum(self.kernels.coarse_input_grad(gy, coarse))
+        g_coarse = self.kernels.coarse_weight_grad(gy, z) if want_coarse else None
         groups = len(restriction)
         gx, g_local = self.kernels.local_backward(gy, x, local, geometry, groups, (want_x, want_local))
         gz = scattering.wait()
@@ -97,19 +94,29 @@ class Overlapped:
 
 
 class Fused:
-    """Local part and restriction in one, then the exchange, which nothing hides, then the coarse term."""
+    """As little as possible apart, and nothing under the exchange: the local part goes together with the restriction
+    before it, or with the coarse term after it, as the kernels join them.
+    """
 
     def __init__(self, kernels: KernelSet):
         self.kernels = kernels
 
     def forward(self, x, local, restriction, coarse, geometry, exchange):
+        if self.kernels.joins_coarse:
+            own = self.kernels.restrict(x, restriction, geometry)
+            z = exchange.gather(own).wait()
+            return self.kernels.local_and_coarse(x, local, geometry, len(restriction), z, coarse), z
         y, own = self.kernels.local_and_restriction(x, local, restriction, geometry)
         z = exchange.gather(own).wait()
         return self.kernels.add_coarse_(y, z, coarse), z
 
     def backward(self, gy, x, local, restriction, coarse, z, geometry, exchange, wanted):
-        scattering = exchange.scatter_sum(self.kernels.coarse_input_grad(gy, coarse))
-        g_coarse = self.kernels.coarse_weight_grad(gy, z) if wanted[3] else None
+        if self.kernels.joins_coarse and wanted[3]:
+            gz, g_coarse = self.kernels.coarse_grads(gy, z, coarse)
+            scattering = exchange.scatter_sum(gz)
+        else:
+            scattering = exchange.scatter_sum(self.kernels.coarse_input_grad(gy, coarse))
+            g_coarse = self.kernels.coarse_weight_grad(gy, z) if wanted[3] else None
         gz = scattering.wait()
         grads = self.kernels.local_and_restriction_backward(
             gy, gz, x, local, restriction, geometry, wanted[:3]
@@ -126,7 +133,7 @@ def backward_with_graph(
     z: Tensor,
     geometry: Geometry,
     exchange: Exchange,
-    wanted: tuple[bool, bool, bool, bool],
+    wanted: Wanted,
 ) -> Gradients:
     """`Schedule.backward` for whoever differentiates its results again: by operations of torch, which autograd records.
 

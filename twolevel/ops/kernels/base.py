@@ -11,6 +11,10 @@ from torch import Tensor
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.problem import Problem
 
+Wanted = tuple[bool, bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Those of x, A, r and C, None where not wanted."""
+
 
 class KernelSet(Protocol):
     """A kernel for each operation. With P ranks: x `[B, n/P, H, W]`, y and gy `[B, m/P, H', W']`,
@@ -21,6 +25,9 @@ class KernelSet(Protocol):
 
     name: str
     schedules: tuple[str, ...]
+    joins_coarse: bool
+    """Of the `fused` schedule: whether the local part goes together with the coarse term, after the exchange; else
+    with the restriction, before it."""
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why these kernels cannot compute the problem here, as what follows "kernels=...: "; None where they can."""
@@ -101,4 +108,24 @@ class KernelSet(Protocol):
 
     def coarse_grads(self, gy: Tensor, z: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """`coarse_input_grad` and `coarse_weight_grad`, where no rank waits for the first."""
+        ...
+
+    def whole(
+        self, x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """(y, z) of one rank alone."""
+        ...
+
+    def whole_backward(
+        self,
+        gy: Tensor,
+        x: Tensor,
+        local: Tensor,
+        restriction: Tensor,
+        coarse: Tensor,
+        z: Tensor,
+        geometry: Geometry,
+        wanted: Wanted,
+    ) -> Gradients:
+        """The gradients of one rank alone."""
         ...

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels import restriction
-from twolevel.ops.kernels.base import KernelSet
+from twolevel.ops.kernels.base import Gradients, KernelSet, Wanted
 from twolevel.ops.kernels.restriction import Way, ways
 from twolevel.ops.problem import Problem
 from twolevel.ops.strides import memory_format_of
@@ -14,6 +14,8 @@ from twolevel.ops.strides import memory_format_of
 
 class TorchKernels(KernelSet):
     """Operations of torch, on any device and in any type; `name` is how the restriction is computed."""
+
+    joins_coarse = False
 
     def __init__(self, name: Way):
         self.name: str = name
@@ -111,6 +113,32 @@ class TorchKernels(KernelSet):
 
     def coarse_grads(self, gy: Tensor, z: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         return self.coarse_input_grad(gy, coarse), self.coarse_weight_grad(gy, z)
+
+    def whole(
+        self, x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        z = self.restrict(x, restriction, geometry)
+        return self.local_and_coarse(x, local, geometry, len(restriction), z, coarse), z
+
+    def whole_backward(
+        self,
+        gy: Tensor,
+        x: Tensor,
+        local: Tensor,
+        restriction: Tensor,
+        coarse: Tensor,
+        z: Tensor,
+        geometry: Geometry,
+        wanted: Wanted,
+    ) -> Gradients:
+        want_x, want_local, want_restriction, want_coarse = wanted
+        if want_coarse:
+            gz, g_coarse = self.coarse_grads(gy, z, coarse)
+        else:
+            gz, g_coarse = self.coarse_input_grad(gy, coarse), None
+        gx, g_local = self.local_backward(gy, x, local, geometry, len(restriction), (want_x, want_local))
+        g_restriction = self.restrict_backward(gz, x, restriction, geometry, gx, want_restriction)
+        return gx, g_local, g_restriction, g_coarse
 
 
 def _joined(local: Tensor, restriction: Tensor) -> Tensor:

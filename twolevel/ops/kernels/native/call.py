@@ -1,6 +1,7 @@
 """Calls of the C kernels: sizes, addresses, and the images shared out among threads."""
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from twolevel.ops.geometry import Geometry, output_size
-from twolevel.ops.kernels.native.build import library
+from twolevel.ops.kernels.native.build import Unavailable, library
 
-LAST = torch.channels_last
 # A thread is worth starting for so many values: about 10 microseconds of memory traffic.
 WORTH_VALUES = 1 << 16
 
@@ -23,21 +23,32 @@ class Layer(ctypes.Structure):
     """Sizes of a layer, as `layer` in layer.h."""
 
     _fields_ = (
-        ("channels", c_int64),
-        ("groups", c_int64),
+        *((name, c_int64) for name in ("batch", "channels", "outputs", "groups")),
+        *((name, c_int64) for name in ("representatives", "channels_last")),
         *((name, c_int64 * 2) for name in ("size", "output", "kernel", "stride", "padding", "dilation")),
     )
 
 
 _ARGUMENTS = {
     "twolevel_lanes": [],
-    "twolevel_restrict": [POINTER(Layer), *[c_void_p] * 3, *[c_int64] * 3],
-    "twolevel_restrict_backward": [POINTER(Layer), *[c_void_p] * 5, *[c_int64] * 3],
-    "twolevel_add_coarse": [*[c_void_p] * 3, *[c_int64] * 5],
-    "twolevel_coarse_grads": [*[c_void_p] * 5, *[c_int64] * 5],
-    "twolevel_local": [POINTER(Layer), *[c_void_p] * 3, *[c_int64] * 3],
-    "twolevel_local_backward": [POINTER(Layer), *[c_void_p] * 5, *[c_int64] * 3],
+    "twolevel_forward": [POINTER(Layer), *[c_void_p] * 9, *[c_int64] * 2],
+    "twolevel_backward": [POINTER(Layer), *[c_void_p] * 14, *[c_int64] * 2],
 }
+
+
+@cache
+def available() -> str | None:
+    """None where the kernels can be used, else why not."""
+    try:
+        library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def version() -> str:
+    """Names what the kernels were compiled from and for; empty where there are none."""
+    return library().key if available() is None else ""
 
 
 @cache
@@ -48,17 +59,21 @@ def function(name: str) -> Callable[..., int]:
     return found
 
 
-def layer_of(x: Tensor, groups: int, kernel: torch.Size, geometry: Geometry) -> Layer:
-    """Sizes of a convolution of x `[B, n, H, W]` in channels_last memory."""
-    assert x.is_contiguous(memory_format=LAST)
-    return _layer(x.shape[1:], groups, kernel, geometry)
-
-
 @lru_cache(maxsize=1024)
-def _layer(image: torch.Size, groups: int, kernel: torch.Size, geometry: Geometry) -> Layer:
-    channels, *size = image
+def layer_of(
+    shape: torch.Size,
+    outputs: int,
+    groups: int,
+    representatives: int,
+    kernel: torch.Size,
+    geometry: Geometry,
+    channels_last: bool,
+) -> Layer:
+    """Sizes of a layer for x of this shape `[B, n, H, W]`."""
+    batch, channels, *size = shape
     pairs = (size, output_size(size, kernel, geometry), kernel, *geometry)
-    return Layer(channels, groups, *((c_int64 * 2)(*pair) for pair in pairs))
+    sizes = (batch, channels, outputs, groups, representatives, channels_last)
+    return Layer(*sizes, *((c_int64 * 2)(*pair) for pair in pairs))
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -74,12 +89,14 @@ def total(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-def parts_of(number: int, values: int) -> list[tuple[int, int]]:
-    """`range(number)` as (begin, end) for each thread; one part, which may be empty, where there is little to do."""
-    threads = max(1, min(torch.get_num_threads(), number, values // WORTH_VALUES))
+def parts_of(layer: Layer) -> list[tuple[int, int]]:
+    """The images as (begin, end) for each thread; one part, which may be empty, where there is little to do."""
+    batch = layer.batch
+    values = batch * max(layer.channels * math.prod(layer.size), layer.outputs * math.prod(layer.output))
+    threads = max(1, min(torch.get_num_threads(), batch, values // WORTH_VALUES))
     if threads == 1:
-        return [(0, number)]
-    edges = [number * part // threads for part in range(threads + 1)]
+        return [(0, batch)]
+    edges = [batch * part // threads for part in range(threads + 1)]
     return list(pairwise(edges))
 
 

@@ -5,13 +5,15 @@
 
 #include "vectors.h"
 
-/* Pairs are (height, width). Mirrored by `Layer` in parts.py. */
+/* Pairs are (height, width). Mirrored by `Layer` in call.py. */
 typedef struct {
-    int64_t channels, groups;
+    int64_t batch, channels, outputs, groups;
+    int64_t representatives; /* G, of all ranks */
+    int64_t channels_last;   /* how x, y and their gradients lie in memory */
     int64_t in[2], out[2], kernel[2], stride[2], padding[2], dilation[2];
 } layer;
 
-/* At least 0. */
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
+INLINE int64_t floor_div(int64_t a, int64_t b) { return (a >= 0 ? a : a - b + 1) / b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 #endif

@@ -33,6 +33,7 @@
 #define UNROLL _Pragma("GCC unroll 16")
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t lanes_vec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vec load(const float *p) { return *(const unaligned_vec *)p; }
@@ -69,9 +70,17 @@ INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-typedef int32_t lanes_vec __attribute__((vector_size(4 * LANES)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes_vec){__VA_ARGS__})
 #endif
+
+/* Lanes 0, 2, 4, ... of a and b together. */
+#define TWICE(l, bit) (2 * (l))
+#define EVERY_OTHER(a, b) SHUFFLE(a, b, ALL(TWICE, 1))
+/* Those lanes of a and b in turn: of their lower halves, of their upper halves. */
+#define LOWER(l, bit) ((l) & 1 ? LANES + (l) / 2 : (l) / 2)
+#define UPPER(l, bit) (LOWER(l, bit) + LANES / 2)
+#define IN_TURN_LOWER(a, b) SHUFFLE(a, b, ALL(LOWER, 1))
+#define IN_TURN_UPPER(a, b) SHUFFLE(a, b, ALL(UPPER, 1))
 
 INLINE vec even(vec a, vec b, int k) {
     switch (k) {
@@ -128,11 +137,21 @@ INLINE void transpose_copy(vec u[LANES], int log_sum) {
     }
 }
 
-/* `number` zeros at an address of whole cache lines; NULL where there is no memory. */
-INLINE float *zeros(int64_t number) {
-    const size_t bytes = (size_t)round_up(4 * max64(number, 1), 64);
-    float *p = aligned_alloc(64, bytes);
-    return p ? memset(p, 0, bytes) : NULL;
+/* Numbers of part of a vector, which is filled by zeros; nothing beyond them is touched. 0 < number <= LANES. */
+#if defined(__AVX512F__)
+INLINE vec load_part(const float *p, int64_t number) {
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)(0xffff >> (LANES - number)), p);
 }
+INLINE void store_part(float *p, vec v, int64_t number) {
+    _mm512_mask_storeu_ps(p, (__mmask16)(0xffff >> (LANES - number)), (__m512)v);
+}
+#else
+INLINE vec load_part(const float *p, int64_t number) {
+    vec v = {0};
+    memcpy(&v, p, 4 * number);
+    return v;
+}
+INLINE void store_part(float *p, vec v, int64_t number) { memcpy(p, &v, 4 * number); }
+#endif
 
 #endif

@@ -1,0 +1,150 @@
+/* Planes of a source, laid out so that every tap of a kernel reads a target's pixels in their own order.
+
+   A target pixel (r, c) reads the source at (r sh + dr, c sw + dc) by the tap with shift (dr, dc), zero outside it.
+   For a channel there are copies of its plane, one for each class of columns (dc modulo sw), in which rows stand by
+   classes (dr modulo sh): there a tap is no more than an offset, and the padding is there as zeros.
+
+   Where a row of the target is whole vectors, a copy has margins left and right, and a tap reads rows of it. Else
+   every different dc has a copy of its own, without margins: a vector then goes on over the end of a row. */
+
+#ifndef TWOLEVEL_PLANES_H
+#define TWOLEVEL_PLANES_H
+
+#include "memory.h"
+
+typedef struct {
+    int64_t row, column; /* shift */
+    int64_t weight;      /* its number in the kernel */
+    int64_t at;          /* where its first value is in the copies of a channel */
+} tap;
+
+typedef struct {
+    int64_t source[2], target[2], stride[2];
+    int64_t number;  /* of taps */
+    tap *taps;
+    int64_t copies;
+    int64_t *column; /* [copies]: the source column of their first value */
+    int64_t rows;    /* of one copy */
+    int64_t *row;    /* [rows]: the source row of each; it may be outside */
+    int64_t pitch;   /* from one row of a copy to the next */
+    int64_t size;    /* of all copies of a channel */
+    int64_t whole;   /* rows of the target are whole vectors */
+    int64_t left, wide; /* margin and pitch of `plane` */
+    float *plane;    /* the source with margins, where copies have none */
+} planes;
+
+/* Which copy a tap reads is decided by this. */
+INLINE int64_t class_of(const planes *p, int64_t shift) {
+    return p->whole ? shift - floor_div(shift, p->stride[1]) * p->stride[1] : shift;
+}
+
+/* Rows of a copy, if no two taps share any but their class. */
+INLINE int64_t most_rows(const planes *p) {
+    int64_t least = 0, most = 0;
+    for (int64_t t = 0; t < p->number; t++)
+        least = min64(least, p->taps[t].row), most = max64(most, p->taps[t].row);
+    return most - least + p->stride[0] * (p->target[0] + 1);
+}
+
+/* Lay out the copies for taps whose shifts are set. */
+static void lay_out(planes *p, arena *a) {
+    int64_t least = INT64_MAX, most = INT64_MIN, low = 0, high = 0, total = 0, class[p->number + 1];
+    p->whole = p->target[1] % LANES == 0;
+    p->copies = 0;
+    for (int64_t t = 0; t < p->number; t++) {
+        const int64_t shift = p->taps[t].column, own = class_of(p, shift);
+        int64_t k = 0;
+        while (k < p->copies && class[k] != own) k++;
+        if (k == p->copies) class[p->copies++] = own;
+        least = min64(least, floor_div(shift, p->stride[1])), most = max64(most, floor_div(shift, p->stride[1]));
+    }
+    if (!p->number) least = most = 0;
+    p->pitch = p->target[1] + (p->whole ? most - least : 0);
+    p->column = take(a, 8 * p->copies);
+    p->row = take(a, 8 * most_rows(p));
+    if (a->failed) return;
+    for (int64_t k = 0; k < p->copies; k++) {
+        p->column[k] = p->whole ? class[k] + least * p->stride[1] : class[k];
+        low = min64(low, p->column[k]), high = max64(high, p->column[k] + p->pitch * p->stride[1]);
+    }
+    for (int64_t own = 0; own < p->stride[0]; own++) {
+        int64_t first = INT64_MAX, last = INT64_MIN;
+        for (int64_t t = 0; t < p->number; t++) {
+            const int64_t q = floor_div(p->taps[t].row, p->stride[0]);
+            if (p->taps[t].row - q * p->stride[0] == own) first = min64(first, q), last = max64(last, q);
+        }
+        if (first > last) continue;
+        for (int64_t t = 0; t < p->number; t++) {
+            const int64_t q = floor_div(p->taps[t].row, p->stride[0]);
+            if (p->taps[t].row - q * p->stride[0] == own) p->taps[t].at = total + q - first;
+        }
+        for (int64_t q = first; q < last + p->target[0]; q++) p->row[total++] = own + q * p->stride[0];
+    }
+    p->rows = total;
+    for (int64_t t = 0; t < p->number; t++) {
+        const int64_t shift = p->taps[t].column;
+        int64_t k = 0;
+        while (class[k] != class_of(p, shift)) k++;
+        p->taps[t].at = (k * total + p->taps[t].at) * p->pitch + (p->whole ? floor_div(shift, p->stride[1]) - least : 0);
+    }
+    p->size = round_up(p->copies * total * p->pitch, LANES);
+    p->left = -low, p->wide = p->left + max64(p->source[1], high);
+    p->plane = take_zeros(a, p->source[0] * p->wide + LANES);
+}
+
+/* What is done to a value of x on the way: relu(scale x + shift), or nothing. */
+typedef struct {
+    const float *scale, *shift; /* by channel; NULL for nothing */
+} normaliser;
+
+INLINE vec normalised(vec x, int active, vec scale, vec shift) {
+    if (!active) return x;
+    x = scale * x + shift;
+    return (vec)((lanes_vec)x & ~(x <= (vec){0})); /* of NaN it is NaN */
+}
+
+/* A row of numbers to another, normalised if `active`, a constant. Nothing beyond it is touched. */
+INLINE void copy_row(float *to, const float *from, int64_t number, int active, vec scale, vec shift) {
+    int64_t c = 0;
+    for (; c + LANES <= number; c += LANES) store(to + c, normalised(load(from + c), active, scale, shift));
+    if (c < number) store_part(to + c, normalised(load_part(from + c, number - c), active, scale, shift), number - c);
+}
+
+/* Every `stride`-th number. What follows the last may be overwritten. */
+INLINE void gather_row(float *to, const float *from, int64_t number, int64_t stride) {
+    int64_t c = 0;
+    if (stride == 1)
+        for (; c < number; c += LANES) store(to + c, load(from + c));
+    else if (stride == 2)
+        for (; c + LANES <= number; c += LANES) store(to + c, EVERY_OTHER(load(from + 2 * c), load(from + 2 * c + LANES)));
+    for (; c < number; c++) to[c] = from[c * stride];
+}
+
+INLINE void copy_plane(const planes *p, float *to, const float *source, int active, vec scale, vec shift) {
+    const int64_t width = p->source[1];
+    if (p->whole && p->stride[1] == 1) { /* a copy is the source with margins, which are zero already */
+        const int64_t first = max64(0, p->column[0]), number = min64(width, p->column[0] + p->pitch) - first;
+        for (int64_t r = 0; r < p->rows; r++)
+            if (p->row[r] >= 0 && p->row[r] < p->source[0] && number > 0)
+                copy_row(to + r * p->pitch + first - p->column[0], source + p->row[r] * width + first, number, active,
+                         scale, shift);
+        return;
+    }
+    for (int64_t r = 0; r < p->source[0]; r++)
+        copy_row(p->plane + r * p->wide + p->left, source + r * width, width, active, scale, shift);
+    for (int64_t k = 0; k < p->copies; k++)
+        for (int64_t r = 0; r < p->rows; r++, to += p->pitch) {
+            if (p->row[r] < 0 || p->row[r] >= p->source[0]) memset(to, 0, 4 * p->pitch);
+            else gather_row(to, p->plane + p->row[r] * p->wide + p->left + p->column[k], p->pitch, p->stride[1]);
+        }
+}
+
+/* Channels first to last of an image [channels, H, W] to their copies, where zeros were before. */
+static void copy_channels(const planes *p, float *to, const float *image, int64_t first, int64_t last, normaliser n) {
+    const int64_t pixels = p->source[0] * p->source[1];
+    for (int64_t c = first; c < last; c++, to += p->size)
+        if (n.scale) copy_plane(p, to, image + c * pixels, 1, splat(n.scale[c]), splat(n.shift[c]));
+        else copy_plane(p, to, image + c * pixels, 0, (vec){0}, (vec){0});
+}
+
+#endif

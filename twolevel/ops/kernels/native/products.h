@@ -1,0 +1,232 @@
+/* The two products of which all is made, vectors along the pixels of planes.
+
+   combine    out[o] = sum over terms t of weight[t, o] value[t]     planes from planes
+   correlate  sum[r, c] = sum over pixels of row[r] column[c]        numbers from pairs of planes
+
+   Up to 20 sums stay in registers: of a few planes for a few vectors of pixels, or of four rows with four columns. */
+
+#ifndef TWOLEVEL_PRODUCTS_H
+#define TWOLEVEL_PRODUCTS_H
+
+#include "layer.h"
+
+enum { TILE = TILE_VECTORS, MOST_TOGETHER = 5 };
+
+/* The pixels of a plane as rows of whole vectors. Where those of the image are not, all but `part` pixels are rows of
+   one vector each. */
+typedef struct {
+    int64_t rows, columns, part;
+} grid;
+
+INLINE grid grid_of(int64_t height, int64_t width) {
+    if (width % LANES == 0) return (grid){height, width, 0};
+    return (grid){height * width / LANES, LANES, height * width % LANES};
+}
+
+/* Planes to be added up, whose rows are `pitch` apart. */
+typedef struct {
+    const float *const *value;
+    int64_t number, pitch;
+} terms;
+
+/* Planes that lie `step` apart. */
+typedef struct {
+    float *out;
+    const float *start; /* what is added to; NULL for zero */
+    int64_t number, step;
+} sums;
+
+/* How many planes of `left` are computed together. Their weights lie together, [terms, planes]. */
+INLINE int64_t together(int64_t left) { return left % 4 && left % 5 == 0 ? 5 : min64(left, 4); }
+
+INLINE void add_terms(vec sum[MOST_TOGETHER][TILE], const terms *t, const float *weight, int outputs, int vectors,
+                      int64_t row, int64_t column, int64_t part) {
+    const int64_t first = row * t->pitch + column, pitch = t->pitch;
+    for (int64_t i = 0; i < t->number; i++, weight += outputs) {
+        const float *from = t->value[i] + first;
+        vec x[TILE];
+        UNROLL for (int v = 0; v < vectors; v++) x[v] = part ? load_part(from, part) : load_once(from + v * pitch);
+        UNROLL for (int o = 0; o < outputs; o++) {
+            const vec w = splat(weight[o]);
+            UNROLL for (int v = 0; v < vectors; v++) sum[o][v] += w * x[v];
+        }
+    }
+}
+
+/* `outputs` planes from one on, a vector in each of `vectors` rows; or `part` of one vector unless that is 0. */
+INLINE void combine_tile(const sums *s, int64_t plane, const grid *g, const terms *one, const terms *other,
+                         const float *weight, int outputs, int vectors, int64_t row, int64_t column, int64_t part) {
+    const int64_t at = plane * s->step + row * g->columns + column;
+    vec sum[MOST_TOGETHER][TILE];
+    UNROLL for (int o = 0; o < outputs; o++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const float *start = s->start + at + o * s->step + v * g->columns;
+            sum[o][v] = !s->start ? (vec){0} : part ? load_part(start, part) : load(start);
+        }
+    add_terms(sum, one, weight, outputs, vectors, row, column, part);
+    add_terms(sum, other, weight + one->number * outputs, outputs, vectors, row, column, part);
+    UNROLL for (int o = 0; o < outputs; o++)
+        UNROLL for (int v = 0; v < vectors; v++) {
+            float *out = s->out + at + o * s->step + v * g->columns;
+            if (part) store_part(out, sum[o][v], part);
+            else store(out, sum[o][v]);
+        }
+}
+
+#define BY_OUTPUTS(number, call) \
+    switch (number) { \
+    case 1: call(1); break; \
+    case 2: call(2); break; \
+    case 3: call(3); break; \
+    case 4: call(4); break; \
+    default: call(5); \
+    }
+
+static __attribute__((noinline)) void combine_rows(const sums *s, int64_t plane, int64_t outputs, const grid *g,
+                                                   const terms *one, const terms *other, const float *weight,
+                                                   int64_t row, int64_t column) {
+#define CALL(n) combine_tile(s, plane, g, one, other, weight, n, TILE, row, column, 0)
+    BY_OUTPUTS(outputs, CALL)
+#undef CALL
+}
+
+static __attribute__((noinline)) void combine_row(const sums *s, int64_t plane, int64_t outputs, const grid *g,
+                                                  const terms *one, const terms *other, const float *weight,
+                                                  int64_t row, int64_t column) {
+#define CALL(n) combine_tile(s, plane, g, one, other, weight, n, 1, row, column, 0)
+    BY_OUTPUTS(outputs, CALL)
+#undef CALL
+}
+
+static __attribute__((noinline)) void combine_part(const sums *s, int64_t plane, int64_t outputs, const grid *g,
+                                                   const terms *one, const terms *other, const float *weight) {
+#define CALL(n) combine_tile(s, plane, g, one, other, weight, n, 1, g->rows, 0, g->part)
+    BY_OUTPUTS(outputs, CALL)
+#undef CALL
+}
+
+/* All planes of `s` from two lists of terms. The weights are those of blocks of `together` planes, one block after the
+   other. */
+static inline void combine(const sums *s, const grid *g, const terms *one, const terms *other, const float *weight) {
+    const int64_t of_plane = one->number + other->number;
+    for (int64_t row = 0; row < g->rows + (g->part > 0);) {
+        const int64_t rows = g->rows - row >= TILE ? TILE : 1;
+        for (int64_t column = 0; column < g->columns; column += LANES)
+            for (int64_t o = 0, n; o < s->number; o += n) {
+                const float *own = weight + o * of_plane;
+                n = together(s->number - o);
+                if (rows == TILE) combine_rows(s, o, n, g, one, other, own, row, column);
+                else if (row < g->rows) combine_row(s, o, n, g, one, other, own, row, column);
+                else combine_part(s, o, n, g, one, other, own);
+            }
+        row += rows;
+    }
+}
+
+/* ---- Numbers from pairs of planes ---- */
+
+/* What is summed over: the pixels of some images, whose planes lie `row_step` and `column_step` apart. */
+typedef struct {
+    grid pixels;
+    int64_t images, row_step, column_step;
+    int64_t pitch; /* from row to row of the column planes */
+} pairs;
+
+/* Tiles of SUMS numbers: all rows of a tile with all its columns. */
+enum { SUMS = 4 * TILE_VECTORS };
+
+INLINE void correlate_step(vec sum[SUMS], const float *const *row, const float *const *column, int rows, int columns,
+                           int64_t at, int64_t in) {
+    vec y[4];
+    UNROLL for (int r = 0; r < rows; r++) y[r] = load_once(row[r] + at);
+    UNROLL for (int c = 0; c < columns; c++) {
+        const vec x = load_once(column[c] + in);
+        UNROLL for (int r = 0; r < rows; r++) sum[r * columns + c] += y[r] * x;
+    }
+}
+
+INLINE void correlate_tile(const pairs *p, const float *const *row, const float *const *column, int rows, int columns,
+                           float *to) {
+    const grid *g = &p->pixels;
+    vec sum[SUMS];
+    UNROLL for (int i = 0; i < SUMS; i++) sum[i] = (vec){0};
+    for (int64_t image = 0; image < p->images; image++) {
+        const float *a[4], *b[SUMS];
+        UNROLL for (int r = 0; r < rows; r++) a[r] = row[r] + image * p->row_step;
+        UNROLL for (int c = 0; c < columns; c++) b[c] = column[c] + image * p->column_step;
+        int64_t at = 0, in = 0;
+        /* A line of one vector needs no loop. */
+        if (g->columns == LANES)
+            for (const int64_t end = g->rows * LANES; at < end; at += LANES, in += p->pitch)
+                correlate_step(sum, a, b, rows, columns, at, in);
+        else
+            for (int64_t line = 0; line < g->rows; line++, in += p->pitch - g->columns)
+                for (const int64_t end = at + g->columns; at < end; at += LANES, in += LANES)
+                    correlate_step(sum, a, b, rows, columns, at, in);
+        if (g->part)
+            UNROLL for (int c = 0; c < columns; c++) {
+                const vec x = load_part(b[c] + in, g->part);
+                UNROLL for (int r = 0; r < rows; r++) sum[r * columns + c] += load_part(a[r] + at, g->part) * x;
+            }
+    }
+    UNROLL for (int i = 0; i < SUMS; i += LANES) {
+        transpose_sum(sum + i, LOG_LANES);
+        store(to + i, load(to + i) + sum[i]);
+    }
+}
+
+static __attribute__((noinline)) void correlate_four(const pairs *p, const float *const *row,
+                                                     const float *const *column, float *to) {
+    correlate_tile(p, row, column, 4, SUMS / 4, to);
+}
+static __attribute__((noinline)) void correlate_two(const pairs *p, const float *const *row,
+                                                    const float *const *column, float *to) {
+    correlate_tile(p, row, column, 2, SUMS / 2, to);
+}
+static __attribute__((noinline)) void correlate_one(const pairs *p, const float *const *row,
+                                                    const float *const *column, float *to) {
+    correlate_tile(p, row, column, 1, SUMS, to);
+}
+
+INLINE int64_t rows_of_tile(int64_t left) { return left >= 3 ? 4 : left; }
+
+/* Numbers that `correlate` of so many rows and columns adds to. */
+static inline int64_t correlated(int64_t rows, int64_t columns) {
+    int64_t number = 0;
+    for (int64_t r = 0, n; r < rows; r += n) {
+        n = rows_of_tile(rows - r);
+        number += round_up(columns, SUMS / n) * n;
+    }
+    return number;
+}
+
+/* Add the products of rows[r] and column[c] to `to`, tile by tile. */
+static inline void correlate(const pairs *p, int64_t rows, const float *first, int64_t step, int64_t columns,
+                      const float *const *column, float *to) {
+    for (int64_t r = 0, n; r < rows; r += n) {
+        n = rows_of_tile(rows - r);
+        const int64_t wide = SUMS / n;
+        const float *row[4], *some[SUMS];
+        /* What a tile has too many of is computed twice and never read. */
+        for (int64_t i = 0; i < n; i++) row[i] = first + min64(r + i, rows - 1) * step;
+        for (int64_t c = 0; c < columns; c += wide, to += SUMS) {
+            for (int64_t i = 0; i < wide; i++) some[i] = column[min64(c + i, columns - 1)];
+            if (n == 4) correlate_four(p, row, some, to);
+            else if (n == 2) correlate_two(p, row, some, to);
+            else correlate_one(p, row, some, to);
+        }
+    }
+}
+
+/* Sums of `correlate` by row and column: `to` [rows, wide], whose first columns these are. */
+static inline void untile(int64_t rows, int64_t columns, const float *from, float *to, int64_t wide) {
+    for (int64_t r = 0, n; r < rows; r += n) {
+        n = rows_of_tile(rows - r);
+        for (int64_t c = 0; c < columns; c += SUMS / n, from += SUMS)
+            for (int64_t i = 0; i < min64(n, rows - r); i++)
+                for (int64_t k = 0; k < min64(SUMS / n, columns - c); k++)
+                    to[(r + i) * wide + c + k] = from[i * (SUMS / n) + k];
+    }
+}
+
+#endif

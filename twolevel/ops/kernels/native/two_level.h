@@ -1,0 +1,61 @@
+/* The two-level convolution, image by image, so that what one step leaves is in the cache for the next: what both
+   directions share.
+
+       z_g = r_g * x_g                  y_g = A_g * x_g + C_g z
+
+   x [B, n, H, W], y [B, m, H', W'], z [G, B, H', W'], with P ranks of which this one holds G/P groups. Where x and y
+   lie channels last, planes are made of an image first, and an image of the planes in the end. */
+
+#ifndef TWOLEVEL_TWO_LEVEL_H
+#define TWOLEVEL_TWO_LEVEL_H
+
+#include "planes.h"
+#include "products.h"
+
+/* ---- Between an image [pixels, channels] and planes [channels, pixels] ---- */
+
+static void planes_of_image(float *to, const float *image, int64_t pixels, int64_t channels) {
+    for (int64_t p = 0; p < pixels; p += LANES)
+        for (int64_t c = 0; c < channels; c += LANES) {
+            const int64_t high = min64(LANES, pixels - p), wide = min64(LANES, channels - c);
+            vec u[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) {
+                const float *from = image + (p + i) * channels + c;
+                u[i] = i >= high ? (vec){0} : wide == LANES ? load(from) : load_part(from, wide);
+            }
+            transpose_sum(u, 0);
+            UNROLL for (int i = 0; i < LANES; i++) {
+                if (i >= wide) break;
+                float *at = to + (c + i) * pixels + p;
+                if (high == LANES) store(at, u[i]);
+                else store_part(at, u[i], high);
+            }
+        }
+}
+
+static void image_of_planes(float *image, const float *from, int64_t pixels, int64_t channels) {
+    planes_of_image(image, from, channels, pixels);
+}
+
+/* ---- Planes and their weights ---- */
+
+static void shift_forward(planes *p, const layer *l, arena *a) {
+    *p = (planes){.source = {l->in[0], l->in[1]}, .target = {l->out[0], l->out[1]}, .stride = {l->stride[0], l->stride[1]},
+                  .number = l->kernel[0] * l->kernel[1]};
+    p->taps = take(a, p->number * sizeof(tap));
+    if (!p->taps) return;
+    for (int64_t t = 0; t < p->number; t++)
+        p->taps[t] = (tap){.row = t / l->kernel[1] * l->dilation[0] - l->padding[0],
+                           .column = t % l->kernel[1] * l->dilation[1] - l->padding[1], .weight = t};
+    lay_out(p, a);
+}
+
+/* Where the taps of channels first .. find their values in copies that begin at `held`. */
+static void list_taps(const planes *p, const float **value, const float *held, int64_t channels) {
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t t = 0; t < p->number; t++) *value++ = held + c * p->size + p->taps[t].at;
+}
+
+INLINE int64_t pitch_of(const planes *p) { return p->whole ? p->pitch : LANES; }
+
+#endif
