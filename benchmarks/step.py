@@ -33,6 +33,7 @@ from benchmarks import report
 from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
 from twolevel.distributed import parallelize
+from twolevel.nn.structure import memory_format
 from twolevel.ops import Copies
 from twolevel.settings import Device
 
@@ -137,8 +138,9 @@ class Step:
     """A training step of one network on a fixed batch: float32 on the CPU, bfloat16 autocast on a GPU."""
 
     def __init__(self, network: nn.Module, images: Tensor, labels: Tensor):
-        self.network = network.to(images.device, memory_format=torch.channels_last)
-        self.images, self.labels = images, labels
+        memory = memory_format(network, images.device)
+        self.network = network.to(images.device, memory_format=memory)
+        self.images, self.labels = images.contiguous(memory_format=memory), labels
         # A small rate: the batch never changes, and once it is learnt gradients would be denormal numbers.
         self.optimiser = torch.optim.SGD(
             network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
@@ -178,7 +180,7 @@ def ready(settings: Settings) -> tuple[dict[tuple[str, int], Step], dict[tuple[s
     size = models.image_size(settings.model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(settings.batch, 3, size, size, generator=generator)
-    images = images.to(settings.device, memory_format=torch.channels_last)
+    images = images.to(settings.device)
     labels = torch.randint(10, (settings.batch,), generator=generator).to(settings.device)
     steps, warming, skipped = {}, {}, {}
 

@@ -113,7 +113,6 @@ def _forward(placed: Placed, batch: int, image_shape: tuple[int, int, int]) -> N
     images = torch.randn(batch, *image_shape, generator=stream("forms")).to(
         placed.device, placed.strategy.dtype
     )
-    images = images.contiguous(memory_format=torch.channels_last)
     training = model.training
     model.eval()
     # A graph of torch.compile would call no hooks.

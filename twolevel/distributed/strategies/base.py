@@ -14,6 +14,7 @@ from twolevel.distributed.agreement import together
 from twolevel.distributed.gradients import clip_gradients_
 from twolevel.errors import UserError
 from twolevel.nn import initialize
+from twolevel.nn.structure import memory_format
 
 EVAL_BATCH = 500
 """Images that a rank tests at a time."""
@@ -84,7 +85,11 @@ class Strategy(ABC):
         return self._in_memory_format(network)
 
     def _in_memory_format(self, network: nn.Module) -> nn.Module:
-        return network.to(self.dtype).to(memory_format=torch.channels_last)
+        return network.to(self.dtype).to(memory_format=self.memory_format(network))
+
+    def memory_format(self, network: nn.Module) -> torch.memory_format:
+        """In which a part of a network is given its images."""
+        return memory_format(network, self.device) if self.precision == "float32" else torch.channels_last
 
     def __str__(self) -> str:
         return f"{self.mesh['data'].size()} data x {self.mesh['group'].size()} {self.parallel} ranks"
@@ -99,6 +104,7 @@ class Placed:
     def __init__(self, strategy: Strategy, model: nn.Module):
         self.strategy, self.model = strategy, model
         self.mesh, self.device = strategy.mesh, strategy.device
+        self.memory_format = strategy.memory_format(model)
 
     def compile_(self) -> None:
         """Have the forward of `model` run through torch.compile."""
@@ -115,6 +121,7 @@ class Placed:
         The batch is computed in `accumulate` equal parts one after the other. `loss` is called for each part, on the
         ranks that have logits, and divided by their number here.
         """
+        images = images.contiguous(memory_format=self.memory_format)
         chunks = zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True)
         for index, (x, y) in enumerate(chunks, start=1):
             with self._synchronised(last_part=index == accumulate):
@@ -133,7 +140,7 @@ class Placed:
     def logits(self, model: nn.Module, images: Tensor) -> Tensor | None:
         """The whole network's logits on the ranks that have them; `model` is `self.model` or a copy, as its average."""
         with autocast(self.device, self.strategy.precision):
-            return model(images)
+            return model(images.contiguous(memory_format=self.memory_format))
 
     def eval_batches(self, model: nn.Module, test: EvalSplit) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This rank's share of the test images; `logits` must be called for each batch."""

@@ -53,6 +53,9 @@ class PipelineParallel(Strategy):
         stage = stages[self.mesh.get_local_rank("group")]
         return PlacedStage(self, stage, self._draw(stage.network, seed))
 
+    def memory_format(self, network: nn.Module) -> torch.memory_format:
+        return torch.channels_last  # in which stages send each other their maps
+
     def check_batch(self, batch_size: int, accumulate: int) -> None:
         self._check_parts(batch_size, microbatches=self.microbatches, accumulate=accumulate)
 
