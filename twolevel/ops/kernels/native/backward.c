@@ -4,99 +4,99 @@
 
 #include "two_level.h"
 
-/* From gy to the pixels (phase) + stride (r, c) of gx. */
-static void shift_backward(planes *p, const layer *l, int64_t row_phase, int64_t column_phase, arena *a) {
-    const int64_t phase[2] = {row_phase, column_phase};
-    *p = (planes){.source = {l->out[0], l->out[1]}, .stride = {1, 1}};
-    for (int d = 0; d < 2; d++) p->target[d] = ceil_div(l->in[d] - phase[d], l->stride[d]);
-    p->taps = take(a, l->kernel[0] * l->kernel[1] * sizeof(tap));
+/* gx in phases of the stride: pixels (phase) + stride (r, c), which are sums over some of the taps. Every tap belongs to
+   one phase, so that all phases read the same copies of gy; those that are a row or column short compute one more. */
+typedef struct {
+    int64_t terms;       /* of one plane */
+    const float **value; /* [terms]: of every output of a group, then of its representative */
+    float *weight;       /* [groups, inputs, terms], in the order of `combine` */
+} phase;
+
+INLINE int64_t phase_of(const layer *l, int64_t tap) {
+    const int64_t down = tap / l->kernel[1] * l->dilation[0] - l->padding[0];
+    const int64_t right = tap % l->kernel[1] * l->dilation[1] - l->padding[1];
+    return (down - floor_div(down, l->stride[0]) * l->stride[0]) * l->stride[1] + right -
+           floor_div(right, l->stride[1]) * l->stride[1];
+}
+
+/* From gy to one phase of gx. */
+static void shift_backward(planes *p, const layer *l, arena *a) {
+    *p = (planes){.source = {l->out[0], l->out[1]}, .stride = {1, 1}, .number = l->kernel[0] * l->kernel[1]};
+    for (int d = 0; d < 2; d++) p->target[d] = ceil_div(l->in[d], l->stride[d]);
+    p->taps = take(a, p->number * sizeof(tap));
     if (!p->taps) return;
-    for (int64_t h = 0; h < l->kernel[0]; h++)
-        for (int64_t w = 0; w < l->kernel[1]; w++) {
-            const int64_t down = phase[0] + l->padding[0] - h * l->dilation[0];
-            const int64_t right = phase[1] + l->padding[1] - w * l->dilation[1];
-            if (down % l->stride[0] || right % l->stride[1]) continue;
-            p->taps[p->number++] = (tap){.row = down / l->stride[0], .column = right / l->stride[1],
-                                         .weight = h * l->kernel[1] + w};
-        }
+    for (int64_t t = 0; t < p->number; t++)
+        p->taps[t] = (tap){.row = -floor_div(t / l->kernel[1] * l->dilation[0] - l->padding[0], l->stride[0]),
+                           .column = -floor_div(t % l->kernel[1] * l->dilation[1] - l->padding[1], l->stride[1]),
+                           .weight = t};
     lay_out(p, a);
 }
 
-/* One phase of gx: a step of the stride apart, its pixels are sums over some of the taps. */
-typedef struct {
-    planes shifted;
-    grid pixels;
-    float *held;         /* copies of gy and gz of one group */
-    const float **value; /* [outputs + 1, taps] */
-    float *weight;       /* [groups, inputs, outputs + 1, taps], in the order of `combine` */
-} phase;
-
-/* Weights of the inputs of a group: of every output and tap, and of the restriction. */
-static void pack_phase(float *to, const planes *p, int64_t inputs, int64_t outputs, int64_t taps, const float *local,
-                       const float *restriction) {
-    const int64_t all = (outputs + (restriction != NULL)) * p->number;
-    for (int64_t i = 0, n; i < inputs; i += n) {
-        n = together(inputs - i);
-        float *at = to + i * all;
-        for (int64_t o = 0; o < outputs; o++)
-            for (int64_t t = 0; t < p->number; t++)
-                for (int64_t k = 0; k < n; k++) *at++ = local[(o * inputs + i + k) * taps + p->taps[t].weight];
-        for (int64_t t = 0; restriction && t < p->number; t++)
-            for (int64_t k = 0; k < n; k++) *at++ = restriction[(i + k) * taps + p->taps[t].weight];
-    }
+/* Which taps a phase sums, and their weights. `held`: copies of gy of the outputs of a group, then of gz. */
+static void prepare_phase(phase *f, const layer *l, const planes *p, int64_t number, const float *held,
+                          const float *local, const float *restriction, arena *a) {
+    const int64_t inputs = l->channels / l->groups, outputs = local ? l->outputs / l->groups : 0, taps = p->number;
+    int64_t own[taps], count = 0;
+    for (int64_t t = 0; t < taps; t++)
+        if (phase_of(l, t) == number) own[count++] = t;
+    f->terms = (outputs + (restriction != NULL)) * count;
+    f->value = take(a, f->terms * sizeof *f->value);
+    f->weight = take_floats(a, l->channels * f->terms);
+    if (a->failed) return;
+    for (int64_t i = 0; i < f->terms; i++) f->value[i] = held + i / count * p->size + p->taps[own[i % count]].at;
+    float *to = f->weight;
+    for (int64_t g = 0; g < l->groups; g++)
+        for (int64_t i = 0, n; i < inputs; i += n) {
+            n = together(inputs - i);
+            for (int64_t o = g * outputs; o < (g + 1) * outputs; o++)
+                for (int64_t t = 0; t < count; t++)
+                    for (int64_t k = 0; k < n; k++) *to++ = local[(o * inputs + i + k) * taps + own[t]];
+            for (int64_t t = 0; restriction && t < count; t++)
+                for (int64_t k = 0; k < n; k++) *to++ = restriction[(g * inputs + i + k) * taps + own[t]];
+        }
 }
 
 INLINE void merge_part(float *to, vec v, int64_t number, int add) {
     store_part(to, add ? load_part(to, number) + v : v, number);
 }
 
-/* Put pixels of every `stride`-th column of a row where they belong, or add them: from `stride` rows, or fewer where
-   the row is short. */
-INLINE void merge_row(float *to, const float *const *from, int64_t columns, int64_t stride, int add) {
+/* Put pixels of every `stride`-th column of a row where they belong, or add them: from rows that are `step` apart. */
+INLINE void merge_row(float *to, const float *from, int64_t step, int64_t columns, int64_t stride, int add) {
     int64_t c = 0;
     if (stride == 2)
         for (; c + 2 * LANES <= columns; c += 2 * LANES) {
-            const vec a = load(from[0] + c / 2), b = load(from[1] + c / 2);
+            const vec a = load(from + c / 2), b = load(from + step + c / 2);
             const vec low = IN_TURN_LOWER(a, b), high = IN_TURN_UPPER(a, b);
             store(to + c, add ? load(to + c) + low : low);
             store(to + c + LANES, add ? load(to + c + LANES) + high : high);
         }
     if (stride == 2 && c < columns) {
         const int64_t left = columns - c;
-        const vec a = load_part(from[0] + c / 2, (left + 1) / 2), b = left > 1 ? load_part(from[1] + c / 2, left / 2) : (vec){0};
+        const vec a = load_part(from + c / 2, (left + 1) / 2);
+        const vec b = left > 1 ? load_part(from + step + c / 2, left / 2) : (vec){0};
         merge_part(to + c, IN_TURN_LOWER(a, b), min64(left, LANES), add);
         if (left > LANES) merge_part(to + c + LANES, IN_TURN_UPPER(a, b), left - LANES, add);
         return;
     }
-    for (; c < columns; c++) to[c] = (add ? to[c] : 0) + from[c % stride][c / stride];
+    for (; c < columns; c++) to[c] = (add ? to[c] : 0) + from[c % stride * step + c / stride];
 }
 
-/* The gradient of one group of one image, from gy [outputs, H', W'] unless `outputs` is 0 and gz unless NULL. */
-static void input_grad(const layer *l, const phase *phase_of, const float *gy, const float *gz, int64_t outputs,
-                       int64_t group, float *gx, int add, float *part) {
-    const int64_t inputs = l->channels / l->groups, in = l->in[0] * l->in[1], columns = l->stride[1];
-    for (int64_t down = 0; down < min64(l->stride[0], l->in[0]); down++) {
-        float *to[columns];
-        for (int64_t right = 0; right < min64(columns, l->in[1]); right++) {
-            const phase *own = phase_of + down * columns + right;
-            const planes *p = &own->shifted;
-            const int64_t size = p->target[0] * p->target[1], all = (outputs + (gz != NULL)) * p->number;
-            to[right] = part ? (right ? to[right - 1] + inputs * in : part) : gx;
-            copy_channels(p, own->held, gy, 0, outputs, (normaliser){0});
-            if (gz) copy_channels(p, own->held + outputs * p->size, gz, 0, 1, (normaliser){0});
-            const sums s = {to[right], add && !part ? gx : NULL, inputs, size};
-            combine(&s, &own->pixels, &(terms){own->value, all, pitch_of(p)}, &(terms){NULL, 0, 0},
-                    own->weight + group * inputs * all);
+/* The gradient of one group of one image, from copies of gy and gz that are there. */
+static void input_grad(const layer *l, const planes *p, const phase *phases, const grid *g, int64_t group, float *gx,
+                       int add, float *part, ahead *next) {
+    const int64_t inputs = l->channels / l->groups, in = l->in[0] * l->in[1], size = p->target[0] * p->target[1];
+    for (int64_t down = 0; down < l->stride[0]; down++) {
+        for (int64_t right = 0; right < l->stride[1]; right++) {
+            const phase *f = phases + down * l->stride[1] + right;
+            float *to = part ? part + right * inputs * size : gx;
+            const sums s = {to, add && !part ? gx : NULL, inputs, size};
+            combine(&s, g, &(terms){f->value, f->terms, pitch_of(p)}, &(terms){NULL, 0, 0},
+                    f->weight + group * inputs * f->terms, next);
         }
         for (int64_t i = 0; part && i < inputs; i++)
-            for (int64_t r = 0; r < phase_of[down * columns].shifted.target[0]; r++) {
-                const float *from[columns];
-                for (int64_t right = 0; right < min64(columns, l->in[1]); right++) {
-                    const planes *p = &phase_of[down * columns + right].shifted;
-                    from[right] = to[right] + (i * p->target[0] + r) * p->target[1];
-                }
-                merge_row(gx + i * in + (down + r * l->stride[0]) * l->in[1], from, l->in[1], columns, add);
-            }
+            for (int64_t r = 0; down + r * l->stride[0] < l->in[0]; r++)
+                merge_row(gx + i * in + (down + r * l->stride[0]) * l->in[1],
+                          part + (i * p->target[0] + r) * p->target[1], inputs * size, l->in[1], l->stride[1], add);
     }
 }
 
@@ -117,23 +117,15 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
 
     planes p;
     shift_forward(&p, l, &a);
-    phase *phase_of = take(&a, phases * sizeof *phase_of);
+    planes to_x = {0};
+    if (gx) shift_backward(&to_x, l, &a);
     if (a.failed) return close_arena(&a), -1;
-    for (int64_t f = 0; f < phases; f++) {
-        phase *own = phase_of + f;
-        shift_backward(&own->shifted, l, f / l->stride[1], f % l->stride[1], &a);
-        if (a.failed) return close_arena(&a), -1;
-        const int64_t all = (from_local + (restriction != NULL)) * own->shifted.number;
-        own->pixels = grid_of(own->shifted.target[0], own->shifted.target[1]);
-        own->held = take_zeros(&a, (from_local + 1) * own->shifted.size + LANES);
-        own->value = take(&a, all * sizeof *own->value);
-        own->weight = take_floats(&a, l->channels * all);
-        if (a.failed) return close_arena(&a), -1;
-        list_taps(&own->shifted, own->value, own->held, from_local + (restriction != NULL));
-        for (int64_t k = 0; k < groups; k++)
-            pack_phase(own->weight + k * inputs * all, &own->shifted, inputs, from_local, taps,
-                       local + k * outputs * columns, restriction ? restriction + k * columns : NULL);
-    }
+    const grid pixels_x = gx ? grid_of(to_x.target[0], to_x.target[1]) : (grid){0};
+    float *held_gy = gx ? take_zeros(&a, (from_local + 1) * to_x.size + LANES) : NULL;
+    phase *phase_at = take(&a, phases * (int64_t)sizeof *phase_at);
+    if (a.failed) return close_arena(&a), -1;
+    for (int64_t f = 0; f < phases; f++)
+        prepare_phase(phase_at + f, l, &to_x, f, held_gy, local, restriction, &a);
     float *held = want_weights ? take_zeros(&a, block * inputs * p.size + LANES) : NULL;
     const float **value = take(&a, max64(columns, l->representatives) * sizeof *value);
     const float **planes_of_gy = take(&a, l->outputs * sizeof *planes_of_gy);
@@ -146,7 +138,7 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
     float *planar_gy = l->channels_last && gy ? take_floats(&a, block * l->outputs * out) : NULL;
     float *planar_x = l->channels_last && want_weights ? take_floats(&a, block * l->channels * in) : NULL;
     float *planar_gx = l->channels_last && gx ? take_floats(&a, l->channels * in) : NULL;
-    float *part = phases > 1 ? take_floats(&a, l->stride[1] * inputs * in) : NULL;
+    float *part = phases > 1 ? take_floats(&a, l->stride[1] * inputs * to_x.target[0] * to_x.target[1]) : NULL;
     if (a.failed) return close_arena(&a), -1;
     list_taps(&p, value, held, want_weights ? inputs : 0);
     if (want_z)
@@ -170,19 +162,22 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
                 planes_of_image(planar_x + b * l->channels * in, image_x + b * l->channels * in, in, l->channels);
             image_x = planar_x;
         }
+        const int64_t left = min64(block, end - first - images);
+        ahead next_x = ask_for(image_x, images * l->channels * in, want_z * images * ceil_div(l->representatives, 4) * ceil_div(out, TILE * LANES) + (g_coarse != NULL) * correlated(l->outputs, l->representatives) / SUMS);
+        ahead next_gy = ask_for(gy + (first + images) * l->outputs * out, left * l->outputs * out, (g_local != NULL) * groups * of_local / SUMS + (g_restriction != NULL) * groups * of_restriction / SUMS + (gx != NULL) * images * groups * ceil_div(inputs, 4) * ceil_div(in, TILE * LANES));
         /* Plane of representative k of image b: gz + k gz_step + b out. */
         const int64_t gz_step = gz_own ? block * out : l->batch * out;
         const float *gz = gz_own ? gz_own : (gz_in ? gz_in : gz_out) + first * out;
         for (int64_t b = 0; want_z && b < images; b++) {
             for (int64_t o = 0; o < l->outputs; o++) planes_of_gy[o] = image_gy + (b * l->outputs + o) * out;
             const sums s = {(float *)gz + b * out, NULL, l->representatives, gz_step};
-            combine(&s, &pixels, &(terms){planes_of_gy, l->outputs, pixels.columns}, &(terms){NULL, 0, 0}, turned);
+            combine(&s, &pixels, &(terms){planes_of_gy, l->outputs, pixels.columns}, &(terms){NULL, 0, 0}, turned, &next_x);
         }
         if (g_coarse) {
             const float *column[l->representatives];
             for (int64_t h = 0; h < l->representatives; h++) column[h] = z + (h * l->batch + first) * out;
             correlate(&(pairs){pixels, images, l->outputs * out, out, pixels.columns}, l->outputs, image_gy, out,
-                      l->representatives, column, sums_coarse);
+                      l->representatives, column, sums_coarse, &next_x);
         }
         for (int64_t k = 0; want_weights && k < groups; k++) {
             for (int64_t b = 0; b < images; b++)
@@ -190,9 +185,9 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
             const pairs with_y = {pixels, images, l->outputs * out, inputs * p.size, pitch_of(&p)};
             const pairs with_z = {pixels, images, out, inputs * p.size, pitch_of(&p)};
             if (g_local)
-                correlate(&with_y, outputs, image_gy + k * outputs * out, out, columns, value, sums_local + k * of_local);
+                correlate(&with_y, outputs, image_gy + k * outputs * out, out, columns, value, sums_local + k * of_local, &next_gy);
             if (g_restriction)
-                correlate(&with_z, 1, gz + k * gz_step, out, columns, value, sums_restriction + k * of_restriction);
+                correlate(&with_z, 1, gz + k * gz_step, out, columns, value, sums_restriction + k * of_restriction, &next_gy);
         }
         for (int64_t b = 0; gx && b < images; b++) {
             float *result = gx + (first + b) * l->channels * in;
@@ -200,10 +195,15 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
                 if (!local) planes_of_image(planar_gx, result, in, l->channels);
                 result = planar_gx;
             }
-            for (int64_t k = 0; k < groups; k++)
-                input_grad(l, phase_of, image_gy + (b * l->outputs + k * outputs) * out,
-                           restriction ? gz + k * gz_step + b * out : NULL, from_local, k, result + k * inputs * in,
-                           !local, part);
+            for (int64_t k = 0; k < groups; k++) {
+                if (from_local)
+                    copy_channels(&to_x, held_gy, image_gy + b * l->outputs * out, k * outputs, (k + 1) * outputs,
+                                  (normaliser){0});
+                if (restriction)
+                    copy_channels(&to_x, held_gy + from_local * to_x.size, gz + k * gz_step + b * out, 0, 1,
+                                  (normaliser){0});
+                input_grad(l, &to_x, phase_at, &pixels_x, k, result + k * inputs * in, !local, part, &next_gy);
+            }
             if (planar_gx) image_of_planes(gx + (first + b) * l->channels * in, planar_gx, in, l->channels);
         }
     }

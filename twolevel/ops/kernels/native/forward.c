@@ -43,13 +43,16 @@ int twolevel_forward(const layer *l, const float *x, const float *scale, const f
     }
     for (int64_t b = begin; b < end; b++) {
         const float *image = x + b * l->channels * in;
+        /* The next image. */
+        ahead next = ask_for(image + l->channels * in, b + 1 < end ? l->channels * in : 0,
+                             groups * (outputs / 4 + 1) * ceil_div(g.rows, TILE) * (g.columns / LANES));
         if (own || local) {
             if (planar) planes_of_image(planar, image, in, l->channels), image = planar;
             copy_channels(&p, held, image, 0, l->channels, n);
         }
         for (int64_t k = 0; own && k < groups; k++) {
             const sums s = {own + (k * l->batch + b) * out, NULL, 1, out};
-            combine(&s, &g, &(terms){value + k * of_group, of_group, pitch_of(&p)}, &(terms){NULL, 0, 0}, restriction + k * of_group);
+            combine(&s, &g, &(terms){value + k * of_group, of_group, pitch_of(&p)}, &(terms){NULL, 0, 0}, restriction + k * of_group, &next);
         }
         if (!y) continue;
         float *result = y + b * l->outputs * out;
@@ -62,7 +65,7 @@ int twolevel_forward(const layer *l, const float *x, const float *scale, const f
             float *at = result + k * outputs * out;
             const sums s = {at, local ? NULL : at, outputs, out};
             combine(&s, &g, &(terms){value + k * of_group, of_local, pitch_of(&p)}, &(terms){others, of_coarse, g.columns},
-                    weight + k * outputs * all);
+                    weight + k * outputs * all, &next);
         }
         if (planar) image_of_planes(y + b * l->outputs * out, planar, out, l->outputs);
     }

@@ -12,6 +12,12 @@
 
 #include "memory.h"
 
+#if defined(__AVX512F__)
+#define COPIES_FLAT 1
+#else
+#define COPIES_FLAT 0
+#endif
+
 typedef struct {
     int64_t row, column; /* shift */
     int64_t weight;      /* its number in the kernel */
@@ -26,11 +32,16 @@ typedef struct {
     int64_t *column; /* [copies]: the source column of their first value */
     int64_t rows;    /* of one copy */
     int64_t *row;    /* [rows]: the source row of each; it may be outside */
+    int64_t lead;    /* before the first row */
+    int64_t used;    /* of a row, by all taps */
     int64_t pitch;   /* from one row of a copy to the next */
     int64_t size;    /* of all copies of a channel */
     int64_t whole;   /* rows of the target are whole vectors */
     int64_t left, wide; /* margin and pitch of `plane` */
     float *plane;    /* the source with margins, where copies have none */
+    int64_t flat;    /* no rows of the copies but those of the source, as wide */
+    int64_t period;  /* vectors of a plane after which columns are the same again */
+    uint16_t *inside; /* [copies, period]: which lanes of a copy are inside the source */
 } planes;
 
 /* Which copy a tap reads is decided by this. */
@@ -59,13 +70,16 @@ static void lay_out(planes *p, arena *a) {
         least = min64(least, floor_div(shift, p->stride[1])), most = max64(most, floor_div(shift, p->stride[1]));
     }
     if (!p->number) least = most = 0;
-    p->pitch = p->target[1] + (p->whole ? most - least : 0);
+    p->used = p->target[1] + (p->whole ? most - least : 0);
+    /* What a tap without shift reads is as aligned as the target. */
+    p->pitch = p->target[1] + round_up(p->used - p->target[1], LANES);
+    p->lead = p->whole ? round_up(max64(-least, 0), LANES) - max64(-least, 0) : 0;
     p->column = take(a, 8 * p->copies);
     p->row = take(a, 8 * most_rows(p));
     if (a->failed) return;
     for (int64_t k = 0; k < p->copies; k++) {
         p->column[k] = p->whole ? class[k] + least * p->stride[1] : class[k];
-        low = min64(low, p->column[k]), high = max64(high, p->column[k] + p->pitch * p->stride[1]);
+        low = min64(low, p->column[k]), high = max64(high, p->column[k] + p->used * p->stride[1]);
     }
     for (int64_t own = 0; own < p->stride[0]; own++) {
         int64_t first = INT64_MAX, last = INT64_MIN;
@@ -85,9 +99,23 @@ static void lay_out(planes *p, arena *a) {
         const int64_t shift = p->taps[t].column;
         int64_t k = 0;
         while (class[k] != class_of(p, shift)) k++;
-        p->taps[t].at = (k * total + p->taps[t].at) * p->pitch + (p->whole ? floor_div(shift, p->stride[1]) - least : 0);
+        p->taps[t].at = p->lead + (k * total + p->taps[t].at) * p->pitch;
+        if (p->whole) p->taps[t].at += floor_div(shift, p->stride[1]) - least;
     }
-    p->size = round_up(p->copies * total * p->pitch, LANES);
+    p->size = round_up(p->lead + p->copies * total * p->pitch, LANES);
+    p->flat = !p->whole && p->stride[0] == 1 && p->stride[1] == 1 && p->source[1] == p->target[1];
+    p->period = 1;
+    while (p->period * LANES % p->target[1]) p->period++;
+    p->inside = take(a, p->copies * p->period * sizeof *p->inside);
+    for (int64_t k = 0; p->inside && p->flat && k < p->copies; k++)
+        for (int64_t v = 0; v < p->period; v++) {
+            uint16_t mask = 0;
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                const int64_t column = (v * LANES + lane) % p->target[1] + p->column[k];
+                mask |= (uint16_t)((column >= 0 && column < p->source[1]) << lane);
+            }
+            p->inside[k * p->period + v] = mask;
+        }
     p->left = -low, p->wide = p->left + max64(p->source[1], high);
     p->plane = take_zeros(a, p->source[0] * p->wide + LANES);
 }
@@ -110,33 +138,82 @@ INLINE void copy_row(float *to, const float *from, int64_t number, int active, v
     if (c < number) store_part(to + c, normalised(load_part(from + c, number - c), active, scale, shift), number - c);
 }
 
-/* Every `stride`-th number. What follows the last may be overwritten. */
+/* Every `stride`-th number. */
 INLINE void gather_row(float *to, const float *from, int64_t number, int64_t stride) {
     int64_t c = 0;
-    if (stride == 1)
-        for (; c < number; c += LANES) store(to + c, load(from + c));
-    else if (stride == 2)
+    if (stride == 1) {
+        for (; c + LANES <= number; c += LANES) store(to + c, load(from + c));
+        if (c < number) store_part(to + c, load_part(from + c, number - c), number - c);
+        return;
+    }
+    if (stride == 2)
         for (; c + LANES <= number; c += LANES) store(to + c, EVERY_OTHER(load(from + 2 * c), load(from + 2 * c + LANES)));
     for (; c < number; c++) to[c] = from[c * stride];
 }
 
+#if defined(__AVX512F__)
+/* All copies of a plane whose rows are as wide as theirs: the plane itself, shifted, without what a shift brings from
+   the row before or after. Memory of lanes that are off is not touched. */
+INLINE void copy_flat(const planes *p, float *to, const float *source, int active, vec scale, vec shift) {
+    const int64_t width = p->target[1], first = max64(0, -p->row[0]), last = min64(p->rows, p->source[0] - p->row[0]);
+    const int64_t number = (last - first) * width;
+    source += (p->row[0] + first) * width;
+    to += first * width;
+    for (int64_t k = 0; k < p->copies; k++, to += p->rows * width) {
+        const uint16_t *inside = p->inside + k * p->period;
+        for (int64_t j = 0, v = 0; j < number; j += LANES) {
+            const int64_t left = number - j;
+            const __mmask16 there = left < LANES ? (__mmask16)(0xffff >> (LANES - left)) : (__mmask16)0xffff;
+            const __mmask16 mask = (__mmask16)(there & inside[v]);
+            const vec x = normalised((vec)_mm512_maskz_loadu_ps(mask, source + j + p->column[k]), active, scale, shift);
+            _mm512_mask_storeu_ps(to + j, there, _mm512_maskz_mov_ps(mask, (__m512)x));
+            if (++v == p->period) v = 0;
+        }
+    }
+}
+#else
+INLINE void copy_flat(const planes *p, float *to, const float *source, int active, vec scale, vec shift) {
+    (void)p, (void)to, (void)source, (void)active, (void)scale, (void)shift;
+}
+#endif
+
+/* A plane to its copies, whose memory is not used by anything else: what lies outside the source is zero already. */
 INLINE void copy_plane(const planes *p, float *to, const float *source, int active, vec scale, vec shift) {
     const int64_t width = p->source[1];
-    if (p->whole && p->stride[1] == 1) { /* a copy is the source with margins, which are zero already */
-        const int64_t first = max64(0, p->column[0]), number = min64(width, p->column[0] + p->pitch) - first;
+    to += p->lead;
+    if (COPIES_FLAT && p->flat) {
+        copy_flat(p, to, source, active, scale, shift);
+        return;
+    }
+    if (p->whole && p->stride[1] == 1) { /* a copy is the source with margins */
+        const int64_t first = max64(0, p->column[0]), number = min64(width, p->column[0] + p->used) - first;
         for (int64_t r = 0; r < p->rows; r++)
             if (p->row[r] >= 0 && p->row[r] < p->source[0] && number > 0)
                 copy_row(to + r * p->pitch + first - p->column[0], source + p->row[r] * width + first, number, active,
                          scale, shift);
         return;
     }
+    if (p->whole && p->stride[1] == 2 && width == 2 * p->target[1]) { /* every row is dealt out to two copies, or one */
+        for (int64_t r = 0; r < p->rows; r++)
+            for (int64_t c = 0; c < width && p->row[r] >= 0 && p->row[r] < p->source[0]; c += 2 * LANES) {
+                const float *from = source + p->row[r] * width + c;
+                const vec a = normalised(load(from), active, scale, shift);
+                const vec b = normalised(load(from + LANES), active, scale, shift);
+                for (int64_t k = 0; k < p->copies; k++) {
+                    const int64_t odd = p->column[k] & 1;
+                    float *at = to + (k * p->rows + r) * p->pitch + (c + odd - p->column[k]) / 2;
+                    if (odd) store(at, THE_OTHERS(a, b));
+                    else store(at, EVERY_OTHER(a, b));
+                }
+            }
+        return;
+    }
     for (int64_t r = 0; r < p->source[0]; r++)
         copy_row(p->plane + r * p->wide + p->left, source + r * width, width, active, scale, shift);
     for (int64_t k = 0; k < p->copies; k++)
-        for (int64_t r = 0; r < p->rows; r++, to += p->pitch) {
-            if (p->row[r] < 0 || p->row[r] >= p->source[0]) memset(to, 0, 4 * p->pitch);
-            else gather_row(to, p->plane + p->row[r] * p->wide + p->left + p->column[k], p->pitch, p->stride[1]);
-        }
+        for (int64_t r = 0; r < p->rows; r++, to += p->pitch)
+            if (p->row[r] >= 0 && p->row[r] < p->source[0])
+                gather_row(to, p->plane + p->row[r] * p->wide + p->left + p->column[k], p->used, p->stride[1]);
 }
 
 /* Channels first to last of an image [channels, H, W] to their copies, where zeros were before. */

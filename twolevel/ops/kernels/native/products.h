@@ -105,9 +105,15 @@ static __attribute__((noinline)) void combine_part(const sums *s, int64_t plane,
 #undef CALL
 }
 
+/* How often `combine` asks for memory. */
+INLINE int64_t steps_of(const sums *s, const grid *g) {
+    return ceil_div(g->rows, TILE) * (g->columns / LANES) * ceil_div(s->number, 4);
+}
+
 /* All planes of `s` from two lists of terms. The weights are those of blocks of `together` planes, one block after the
    other. */
-static inline void combine(const sums *s, const grid *g, const terms *one, const terms *other, const float *weight) {
+static inline void combine(const sums *s, const grid *g, const terms *one, const terms *other, const float *weight,
+                           ahead *next) {
     const int64_t of_plane = one->number + other->number;
     for (int64_t row = 0; row < g->rows + (g->part > 0);) {
         const int64_t rows = g->rows - row >= TILE ? TILE : 1;
@@ -115,6 +121,7 @@ static inline void combine(const sums *s, const grid *g, const terms *one, const
             for (int64_t o = 0, n; o < s->number; o += n) {
                 const float *own = weight + o * of_plane;
                 n = together(s->number - o);
+                ask(next);
                 if (rows == TILE) combine_rows(s, o, n, g, one, other, own, row, column);
                 else if (row < g->rows) combine_row(s, o, n, g, one, other, own, row, column);
                 else combine_part(s, o, n, g, one, other, own);
@@ -135,39 +142,43 @@ typedef struct {
 /* Tiles of SUMS numbers: all rows of a tile with all its columns. */
 enum { SUMS = 4 * TILE_VECTORS };
 
-INLINE void correlate_step(vec sum[SUMS], const float *const *row, const float *const *column, int rows, int columns,
-                           int64_t at, int64_t in) {
+INLINE void correlate_step(vec sum[SUMS], const float *row, int64_t step, const float *const *column, int64_t in,
+                           int rows, int columns) {
     vec y[4];
-    UNROLL for (int r = 0; r < rows; r++) y[r] = load_once(row[r] + at);
+    UNROLL for (int r = 0; r < rows; r++) y[r] = load_once(row + r * step);
     UNROLL for (int c = 0; c < columns; c++) {
         const vec x = load_once(column[c] + in);
         UNROLL for (int r = 0; r < rows; r++) sum[r * columns + c] += y[r] * x;
     }
 }
 
-INLINE void correlate_tile(const pairs *p, const float *const *row, const float *const *column, int rows, int columns,
-                           float *to) {
+INLINE void correlate_tile(const pairs *p, const float *row, int64_t step, const float *const *some, int rows,
+                           int columns, float *to) {
     const grid *g = &p->pixels;
+    const float *column[SUMS];
     vec sum[SUMS];
+    UNROLL for (int c = 0; c < columns; c++) column[c] = some[c];
     UNROLL for (int i = 0; i < SUMS; i++) sum[i] = (vec){0};
+    const float *y = row;
+    int64_t in = 0;
     for (int64_t image = 0; image < p->images; image++) {
-        const float *a[4], *b[SUMS];
-        UNROLL for (int r = 0; r < rows; r++) a[r] = row[r] + image * p->row_step;
-        UNROLL for (int c = 0; c < columns; c++) b[c] = column[c] + image * p->column_step;
-        int64_t at = 0, in = 0;
-        /* A line of one vector needs no loop. */
-        if (g->columns == LANES)
-            for (const int64_t end = g->rows * LANES; at < end; at += LANES, in += p->pitch)
-                correlate_step(sum, a, b, rows, columns, at, in);
+        if (g->columns == LANES) /* a line of one vector needs no loop */
+            for (int64_t line = 0; line < g->rows; line++, y += LANES, in += p->pitch) {
+                OPAQUE(in); /* one index, not a pointer for each plane, for which there are no registers */
+                correlate_step(sum, y, step, column, in, rows, columns);
+            }
         else
             for (int64_t line = 0; line < g->rows; line++, in += p->pitch - g->columns)
-                for (const int64_t end = at + g->columns; at < end; at += LANES, in += LANES)
-                    correlate_step(sum, a, b, rows, columns, at, in);
+                for (const float *const end = y + g->columns; y < end; y += LANES, in += LANES) {
+                    OPAQUE(in);
+                    correlate_step(sum, y, step, column, in, rows, columns);
+                }
         if (g->part)
             UNROLL for (int c = 0; c < columns; c++) {
-                const vec x = load_part(b[c] + in, g->part);
-                UNROLL for (int r = 0; r < rows; r++) sum[r * columns + c] += load_part(a[r] + at, g->part) * x;
+                const vec value = load_part(column[c] + in, g->part);
+                UNROLL for (int r = 0; r < rows; r++) sum[r * columns + c] += load_part(y + r * step, g->part) * value;
             }
+        y += p->row_step - g->rows * g->columns, in += p->column_step - g->rows * p->pitch;
     }
     UNROLL for (int i = 0; i < SUMS; i += LANES) {
         transpose_sum(sum + i, LOG_LANES);
@@ -175,20 +186,17 @@ INLINE void correlate_tile(const pairs *p, const float *const *row, const float 
     }
 }
 
-static __attribute__((noinline)) void correlate_four(const pairs *p, const float *const *row,
-                                                     const float *const *column, float *to) {
-    correlate_tile(p, row, column, 4, SUMS / 4, to);
-}
-static __attribute__((noinline)) void correlate_two(const pairs *p, const float *const *row,
-                                                    const float *const *column, float *to) {
-    correlate_tile(p, row, column, 2, SUMS / 2, to);
-}
-static __attribute__((noinline)) void correlate_one(const pairs *p, const float *const *row,
-                                                    const float *const *column, float *to) {
-    correlate_tile(p, row, column, 1, SUMS, to);
-}
+#define TILE_OF(name, rows) \
+    static __attribute__((noinline)) void name(const pairs *p, const float *row, int64_t step, \
+                                               const float *const *column, float *to) { \
+        correlate_tile(p, row, step, column, rows, SUMS / rows, to); \
+    }
+TILE_OF(correlate_four, 4)
+TILE_OF(correlate_two, 2)
+TILE_OF(correlate_one, 1)
+#undef TILE_OF
 
-INLINE int64_t rows_of_tile(int64_t left) { return left >= 3 ? 4 : left; }
+INLINE int64_t rows_of_tile(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 /* Numbers that `correlate` of so many rows and columns adds to. */
 static inline int64_t correlated(int64_t rows, int64_t columns) {
@@ -200,20 +208,27 @@ static inline int64_t correlated(int64_t rows, int64_t columns) {
     return number;
 }
 
-/* Add the products of rows[r] and column[c] to `to`, tile by tile. */
+/* Add the products of rows, planes `step` apart from the first, and columns to `to`, tile by tile. Some columns stay
+   in the nearest cache for all rows. */
 static inline void correlate(const pairs *p, int64_t rows, const float *first, int64_t step, int64_t columns,
-                      const float *const *column, float *to) {
-    for (int64_t r = 0, n; r < rows; r += n) {
-        n = rows_of_tile(rows - r);
-        const int64_t wide = SUMS / n;
-        const float *row[4], *some[SUMS];
-        /* What a tile has too many of is computed twice and never read. */
-        for (int64_t i = 0; i < n; i++) row[i] = first + min64(r + i, rows - 1) * step;
-        for (int64_t c = 0; c < columns; c += wide, to += SUMS) {
-            for (int64_t i = 0; i < wide; i++) some[i] = column[min64(c + i, columns - 1)];
-            if (n == 4) correlate_four(p, row, some, to);
-            else if (n == 2) correlate_two(p, row, some, to);
-            else correlate_one(p, row, some, to);
+                             const float *const *column, float *to, ahead *next) {
+    for (int64_t near = 0; near < columns; near += SUMS) {
+        float *of_rows = to;
+        for (int64_t r = 0, n; r < rows; r += n) {
+            n = rows_of_tile(rows - r);
+            const int64_t wide = SUMS / n;
+            for (int64_t c = near; c < min64(near + SUMS, columns); c += wide) {
+                const float *const *some = column + c, *last[SUMS];
+                if (columns - c < wide) { /* what is too many is computed twice and never read */
+                    for (int64_t i = 0; i < wide; i++) last[i] = column[min64(c + i, columns - 1)];
+                    some = last;
+                }
+                ask(next);
+                if (n == 4) correlate_four(p, first + r * step, step, some, of_rows + c * n);
+                else if (n == 2) correlate_two(p, first + r * step, step, some, of_rows + c * n);
+                else correlate_one(p, first + r * step, step, some, of_rows + c * n);
+            }
+            of_rows += round_up(columns, wide) * n;
         }
     }
 }
@@ -223,7 +238,7 @@ static inline void untile(int64_t rows, int64_t columns, const float *from, floa
     for (int64_t r = 0, n; r < rows; r += n) {
         n = rows_of_tile(rows - r);
         for (int64_t c = 0; c < columns; c += SUMS / n, from += SUMS)
-            for (int64_t i = 0; i < min64(n, rows - r); i++)
+            for (int64_t i = 0; i < n; i++)
                 for (int64_t k = 0; k < min64(SUMS / n, columns - c); k++)
                     to[(r + i) * wide + c + k] = from[i * (SUMS / n) + k];
     }

@@ -49,6 +49,8 @@ INLINE vec load_once(const float *p) {
 #endif
     return v;
 }
+/* A number about which the compiler is to know nothing. */
+#define OPAQUE(number) __asm__("" : "+r"(number))
 INLINE void store(float *p, vec v) { *(unaligned_vec *)p = v; }
 INLINE vec splat(float f) { return f - (vec){0}; }
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -73,9 +75,11 @@ INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes_vec){__VA_ARGS__})
 #endif
 
-/* Lanes 0, 2, 4, ... of a and b together. */
+/* Lanes 0, 2, 4, ... of a and b together, and lanes 1, 3, 5, ... */
 #define TWICE(l, bit) (2 * (l))
+#define TWICE_AND_ONE(l, bit) (2 * (l) + 1)
 #define EVERY_OTHER(a, b) SHUFFLE(a, b, ALL(TWICE, 1))
+#define THE_OTHERS(a, b) SHUFFLE(a, b, ALL(TWICE_AND_ONE, 1))
 /* Those lanes of a and b in turn: of their lower halves, of their upper halves. */
 #define LOWER(l, bit) ((l) & 1 ? LANES + (l) / 2 : (l) / 2)
 #define UPPER(l, bit) (LOWER(l, bit) + LANES / 2)
@@ -153,5 +157,20 @@ INLINE vec load_part(const float *p, int64_t number) {
 }
 INLINE void store_part(float *p, vec v, int64_t number) { memcpy(p, &v, 4 * number); }
 #endif
+
+/* Memory that is needed soon, and how much of it is asked for at a time: a few lines after every tile are lost less
+   often than many at once, and come while there is enough to do. */
+typedef struct {
+    const char *at, *end;
+    int64_t lines; /* at a time */
+} ahead;
+
+INLINE ahead ask_for(const float *from, int64_t number, int64_t times) {
+    return (ahead){(const char *)from, (const char *)(from + number), number / 16 / max64(times, 1) + 1};
+}
+
+INLINE void ask(ahead *a) {
+    for (int64_t i = 0; i < a->lines && a->at < a->end; i++, a->at += 64) __builtin_prefetch(a->at, 0, 2);
+}
 
 #endif
