@@ -130,7 +130,7 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
     const float **value = take(&a, max64(columns, l->representatives) * sizeof *value);
     const float **planes_of_gy = take(&a, l->outputs * sizeof *planes_of_gy);
     float *turned = want_z ? take_floats(&a, l->outputs * l->representatives) : NULL; /* C in the order of `combine` */
-    const int64_t of_local = correlated(outputs, columns), of_restriction = correlated(1, columns);
+    const int64_t of_local = correlated(outputs, columns), of_restriction = round_up(columns, SUMS) * LANES;
     float *sums_local = g_local ? take_zeros(&a, groups * of_local) : NULL;
     float *sums_restriction = g_restriction ? take_zeros(&a, groups * of_restriction) : NULL;
     float *sums_coarse = g_coarse ? take_zeros(&a, correlated(l->outputs, l->representatives)) : NULL;
@@ -164,7 +164,7 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
         }
         const int64_t left = min64(block, end - first - images);
         ahead next_x = ask_for(image_x, images * l->channels * in, want_z * images * ceil_div(l->representatives, 4) * ceil_div(out, TILE * LANES) + (g_coarse != NULL) * correlated(l->outputs, l->representatives) / SUMS);
-        ahead next_gy = ask_for(gy + (first + images) * l->outputs * out, left * l->outputs * out, (g_local != NULL) * groups * of_local / SUMS + (g_restriction != NULL) * groups * of_restriction / SUMS + (gx != NULL) * images * groups * ceil_div(inputs, 4) * ceil_div(in, TILE * LANES));
+        ahead next_gy = ask_for(gy + (first + images) * l->outputs * out, left * l->outputs * out, (g_local != NULL) * groups * of_local / SUMS + (gx != NULL) * images * groups * ceil_div(inputs, 4) * ceil_div(in, TILE * LANES));
         /* Plane of representative k of image b: gz + k gz_step + b out. */
         const int64_t gz_step = gz_own ? block * out : l->batch * out;
         const float *gz = gz_own ? gz_own : (gz_in ? gz_in : gz_out) + first * out;
@@ -176,18 +176,18 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
         if (g_coarse) {
             const float *column[l->representatives];
             for (int64_t h = 0; h < l->representatives; h++) column[h] = z + (h * l->batch + first) * out;
-            correlate(&(pairs){pixels, images, l->outputs * out, out, pixels.columns}, l->outputs, image_gy, out,
+            correlate(&(pairs){.pixels = pixels, .images = images, .row_step = l->outputs * out, .column_step = out, .pitch = pixels.columns}, l->outputs, image_gy, out,
                       l->representatives, column, sums_coarse, &next_x);
         }
         for (int64_t k = 0; want_weights && k < groups; k++) {
             for (int64_t b = 0; b < images; b++)
                 copy_channels(&p, held + b * inputs * p.size, image_x + b * l->channels * in, k * inputs, (k + 1) * inputs, n);
-            const pairs with_y = {pixels, images, l->outputs * out, inputs * p.size, pitch_of(&p)};
-            const pairs with_z = {pixels, images, out, inputs * p.size, pitch_of(&p)};
-            if (g_local)
-                correlate(&with_y, outputs, image_gy + k * outputs * out, out, columns, value, sums_local + k * of_local, &next_gy);
-            if (g_restriction)
-                correlate(&with_z, 1, gz + k * gz_step, out, columns, value, sums_restriction + k * of_restriction, &next_gy);
+            const pairs p_ = {.pixels = pixels, .images = images, .row_step = l->outputs * out,
+                              .column_step = inputs * p.size, .pitch = pitch_of(&p), .other_step = out,
+                              .other = g_restriction ? gz + k * gz_step : NULL,
+                              .of_other = g_restriction ? sums_restriction + k * of_restriction : NULL};
+            correlate(&p_, g_local ? outputs : 0, image_gy + k * outputs * out, out, columns, value,
+                      g_local ? sums_local + k * of_local : NULL, &next_gy);
         }
         for (int64_t b = 0; gx && b < images; b++) {
             float *result = gx + (first + b) * l->channels * in;
@@ -208,10 +208,10 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
         }
     }
     for (int64_t k = 0; g_local && k < groups; k++)
-        untile(outputs, columns, sums_local + k * of_local, g_local + k * outputs * columns, columns);
+        untile(outputs, columns, sums_local + k * of_local, g_local + k * outputs * columns);
     for (int64_t k = 0; g_restriction && k < groups; k++)
-        untile(1, columns, sums_restriction + k * of_restriction, g_restriction + k * columns, columns);
-    if (g_coarse) untile(l->outputs, l->representatives, sums_coarse, g_coarse, l->representatives);
+        add_up(columns, sums_restriction + k * of_restriction, g_restriction + k * columns);
+    if (g_coarse) untile(l->outputs, l->representatives, sums_coarse, g_coarse);
     close_arena(&a);
     return 0;
 }

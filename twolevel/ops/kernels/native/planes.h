@@ -146,8 +146,17 @@ INLINE void gather_row(float *to, const float *from, int64_t number, int64_t str
         if (c < number) store_part(to + c, load_part(from + c, number - c), number - c);
         return;
     }
-    if (stride == 2)
-        for (; c + LANES <= number; c += LANES) store(to + c, EVERY_OTHER(load(from + 2 * c), load(from + 2 * c + LANES)));
+    if (stride == 2) {
+        for (; c + LANES <= number; c += LANES)
+            store(to + c, EVERY_OTHER(load(from + 2 * c), load(from + 2 * c + LANES)));
+        const int64_t left = number - c, read = 2 * left - 1;
+        if (left > 0) {
+            const vec a = load_part(from + 2 * c, min64(read, LANES));
+            const vec b = read > LANES ? load_part(from + 2 * c + LANES, read - LANES) : (vec){0};
+            store_part(to + c, EVERY_OTHER(a, b), left);
+        }
+        return;
+    }
     for (; c < number; c++) to[c] = from[c * stride];
 }
 

@@ -132,68 +132,79 @@ static inline void combine(const sums *s, const grid *g, const terms *one, const
 
 /* ---- Numbers from pairs of planes ---- */
 
-/* What is summed over: the pixels of some images, whose planes lie `row_step` and `column_step` apart. */
+/* What is summed over: the pixels of some images, of which the planes lie some steps apart from one to the next. */
 typedef struct {
     grid pixels;
     int64_t images, row_step, column_step;
-    int64_t pitch; /* from row to row of the column planes */
+    int64_t pitch;      /* from row to row of the column planes */
+    const float *other; /* a row that lies elsewhere, or NULL */
+    int64_t other_step;
+    float *of_other;    /* its sums [columns, LANES], still to be added up */
 } pairs;
 
 /* Tiles of SUMS numbers: all rows of a tile with all its columns. */
-enum { SUMS = 4 * TILE_VECTORS };
+enum { SUMS = 4 * TILE_VECTORS, MOST_SUMS = SUMS + TILE_VECTORS };
 
-INLINE void correlate_step(vec sum[SUMS], const float *row, int64_t step, const float *const *column, int64_t in,
-                           int rows, int columns) {
-    vec y[4];
+INLINE void correlate_step(vec sum[MOST_SUMS], const float *row, int64_t step, const float *other,
+                           const float *const *column, int64_t in, int rows, int columns, int with_other) {
+    vec y[5];
     UNROLL for (int r = 0; r < rows; r++) y[r] = load_once(row + r * step);
+    if (with_other) y[rows] = load_once(other);
     UNROLL for (int c = 0; c < columns; c++) {
         const vec x = load_once(column[c] + in);
-        UNROLL for (int r = 0; r < rows; r++) sum[r * columns + c] += y[r] * x;
+        UNROLL for (int r = 0; r < rows + with_other; r++) sum[r * columns + c] += y[r] * x;
     }
 }
 
-INLINE void correlate_tile(const pairs *p, const float *row, int64_t step, const float *const *some, int rows,
-                           int columns, float *to) {
+/* Constants: with_other, the other row too, whose sums begin at of_other; thin, a line is one vector, and no loop. */
+INLINE void correlate_tile(const pairs *p, const float *y, int64_t step, const float *const *some, float *to,
+                           float *of_other, int rows, int columns, int with_other, int thin) {
     const grid *g = &p->pixels;
-    const float *column[SUMS];
-    vec sum[SUMS];
-    UNROLL for (int c = 0; c < columns; c++) column[c] = some[c];
-    UNROLL for (int i = 0; i < SUMS; i++) sum[i] = (vec){0};
-    const float *y = row;
+    const float *column[SUMS], *other = p->other;
+    vec sum[MOST_SUMS];
     int64_t in = 0;
+    UNROLL for (int c = 0; c < columns; c++) column[c] = some[c];
+    UNROLL for (int i = 0; i < MOST_SUMS; i++) sum[i] = (vec){0};
     for (int64_t image = 0; image < p->images; image++) {
-        if (g->columns == LANES) /* a line of one vector needs no loop */
-            for (int64_t line = 0; line < g->rows; line++, y += LANES, in += p->pitch) {
+        if (thin)
+            for (int64_t line = 0; line < g->rows; line++, y += LANES, other += LANES, in += p->pitch) {
                 OPAQUE(in); /* one index, not a pointer for each plane, for which there are no registers */
-                correlate_step(sum, y, step, column, in, rows, columns);
+                correlate_step(sum, y, step, other, column, in, rows, columns, with_other);
             }
         else
             for (int64_t line = 0; line < g->rows; line++, in += p->pitch - g->columns)
-                for (const float *const end = y + g->columns; y < end; y += LANES, in += LANES) {
+                for (const float *const end = y + g->columns; y < end; y += LANES, other += LANES, in += LANES) {
                     OPAQUE(in);
-                    correlate_step(sum, y, step, column, in, rows, columns);
+                    correlate_step(sum, y, step, other, column, in, rows, columns, with_other);
                 }
         if (g->part)
             UNROLL for (int c = 0; c < columns; c++) {
-                const vec value = load_part(column[c] + in, g->part);
-                UNROLL for (int r = 0; r < rows; r++) sum[r * columns + c] += load_part(y + r * step, g->part) * value;
+                const vec x = load_part(column[c] + in, g->part);
+                UNROLL for (int r = 0; r < rows; r++) sum[r * columns + c] += load_part(y + r * step, g->part) * x;
+                if (with_other) sum[rows * columns + c] += load_part(other, g->part) * x;
             }
-        y += p->row_step - g->rows * g->columns, in += p->column_step - g->rows * p->pitch;
+        const int64_t done = g->rows * g->columns;
+        y += p->row_step - done, other += p->other_step - done, in += p->column_step - g->rows * p->pitch;
     }
+    UNROLL for (int c = 0; with_other && c < columns; c++)
+        store(of_other + c * LANES, load(of_other + c * LANES) + sum[rows * columns + c]);
     UNROLL for (int i = 0; i < SUMS; i += LANES) {
         transpose_sum(sum + i, LOG_LANES);
         store(to + i, load(to + i) + sum[i]);
     }
 }
 
-#define TILE_OF(name, rows) \
+#define TILE_OF(name, rows, with_other) \
     static __attribute__((noinline)) void name(const pairs *p, const float *row, int64_t step, \
-                                               const float *const *column, float *to) { \
-        correlate_tile(p, row, step, column, rows, SUMS / rows, to); \
+                                               const float *const *column, float *to, float *of_other) { \
+        if (p->pixels.columns == LANES) \
+            correlate_tile(p, row, step, column, to, of_other, rows, SUMS / rows, with_other, 1); \
+        else correlate_tile(p, row, step, column, to, of_other, rows, SUMS / rows, with_other, 0); \
     }
-TILE_OF(correlate_four, 4)
-TILE_OF(correlate_two, 2)
-TILE_OF(correlate_one, 1)
+TILE_OF(correlate_four, 4, 0)
+TILE_OF(correlate_four_and_other, 4, 1)
+TILE_OF(correlate_two, 2, 0)
+TILE_OF(correlate_one, 1, 0)
 #undef TILE_OF
 
 INLINE int64_t rows_of_tile(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
@@ -208,39 +219,67 @@ static inline int64_t correlated(int64_t rows, int64_t columns) {
     return number;
 }
 
-/* Add the products of rows, planes `step` apart from the first, and columns to `to`, tile by tile. Some columns stay
-   in the nearest cache for all rows. */
+/* Some of the columns that there are; what is too many is the last one again. */
+INLINE const float *const *some_columns(const float *const *column, int64_t first, int64_t number, int64_t columns,
+                                        const float **room) {
+    if (first + number <= columns) return column + first;
+    for (int64_t i = 0; i < number; i++) room[i] = column[min64(first + i, columns - 1)];
+    return room;
+}
+
+/* The other row alone. */
+static inline void correlate_other(const pairs *p, int64_t columns, const float *const *column) {
+    for (int64_t c = 0; c < columns; c += SUMS) {
+        const float *room[SUMS];
+        float found[SUMS] = {0};
+        pairs alone = *p;
+        alone.row_step = p->other_step;
+        correlate_one(&alone, p->other, 0, some_columns(column, c, SUMS, columns, room), found, NULL);
+        for (int64_t i = 0; i < min64(SUMS, columns - c); i++) p->of_other[(c + i) * LANES] += found[i];
+    }
+}
+
+/* Add the products of rows, planes `step` apart from the first, and columns to `to`, tile by tile; and those of the
+   other row, which may be the only one. Some columns stay in the nearest cache for all rows. */
 static inline void correlate(const pairs *p, int64_t rows, const float *first, int64_t step, int64_t columns,
                              const float *const *column, float *to, ahead *next) {
-    for (int64_t near = 0; near < columns; near += SUMS) {
+    if (p->other && rows < 4) correlate_other(p, columns, column);
+    for (int64_t near = 0; near < columns && rows; near += SUMS) {
         float *of_rows = to;
         for (int64_t r = 0, n; r < rows; r += n) {
             n = rows_of_tile(rows - r);
             const int64_t wide = SUMS / n;
             for (int64_t c = near; c < min64(near + SUMS, columns); c += wide) {
-                const float *const *some = column + c, *last[SUMS];
-                if (columns - c < wide) { /* what is too many is computed twice and never read */
-                    for (int64_t i = 0; i < wide; i++) last[i] = column[min64(c + i, columns - 1)];
-                    some = last;
-                }
+                const float *room[SUMS];
+                const float *const *some = some_columns(column, c, wide, columns, room);
                 ask(next);
-                if (n == 4) correlate_four(p, first + r * step, step, some, of_rows + c * n);
-                else if (n == 2) correlate_two(p, first + r * step, step, some, of_rows + c * n);
-                else correlate_one(p, first + r * step, step, some, of_rows + c * n);
+                if (n == 4 && p->other && !r)
+                    correlate_four_and_other(p, first, step, some, of_rows + c * n, p->of_other + c * LANES);
+                else if (n == 4) correlate_four(p, first + r * step, step, some, of_rows + c * n, NULL);
+                else if (n == 2) correlate_two(p, first + r * step, step, some, of_rows + c * n, NULL);
+                else correlate_one(p, first + r * step, step, some, of_rows + c * n, NULL);
             }
             of_rows += round_up(columns, wide) * n;
         }
     }
 }
 
-/* Sums of `correlate` by row and column: `to` [rows, wide], whose first columns these are. */
-static inline void untile(int64_t rows, int64_t columns, const float *from, float *to, int64_t wide) {
+/* Sums of `correlate` by row and column: `to` [rows, columns]. */
+static inline void untile(int64_t rows, int64_t columns, const float *from, float *to) {
     for (int64_t r = 0, n; r < rows; r += n) {
         n = rows_of_tile(rows - r);
         for (int64_t c = 0; c < columns; c += SUMS / n, from += SUMS)
             for (int64_t i = 0; i < n; i++)
                 for (int64_t k = 0; k < min64(SUMS / n, columns - c); k++)
-                    to[(r + i) * wide + c + k] = from[i * (SUMS / n) + k];
+                    to[(r + i) * columns + c + k] = from[i * (SUMS / n) + k];
+    }
+}
+
+/* Those of its other row [columns]. */
+static inline void add_up(int64_t columns, const float *from, float *to) {
+    for (int64_t c = 0; c < columns; c++) {
+        to[c] = 0;
+        for (int64_t lane = 0; lane < LANES; lane++) to[c] += from[c * LANES + lane];
     }
 }
 
