@@ -130,6 +130,5 @@ def _cost(problem: Problem, config: Config, operation: Operation) -> float:
     loads = sum(TILE / side for side in sides)
     if operation == "weight_grad":  # it is split over pixels until it fills the card
         return padded * (1 + loads)
-    packs = -(-problem.groups // problem.pack)
-    programs = packs * rows * (outs if operation == "forward" else ins)
+    programs = problem.packs * rows * (outs if operation == "forward" else ins)
     return padded * (1 + loads) * max(1.0, ENOUGH_PROGRAMS / max(1, programs))

@@ -16,21 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from twolevel.errors import UserError
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.kernels.triton.configs import Config, pick, tiles
-from twolevel.ops.kernels.triton.launch import check_device, launch, phases
+from twolevel.ops.kernels.triton import launches
+from twolevel.ops.kernels.triton.configs import Config, pick
+from twolevel.ops.kernels.triton.launch import check_device, run
 from twolevel.ops.kernels.triton.problem import (
-    Problem,
     check_image,
     check_tensor,
     problem_of,
-    round_up,
     weight_strides,
 )
 from twolevel.ops.problem import Problem as Layer
-
-# The weight gradient is split over pixels into about so many programs. It is a constant, and not a count of the
-# card's processors, so that the order of the sum does not depend on the card.
-SPLIT_PROGRAMS = 512
 
 
 @overload
@@ -100,34 +95,19 @@ def forward(
     config = pick(problem, "forward", config)
     y = _image(x, problem.outputs, problem.out_size)
     own = None if restriction is None else x.new_empty(groups, x.shape[0], *problem.out_size)
-    row, channel, tap = weight_strides("weight", weight)
-    r_strides = (0, 0, 0) if restriction is None else weight_strides("restriction", restriction)
-    (sh, sw), (ph, pw), (dh, dw) = problem.geometry
-    kh, kw = problem.kernel
-    pixel_tiles, out_tiles, _ = tiles(problem, config, "forward")
-    launch(
-        "gather_product",
+    strides = weight_strides("weight", weight)
+    r_strides = None if restriction is None else weight_strides("restriction", restriction)
+    launch = launches.forward(problem, config, precision, strides, r_strides, 0 if z is None else len(z))
+    run(
+        launch,
         x,
-        pixel_tiles * out_tiles * _packs(problem),
-        config,
-        (x, weight, y, _or(restriction, x), _or(own, y), _or(coarse, x), _or(z, x)),
-        (problem.pixels, *problem.out_size),
-        (problem.height, problem.width, problem.inputs, *problem.out_size, problem.outputs, groups),
-        (sh, sw, -ph, -pw, dh, dw, 0, 0, 1, 1, 1, 1, 0, 0),
-        (problem.group_outputs * row, row, channel, tap, *r_strides),
-        bounds={"num_maps": 0 if z is None else len(z)},
-        TAPS_H=kh,
-        TAPS_W=kw,
-        KERNEL_W=kw,
-        C=problem.group_inputs,
-        D=problem.group_outputs,
-        PACK=problem.pack,
-        HAS_R=int(restriction is not None),
-        HAS_COARSE=int(coarse is not None),
-        precision=precision,
-        BLOCK_ROW=config.block_pixels,
-        BLOCK_COLUMN=config.block_out,
-        BLOCK_K=config.block_in,
+        x=x,
+        w=weight,
+        out=y,
+        r=_or(restriction, x),
+        z_out=_or(own, y),
+        coarse=_or(coarse, x),
+        z_in=_or(z, x),
     )
     return y if own is None else (y, own)
 
@@ -144,45 +124,15 @@ def input_grad(
 ) -> Tensor:
     """The gradient of x `[B, n, H, W]` channels_last, from gy `[B, m, H', W']` channels_last and the weight.
 
-    Pixels of x whose places agree modulo the stride meet the same taps, so each such phase is one launch that
-    skips taps that contribute nothing. Raises UserError for a tensor that the kernel cannot read.
+    One launch a phase of the stride (`launches.input_grad`). Raises UserError for a tensor that the kernel cannot read.
     """
     problem = problem_of(tuple(x_shape), weight.shape, geometry, groups, gy.dtype)
     check_image("gy", gy, (problem.batch, problem.outputs, *problem.out_size), gy)
     check_tensor("weight", weight, weight.shape, gy)
     config = pick(problem, "input_grad", config)
     gx = _image(gy, problem.inputs, (problem.height, problem.width))
-    row, channel, tap = weight_strides("weight", weight)
-    column_tiles = tiles(problem, config, "input_grad")[2] * _packs(problem)
-    for phase_h in phases(problem, 0):
-        for phase_w in phases(problem, 1):
-            rows = problem.batch * phase_h.size * phase_w.size
-            launch(
-                "gather_product",
-                gy,
-                -(-rows // config.block_pixels) * column_tiles,
-                config,
-                (gy, weight, gx, gy, gx, gy, gy),
-                (rows, phase_h.size, phase_w.size),
-                (*problem.out_size, problem.outputs, problem.height, problem.width, problem.inputs, groups),
-                (1, 1, phase_h.start, phase_w.start, phase_h.step, phase_w.step),
-                (phase_h.tap_start, phase_w.tap_start, phase_h.tap_step, phase_w.tap_step),
-                (*problem.geometry.stride, phase_h.place, phase_w.place),
-                (problem.group_outputs * row, channel, row, tap, 0, 0, 0),
-                bounds={"num_maps": 0},
-                TAPS_H=phase_h.taps if phase_w.taps else 0,
-                TAPS_W=max(1, phase_w.taps),
-                KERNEL_W=problem.kernel[1],
-                C=problem.group_outputs,
-                D=problem.group_inputs,
-                PACK=problem.pack,
-                HAS_R=0,
-                HAS_COARSE=0,
-                precision=precision,
-                BLOCK_ROW=config.block_pixels,
-                BLOCK_COLUMN=config.block_in,
-                BLOCK_K=config.block_out,
-            )
+    for launch in launches.input_grad(problem, config, precision, weight_strides("weight", weight)):
+        run(launch, gy, x=gy, w=weight, out=gx, r=gy, z_out=gx, coarse=gy, z_in=gy)
     return gx
 
 
@@ -205,33 +155,10 @@ def weight_grad(
     check_image("x", x, x.shape, x)
     check_image("gy", gy, (problem.batch, problem.outputs, *problem.out_size), x)
     config = pick(problem, "weight_grad", config)
-    pixel_tiles, out_tiles, in_tiles = tiles(problem, config, "weight_grad")
-    programs = out_tiles * in_tiles * _packs(problem) * problem.taps
-    size = problem.outputs * problem.taps * problem.group_inputs
-    splits = max(1, min(SPLIT_PROGRAMS // programs, pixel_tiles, (2**31 - 1) // max(1, size)))
-    per_split = round_up(-(-problem.pixels // splits), config.block_pixels)
-    splits = max(1, -(-problem.pixels // max(1, per_split)))  # rounding up may leave the last ranges empty
+    launch, splits = launches.weight_grad(problem, config, precision)
     shape = (splits, problem.outputs, *problem.kernel, problem.group_inputs)
     partials = x.new_empty(shape, dtype=torch.float32)
-    launch(
-        "tap_product",
-        x,
-        programs * splits,
-        config,
-        (x, gy, partials, problem.pixels, *problem.out_size, problem.outputs),
-        (problem.height, problem.width, problem.inputs, groups),
-        (value for pair in problem.geometry for value in pair),
-        bounds={"pixels_per_split": per_split},
-        TAPS=problem.taps,
-        KERNEL_W=problem.kernel[1],
-        C=problem.group_inputs,
-        D=problem.group_outputs,
-        PACK=problem.pack,
-        precision=precision,
-        BLOCK_PIXELS=config.block_pixels,
-        BLOCK_OUT=config.block_out,
-        BLOCK_IN=config.block_in,
-    )
+    run(launch, x, x=x, gy=gy, partials=partials)
     return partials.sum(0).to(x.dtype).permute(0, 3, 1, 2)
 
 
@@ -263,10 +190,6 @@ class GroupedConv2d(torch.autograd.Function):
         gx = input_grad(gy, weight, x.shape, *ctx.arguments) if ctx.needs_input_grad[0] else None
         gw = weight_grad(gy, x, weight.shape, *ctx.arguments) if ctx.needs_input_grad[1] else None
         return gx, gw, None, None
-
-
-def _packs(problem: Problem) -> int:
-    return -(-problem.groups // problem.pack)
 
 
 def _image(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:

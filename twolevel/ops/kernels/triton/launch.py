@@ -1,60 +1,49 @@
-"""Starting a kernel: on which device, with what; and the phases of an input gradient with strides."""
+"""Running a launch: where Triton is there, on which devices, in which types."""
 
 import contextlib
 import importlib.util
-from collections.abc import Iterable, Iterator
 from functools import cache
-from math import gcd
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from twolevel.errors import UserError, unknown
-from twolevel.ops.kernels.triton.configs import Config
-from twolevel.ops.kernels.triton.problem import Problem
+from twolevel.ops.kernels.triton.launches import Launch
 
 # "ieee" multiplies float32 exactly; "tf32" rounds it to 10 bits for the tensor cores. Other dtypes ignore it.
 PRECISIONS = ("ieee", "tf32")
+# Arguments of the kernels that bound their loops.
+BOUNDS = ("num_maps", "pixels_per_split")
 
 
-def launch(
-    kernel: str,
-    like: Tensor,
-    programs: int,
-    config: Config,
-    *arguments: Iterable[Any],
-    bounds: dict[str, int],
-    precision: str,
-    **constants: int,
-) -> None:
-    """Run the kernel of this name in `kernels` on the device of `like`; no program, no launch.
+def run(launch: Launch, like: Tensor, **tensors: Tensor) -> None:
+    """Run it on the device of `like`, with every tensor of its kernel by name; no program, no launch.
 
-    `bounds` are the arguments that bound loops. Raises UserError for a device that cannot run it and for an unknown
-    precision.
+    Raises UserError for a device that cannot run it and for an unknown precision.
     """
     check_device(like.device, like.dtype)
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    if not programs:
+    if (precision := launch.constants["PRECISION"]) not in PRECISIONS:
+        raise unknown("precision", str(precision), PRECISIONS)
+    if not launch.programs:
         return
     from twolevel.ops.kernels.triton import kernels  # here, so that the package imports without Triton
 
+    sizes = launch.sizes
     if kernels.INTERPRETED:
         from triton.language import constexpr
 
         # The interpreter makes arrays of one element of other arguments, and in Triton 3.6 hands these to range(),
         # which NumPy from 2.4 on refuses.
-        bounds = {name: constexpr(bound) for name, bound in bounds.items()}  # pyright: ignore[reportAssignmentType] they stand for ints
+        bounds = {name: constexpr(sizes[name]) for name in BOUNDS if name in sizes}
+        sizes = sizes | bounds  # pyright: ignore[reportOperatorIssue] they stand for ints
     on_device = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with on_device:
-        getattr(kernels, kernel)[(programs,)](
-            *(argument for part in arguments for argument in part),
-            **bounds,
-            **constants,
-            PRECISION=precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        getattr(kernels, launch.kernel)[(launch.programs,)](
+            **tensors,
+            **sizes,
+            **launch.constants,
+            num_warps=launch.config.num_warps,
+            num_stages=launch.config.num_stages,
         )
 
 
@@ -80,37 +69,3 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
 @cache
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-class Phase(NamedTuple):
-    """Pixels `place, place + stride, ...` of one axis of x, and the taps that reach them."""
-
-    place: int
-    size: int  # pixels
-    taps: int
-    tap_start: int
-    tap_step: int
-    start: int  # where in gy the first pixel meets its first tap
-    step: int  # from there to the next tap
-
-
-def phases(problem: Problem, axis: int) -> Iterator[Phase]:
-    """The phases of an axis (0 height, 1 width); pixel i meets tap k where stride divides i + padding - k dilation."""
-    stride, padding, dilation = (pair[axis] for pair in problem.geometry)
-    kernel, size = problem.kernel[axis], (problem.height, problem.width)[axis]
-    tap_step = stride // gcd(stride, dilation)
-    for place in range(min(stride, size)):
-        pixels = -(-(size - place) // stride)
-        first = next((k for k in range(kernel) if (place + padding - k * dilation) % stride == 0), None)
-        if first is None:
-            yield Phase(place, pixels, 0, 0, 0, 0, 0)
-            continue
-        yield Phase(
-            place,
-            pixels,
-            taps=-(-(kernel - first) // tap_step),
-            tap_start=first,
-            tap_step=tap_step,
-            start=(place + padding - first * dilation) // stride,
-            step=-tap_step * dilation // stride,
-        )

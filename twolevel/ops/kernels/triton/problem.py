@@ -78,6 +78,11 @@ class Problem:
 
         return min(range(1, min(self.groups, TILE) + 1), key=work)
 
+    @property
+    def packs(self) -> int:
+        """Tiles of groups: groups / pack, rounded up."""
+        return -(-self.groups // self.pack)
+
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
