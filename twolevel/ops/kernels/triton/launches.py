@@ -20,6 +20,8 @@ class Launch(NamedTuple):
 
     kernel: str
     programs: int
+    steps: int
+    """Tiles that a program multiplies, one after the other."""
     config: Config
     sizes: dict[str, int]
     """Arguments of the compiled kernel."""
@@ -36,13 +38,14 @@ def forward(
     maps: int = 0,
 ) -> Launch:
     """y, with a restriction also z; `maps` representatives add the coarse term."""
-    pixel_tiles, out_tiles, _ = tiles(problem, config, "forward")
+    pixel_tiles, out_tiles, in_tiles = tiles(problem, config, "forward")
     (sh, sw), (ph, pw), (dh, dw) = problem.geometry
     row, channel, tap = weight
     out_height, out_width = problem.out_size
     return Launch(
         "gather_product",
         pixel_tiles * out_tiles * problem.packs,
+        problem.taps * in_tiles,
         config,
         {
             "num_rows": problem.pixels,
@@ -87,13 +90,14 @@ def input_grad(problem: Problem, config: Config, precision: str, weight: Strides
     one launch that skips taps that contribute nothing.
     """
     row, channel, tap = weight
-    column_tiles = tiles(problem, config, "input_grad")[2] * problem.packs
+    _, out_tiles, in_tiles = tiles(problem, config, "input_grad")
     for phase_h in phases(problem, 0):
         for phase_w in phases(problem, 1):
             rows = problem.batch * phase_h.size * phase_w.size
             yield Launch(
                 "gather_product",
-                -(-rows // config.block_pixels) * column_tiles,
+                -(-rows // config.block_pixels) * in_tiles * problem.packs,
+                phase_h.taps * phase_w.taps * out_tiles,
                 config,
                 {
                     "num_rows": rows,
@@ -145,6 +149,7 @@ def weight_grad(problem: Problem, config: Config, precision: str) -> tuple[Launc
     launch = Launch(
         "tap_product",
         programs * splits,
+        per_split // config.block_pixels,
         config,
         {
             "num_pixels": problem.pixels,
