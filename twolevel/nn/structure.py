@@ -23,8 +23,8 @@ def convolutions(model: nn.Module) -> list[Convolution]:
 
 
 def memory_format(model: nn.Module, device: torch.device | str) -> torch.memory_format:
-    """In which a network of float32 computes fastest: contiguous where the C kernels of two-level convolutions do all of
-    its grouped convolutions, as they go along the pixels of a channel; else channels_last.
+    """In which a network of float32 computes fastest: contiguous where C kernels compute all of its grouped
+    convolutions, as they go along the pixels of a channel; else channels_last.
     """
     layers = convolutions(model)
     two_level = [isinstance(layer, TwoLevelConv2d) for layer in layers]
