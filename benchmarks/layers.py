@@ -2,8 +2,8 @@
 
     python -m benchmarks layers
 
-Forward, input gradient and weight gradient are timed apart, by autograd, in channels_last memory: float32 on
-the CPU, bfloat16 on a GPU. Peers take turns; times are medians over the turns. `dense` and `gc` are nn.Conv2d,
+Forward, input gradient and weight gradient are timed apart, by autograd: float32 on the CPU, bfloat16 on a GPU, each
+in the memory format that is best for it, channels_last but for our C kernels. Peers take turns; times are medians over the turns. `dense` and `gc` are nn.Conv2d,
 `stock` is the two-level layer by stock layers (benchmarks/stock.py), `gc2l` is ours.
 
 The roof of a pass is the time that this machine would need at its best, by what is measured in the same run:
@@ -25,6 +25,7 @@ from benchmarks.stock import StockTwoLevelConv2d
 from twolevel import models
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
+from twolevel.nn.structure import memory_format
 from twolevel.settings import Device
 
 PASSES = ("forward", "input gradient", "weight gradient")
@@ -195,14 +196,14 @@ def measure_shape(
     shape: Shape, settings: Settings, seconds: Callable[..., float], roofline: Roofline
 ) -> list:
     """Milliseconds of every pass of every peer of one shape."""
-    memory = {"memory_format": torch.channels_last}
     options = {"device": settings.device, "dtype": settings.dtype}
-    x = torch.randn(settings.batch, shape.channels, shape.height, shape.height, **options).to(**memory)
+    images = torch.randn(settings.batch, shape.channels, shape.height, shape.height, **options)
     layers = {("dense", 1): nn.Conv2d(*shape.arguments, bias=False)}
     layers |= {(name, g): build(shape, g) for g in settings.groups for name, build in PEERS.items()}
     calls = {}
     for key, layer in layers.items():
-        for name, call in passes(layer.to(**options, **memory), x).items():
+        memory = {"memory_format": memory_format(layer, settings.device)}
+        for name, call in passes(layer.to(**options, **memory), images.to(**memory)).items():
             call()  # allocates, and chooses algorithms
             calls[*key, name] = call
     repeats = GPU_REPEATS if settings.device == "cuda" else 1
