@@ -1,7 +1,6 @@
 """Calls of the C kernels: sizes, addresses, and the images shared out among threads."""
 
 import ctypes
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,14 +88,12 @@ def total(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-def parts_of(layer: Layer) -> list[tuple[int, int]]:
-    """The images as (begin, end) for each thread; one part, which may be empty, where there is little to do."""
-    batch = layer.batch
-    values = batch * max(layer.channels * math.prod(layer.size), layer.outputs * math.prod(layer.output))
-    threads = max(1, min(torch.get_num_threads(), batch, values // WORTH_VALUES))
+def parts_of(number: int, values: int) -> list[tuple[int, int]]:
+    """`range(number)` as (begin, end) for each thread; one part, which may be empty, where there is little to do."""
+    threads = max(1, min(torch.get_num_threads(), number, values // WORTH_VALUES))
     if threads == 1:
-        return [(0, batch)]
-    edges = [batch * part // threads for part in range(threads + 1)]
+        return [(0, number)]
+    edges = [number * part // threads for part in range(threads + 1)]
     return list(pairwise(edges))
 
 

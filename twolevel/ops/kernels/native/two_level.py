@@ -8,6 +8,7 @@ With several threads of torch the images are shared out among as many. Gradients
 in the order of the images: they depend on the number of threads to rounding, and on nothing else.
 """
 
+import math
 from collections.abc import Sequence
 from ctypes import byref
 
@@ -51,7 +52,7 @@ def forward(
     local, restriction, coarse, z = map(_contiguous, (local, restriction, coarse, z))
     function = call.function("twolevel_forward")
     arguments = (byref(layer), *map(pointer, (x, None, None, local, restriction, coarse, own, z, y)))
-    call.share_out(lambda part, begin, end: function(*arguments, begin, end), call.parts_of(layer))
+    call.share_out(lambda part, begin, end: function(*arguments, begin, end), _parts(layer))
 
 
 def backward(
@@ -74,7 +75,7 @@ def backward(
     """
     gy, x = _images(gy, layer), _images(x, layer)
     local, restriction, coarse, z, gz = map(_contiguous, (local, restriction, coarse, z, gz))
-    parts = call.parts_of(layer)
+    parts = _parts(layer)
     # Where each thread adds up its part.
     sums = [None if shape is None else torch.empty(len(parts), *shape) for shape in wanted]
     function = call.function("twolevel_backward")
@@ -89,6 +90,12 @@ def backward(
     call.share_out(run, parts)
     g_local, g_restriction, g_coarse = (None if own is None else call.total(own) for own in sums)
     return g_local, g_restriction, g_coarse
+
+
+def _parts(layer: Layer) -> list[tuple[int, int]]:
+    """The images for each thread."""
+    values = max(layer.channels * math.prod(layer.size), layer.outputs * math.prod(layer.output))
+    return call.parts_of(layer.batch, layer.batch * values)
 
 
 def _images(x: Tensor | None, layer: Layer) -> Tensor | None:

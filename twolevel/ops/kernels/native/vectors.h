@@ -173,4 +173,11 @@ INLINE void ask(ahead *a) {
     for (int64_t i = 0; i < a->lines && a->at < a->end; i++, a->at += 64) __builtin_prefetch(a->at, 0, 2);
 }
 
+/* `number` zeros at an address of whole cache lines; NULL where there is no memory. */
+INLINE float *zeros(int64_t number) {
+    const size_t bytes = (size_t)round_up(4 * max64(number, 1), 64);
+    float *p = aligned_alloc(64, bytes);
+    return p ? memset(p, 0, bytes) : NULL;
+}
+
 #endif
