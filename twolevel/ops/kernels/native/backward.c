@@ -163,8 +163,8 @@ int twolevel_backward(const layer *l, const float *gy, const float *x, const flo
             image_x = planar_x;
         }
         const int64_t left = min64(block, end - first - images);
-        ahead next_x = ask_for(image_x, images * l->channels * in, want_z * images * ceil_div(l->representatives, 4) * ceil_div(out, TILE * LANES) + (g_coarse != NULL) * correlated(l->outputs, l->representatives) / SUMS);
-        ahead next_gy = ask_for(gy + (first + images) * l->outputs * out, left * l->outputs * out, (g_local != NULL) * groups * of_local / SUMS + (gx != NULL) * images * groups * ceil_div(inputs, 4) * ceil_div(in, TILE * LANES));
+        ahead next_x = look_ahead(image_x, images * l->channels * in, want_z * images * ceil_div(l->representatives, 4) * ceil_div(out, TILE * LANES) + (g_coarse != NULL) * correlated(l->outputs, l->representatives) / SUMS);
+        ahead next_gy = look_ahead(gy + (first + images) * l->outputs * out, left * l->outputs * out, (g_local != NULL) * groups * of_local / SUMS + (gx != NULL) * images * groups * ceil_div(inputs, 4) * ceil_div(in, TILE * LANES));
         /* Plane of representative k of image b: gz + k gz_step + b out. */
         const int64_t gz_step = gz_own ? block * out : l->batch * out;
         const float *gz = gz_own ? gz_own : (gz_in ? gz_in : gz_out) + first * out;

@@ -44,7 +44,7 @@ int twolevel_forward(const layer *l, const float *x, const float *scale, const f
     for (int64_t b = begin; b < end; b++) {
         const float *image = x + b * l->channels * in;
         /* The next image. */
-        ahead next = ask_for(image + l->channels * in, b + 1 < end ? l->channels * in : 0,
+        ahead next = look_ahead(image + l->channels * in, b + 1 < end ? l->channels * in : 0,
                              groups * (outputs / 4 + 1) * ceil_div(g.rows, TILE) * (g.columns / LANES));
         if (own || local) {
             if (planar) planes_of_image(planar, image, in, l->channels), image = planar;

@@ -165,7 +165,7 @@ typedef struct {
     int64_t lines; /* at a time */
 } ahead;
 
-INLINE ahead ask_for(const float *from, int64_t number, int64_t times) {
+INLINE ahead look_ahead(const float *from, int64_t number, int64_t times) {
     return (ahead){(const char *)from, (const char *)(from + number), number / 16 / max64(times, 1) + 1};
 }
 
