@@ -3,8 +3,9 @@
     python -m benchmarks layers
 
 Forward, input gradient and weight gradient are timed apart, by autograd: float32 on the CPU, bfloat16 on a GPU, each
-in the memory format that is best for it, channels_last but for our C kernels. Peers take turns; times are medians over the turns. `dense` and `gc` are nn.Conv2d,
-`stock` is the two-level layer by stock layers (benchmarks/stock.py), `gc2l` is ours.
+layer in the memory format that is best for it, channels_last but for our C kernels. Peers take turns; times are
+medians over the turns. `dense` and `gc` are nn.Conv2d, `stock` is the two-level layer by stock layers
+(benchmarks/stock.py), `gc2l` is ours.
 
 The roof of a pass is the time that this machine would need at its best, by what is measured in the same run:
 max(operations / rate of a large product or dense convolution, whichever is faster, bytes / rate of a large
