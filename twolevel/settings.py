@@ -17,6 +17,10 @@ SCHEDULES: tuple[str, ...] = get_args(Schedule)
 Kernels = Literal["auto", "grouped", "products", "depthwise", "native", "triton"]
 KERNELS: tuple[str, ...] = get_args(Kernels)
 
+# Batch norm with or without ReLU: the kernels that compute it in training.
+Normaliser = Literal["auto", "torch", "native", "triton"]
+NORMALISERS: tuple[str, ...] = get_args(Normaliser)
+
 # dgc: whose channels are compared with each other at test time; the norm of its lasso.
 Threshold = Literal["head", "global"]
 THRESHOLDS: tuple[str, ...] = get_args(Threshold)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from twolevel.ops import Geometry, store
-from twolevel.ops.kernels import native
 from twolevel.ops.kernels.native import NativeKernels, build, call
 from twolevel.ops.problem import Problem
 from twolevel.ops.strides import memory_format_of
@@ -31,28 +30,9 @@ RULES = settings(
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 
-@pytest.fixture(
-    scope="session", params=["-march=native", "-mavx2 -mfma", ""], ids=["native", "avx2", "least"]
-)
-def compiled(request, tmp_path_factory) -> ctypes.CDLL:
-    """The kernels for this processor, and with the vectors of smaller ones."""
-    if "avx2" in request.param and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("this processor has no AVX2")
-    if request.param == "-march=native":
-        assert native.available() is None
-        return build.library().functions
-    folder = build.resources.files(build.__package__)
-    sources = [path for path in folder.iterdir() if path.name.endswith(".c")]
-    flags = [*build.FLAGS, *request.param.split()]
-    path = build._compile(["cc"], flags, sources, tmp_path_factory.mktemp("kernels"), "test")
-    return ctypes.CDLL(str(path))
-
-
 @pytest.fixture
-def kernels(compiled, monkeypatch) -> NativeKernels:
-    """The set by one of these libraries."""
-    monkeypatch.setattr(call, "library", lambda: build.Library(compiled, "test"))
-    monkeypatch.setattr(call, "function", call.function.__wrapped__)
+def kernels(kernels) -> NativeKernels:
+    """The set, by one of the libraries."""
     return NativeKernels()
 
 

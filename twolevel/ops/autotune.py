@@ -5,18 +5,20 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from twolevel.ops.kernels import native
-from twolevel.ops.problem import Problem
 from twolevel.ops.store import Store, cache_folder
 
 # Below so many multiplications a layer is too small to benchmark: the calls themselves are what takes longest.
 SMALL_MACS = 10e6
+# The same of a normalisation, by numbers of its input.
+SMALL_VALUES = 1 << 16
 # A measurement on a CPU, where time grows with the batch, takes so many images as make about this many.
 CPU_MACS = 300e6
+CPU_VALUES = 1 << 22
 # Another form than the first, which is the best estimate, has to be faster by this: the noise of a measurement.
 MARGIN = 0.03
 TURNS = 3
@@ -56,20 +58,35 @@ Run = Callable[[], object]
 """Forward and backward of a layer by one form."""
 
 
+class Sizes(Protocol):
+    """A layer to be timed, by its sizes."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def title(self) -> str:
+        """All that its time depends on but the batch and the machine."""
+        ...
+
+
+Layer = TypeVar("Layer", bound=Sizes)
+
+
 class Measurements:
     """The fastest form of each layer, in a file that the processes of a user share."""
 
     def __init__(self, store: Store):
         self.store = store
 
-    def known(self, problem: Problem, able: Sequence[Form]) -> Decision | None:
+    def known(self, problem: Sizes, able: Sequence[Form]) -> Decision | None:
         """The stored measurement, or None."""
         kept = _valid(self.store.get(line(problem, able)), able)
         return None if kept is None else Decision(Form(*kept["form"]), kept["ms"])
 
-    def measure(
-        self, problem: Problem, able: Sequence[Form], runs: Callable[[Problem], list[Run]]
-    ) -> Decision:
+    def measure(self, problem: Layer, able: Sequence[Form], runs: Callable[[Layer], list[Run]]) -> Decision:
         """Time `able`, whose `runs` are made of a problem, and keep the result; ranks that do so at once agree."""
         times = measure(problem, able, runs)
         milliseconds = {str(form): round(1e3 * seconds, 4) for form, seconds in times.items()}
@@ -86,9 +103,24 @@ def measurements() -> Measurements:
     return Measurements(Store(cache_folder() / "forms.json"))
 
 
-def measure(
-    problem: Problem, able: Sequence[Form], runs: Callable[[Problem], list[Run]]
-) -> dict[Form, float]:
+def decide(
+    problem: Layer,
+    able: Sequence[Form],
+    runs: Callable[[Layer], list[Run]],
+    *,
+    small: bool,
+    may_measure: bool,
+) -> Decision | None:
+    """The fastest of `able`, or the first for a small layer; None where it is unknown and must not be measured now."""
+    if len(able) == 1 or small or problem.device.type not in ("cpu", "cuda"):
+        return Decision(able[0], {})
+    known = measurements().known(problem, able)
+    if known is None and may_measure:
+        return measurements().measure(problem, able, runs)
+    return known
+
+
+def measure(problem: Layer, able: Sequence[Form], runs: Callable[[Layer], list[Run]]) -> dict[Form, float]:
     """Seconds of forward and backward by form, the least of a few runs. A form that runs out of memory is left out."""
     candidates = dict(zip(able, runs(problem), strict=True))
     times: dict[Form, float] = {}
@@ -132,7 +164,7 @@ def _valid(kept: Any, able: Sequence[Form]) -> dict[str, Any] | None:
     return kept if good and isinstance(kept.get("ms"), dict) else None
 
 
-def line(problem: Problem, able: Sequence[Form]) -> str:
+def line(problem: Sizes, able: Sequence[Form]) -> str:
     """Everything that a measurement depends on: the layer, its batch, the machine and the candidates."""
     batch = 1 << max(0, problem.batch - 1).bit_length()  # last batches are not measured anew
     if problem.device.type == "cuda":

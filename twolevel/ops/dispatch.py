@@ -22,7 +22,7 @@ from torch import Tensor
 
 from twolevel.errors import UserError, unknown
 from twolevel.ops import autotune, schedules
-from twolevel.ops.autotune import Decision, Form, Run, measurements
+from twolevel.ops.autotune import Decision, Form, Run
 from twolevel.ops.exchange import LOCAL, Copies, Exchange
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.base import KernelSet
@@ -166,12 +166,10 @@ def _warn_without_c() -> None:
 
 def decide(problem: Problem, able: Sequence[Form], *, may_measure: bool) -> Decision | None:
     """The fastest of `able`; None where it is unknown and must not be measured now."""
-    if len(able) == 1 or problem.macs < autotune.SMALL_MACS or problem.device.type not in ("cpu", "cuda"):
-        return Decision(able[0], {})
-    known = measurements().known(problem, able)
-    if known is None and may_measure:
-        return measurements().measure(problem, able, lambda problem: runs(problem, able))
-    return known
+    small = problem.macs < autotune.SMALL_MACS
+    return autotune.decide(
+        problem, able, lambda problem: runs(problem, able), small=small, may_measure=may_measure
+    )
 
 
 def runs(problem: Problem, able: Sequence[Form]) -> list[Run]:

@@ -4,7 +4,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
 from itertools import pairwise
 
@@ -28,10 +28,25 @@ class Layer(ctypes.Structure):
     )
 
 
+class Maps(ctypes.Structure):
+    """Sizes of maps and the numbers of their channels, as `maps` in maps.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("images", "channels", "pixels", "in_rows", "relu")),
+        *((name, c_void_p) for name in ("mean", "inv_std", "weight", "bias")),
+    )
+
+
 _ARGUMENTS = {
     "twolevel_lanes": [],
     "twolevel_forward": [POINTER(Layer), *[c_void_p] * 9, *[c_int64] * 2],
     "twolevel_backward": [POINTER(Layer), *[c_void_p] * 14, *[c_int64] * 2],
+    "twolevel_norm_moments": [POINTER(Maps), *[c_void_p] * 2, *[c_int64] * 2],
+    "twolevel_norm_apply": [POINTER(Maps), *[c_void_p] * 2, *[c_int64] * 2],
+    "twolevel_norm_sums": [POINTER(Maps), *[c_void_p] * 3, *[c_int64] * 2],
+    "twolevel_norm_input_grad": [POINTER(Maps), *[c_void_p] * 5, *[c_int64] * 2],
+    "twolevel_norm_forward": [POINTER(Maps), *[c_double] * 2, *[c_void_p] * 4, *[c_int64] * 2],
+    "twolevel_norm_backward": [POINTER(Maps), *[c_void_p] * 5, *[c_int64] * 2],
 }
 
 
@@ -101,7 +116,7 @@ def share_out(call: Callable[[int, int, int], int], parts: list[tuple[int, int]]
     """Call with (part, begin, end), all parts at once. Raises MemoryError."""
     last = len(parts) - 1
     if any(_share_out(call, parts, last) if last else [call(0, *parts[0])]):
-        raise MemoryError("no memory for the working space of a two-level convolution")
+        raise MemoryError("no memory for the working space of a C kernel")
 
 
 def _share_out(call: Callable[[int, int, int], int], parts: list[tuple[int, int]], last: int) -> list[int]:
