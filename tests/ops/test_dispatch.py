@@ -207,6 +207,30 @@ def test_dense_is_for_one_rank_alone():
     assert Form("dense", "grouped") not in able_forms(problem(ranks=2))
 
 
+def test_a_schedule_that_waits_for_the_exchange_is_tried_where_that_is_known():
+    one, alone = problem(ranks=2), problem()
+    fused = {Form("fused", "grouped")} | ({Form("fused", "native")} if native.available() is None else set())
+    assert not fused & set(able_forms(one))
+    assert fused < set(able_forms(one, exchange_known=True))
+    assert set(able_forms(one, "fused")) == fused
+    # On one rank nothing is exchanged: one walk over the images is called overlapped.
+    assert fused & set(able_forms(alone)) == {Form("fused", "grouped")}
+
+
+@pytest.mark.parametrize(("exchange_s", "schedule"), [(0.0, "fused"), (0.5, "fused"), (2.0, "overlapped")])
+def test_what_it_waits_counts(fresh, monkeypatch, exchange_s, schedule):
+    times = {"overlapped": 3.0, "fused": 2.0}
+    monkeypatch.setattr(
+        autotune, "measure", lambda problem, able, runs: {form: times[form.schedule] for form in able}
+    )
+    one = problem(ranks=2)
+    able = able_forms(one, kernels="grouped", exchange_known=True)
+    found = decide(one, able, may_measure=True, exchange_s=exchange_s)
+    assert found.form == Form(schedule, "grouped")
+    assert found.milliseconds["fused grouped"] == 2000.0 + 1e3 * exchange_s
+    assert decide(one, able, may_measure=False, exchange_s=exchange_s) == found._replace(new=False)
+
+
 @pytest.mark.parametrize(
     ("asked", "found"),
     [

@@ -110,14 +110,25 @@ def decide(
     *,
     small: bool,
     may_measure: bool,
+    waits: Mapping[Form, float] = {},
 ) -> Decision | None:
-    """The fastest of `able`, or the first for a small layer; None where it is unknown and must not be measured now."""
+    """The fastest of `able`, or the first for a small layer; None where it is unknown and must not be measured now.
+
+    `waits`: seconds of a form that a measurement on one rank does not see.
+    """
     if len(able) == 1 or small or problem.device.type not in ("cpu", "cuda"):
         return Decision(able[0], {})
     known = measurements().known(problem, able)
     if known is None and may_measure:
-        return measurements().measure(problem, able, runs)
-    return known
+        known = measurements().measure(problem, able, runs)
+    return known if known is None or not waits else _with_waits(known, able, waits)
+
+
+def _with_waits(decision: Decision, able: Sequence[Form], waits: Mapping[Form, float]) -> Decision:
+    kept = decision.milliseconds
+    times = {form: kept[str(form)] / 1e3 + waits.get(form, 0.0) for form in able if str(form) in kept}
+    milliseconds = {str(form): round(1e3 * seconds, 4) for form, seconds in times.items()}
+    return Decision(_best(times, able), milliseconds, decision.new)
 
 
 def measure(problem: Layer, able: Sequence[Form], runs: Callable[[Layer], list[Run]]) -> dict[Form, float]:

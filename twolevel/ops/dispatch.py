@@ -41,9 +41,6 @@ KERNEL_SETS: tuple[KernelSet, ...] = (
 )
 # Added to a set's estimate: before any measurement hiding the exchange is the best guess.
 ESTIMATE = {"overlapped": 0, "fused": 10, "dense": 20}
-# Only where it is asked for: on one rank it has nothing over the overlapped schedule, and on several a measurement
-# without the exchange does not see that it waits for that.
-WAITING = Form("fused", "native")
 MOST_PLANS = 4096  # where every image has another size; each takes about a kilobyte
 
 log = logging.getLogger("twolevel.ops")
@@ -109,9 +106,12 @@ def _plan(form: Form) -> Plan:
     return Plan(form, kind(next(found for found in KERNEL_SETS if found.name == form.kernels)))
 
 
-def able_forms(problem: Problem, schedule: str = "auto", kernels: str = "auto") -> list[Form]:
+def able_forms(
+    problem: Problem, schedule: str = "auto", kernels: str = "auto", *, exchange_known: bool = False
+) -> list[Form]:
     """The requested forms that can compute this problem here, at least one; the best estimate first.
 
+    Of the schedules that wait for the exchange on several ranks, `auto` takes one only if it is known for how long.
     Raises UserError for an unknown name, and where there is none: with the reason of every requested set.
     """
     if schedule not in SCHEDULES:
@@ -130,6 +130,8 @@ def able_forms(problem: Problem, schedule: str = "auto", kernels: str = "auto") 
     ]
     forms = [form for _, form in sorted(able)]
     asked = [form for form in forms if _is_asked_for(form, schedule, kernels)]
+    if schedule == "auto":
+        asked = [form for form in asked if _worth_trying(form, problem, exchange_known)]
     if not asked:
         raise UserError(_cannot(problem, schedule, kernels, reasons, forms))
     return asked
@@ -138,9 +140,16 @@ def able_forms(problem: Problem, schedule: str = "auto", kernels: str = "auto") 
 def _is_asked_for(form: Form, schedule: str, kernels: str) -> bool:
     if form.schedule == schedule == "dense":  # one operation of torch, whatever the kernels
         return True
-    if schedule == "auto" and form == WAITING:
-        return False
     return kernels in ("auto", form.kernels) and schedule in ("auto", form.schedule)
+
+
+def _worth_trying(form: Form, problem: Problem, exchange_known: bool) -> bool:
+    if form.schedule != "fused":
+        return True
+    if problem.ranks > 1:
+        return exchange_known
+    # Nothing is exchanged: kernels that join the coarse term are in one walk already.
+    return not next(found for found in KERNEL_SETS if found.name == form.kernels).joins_coarse
 
 
 def _cannot(
@@ -164,11 +173,23 @@ def _warn_without_c() -> None:
         log.warning("two-level convolutions are computed without the C kernels: %s", why)
 
 
-def decide(problem: Problem, able: Sequence[Form], *, may_measure: bool) -> Decision | None:
-    """The fastest of `able`; None where it is unknown and must not be measured now."""
+def decide(
+    problem: Problem, able: Sequence[Form], *, may_measure: bool, exchange_s: float = 0.0
+) -> Decision | None:
+    """The fastest of `able`; None where it is unknown and must not be measured now.
+
+    `exchange_s`: seconds of an exchange forward and backward, for which the fused schedule waits; under the overlapped
+    one's local part it counts as hidden.
+    """
     small = problem.macs < autotune.SMALL_MACS
+    waits = {form: exchange_s for form in able if form.schedule == "fused"} if exchange_s else {}
     return autotune.decide(
-        problem, able, lambda problem: runs(problem, able), small=small, may_measure=may_measure
+        problem,
+        able,
+        lambda problem: runs(problem, able),
+        small=small,
+        may_measure=may_measure,
+        waits=waits,
     )
 
 

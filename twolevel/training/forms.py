@@ -17,8 +17,11 @@ from twolevel.distributed.strategies import Placed
 from twolevel.nn import TwoLevelConv2d
 from twolevel.ops.autotune import Decision, Form
 from twolevel.ops.dispatch import able_forms, decide
+from twolevel.ops.exchange import Exchange
 from twolevel.ops.problem import Problem
 from twolevel.streams import stream
+
+EXCHANGES = 4  # in a measurement
 
 
 @dataclass
@@ -40,45 +43,83 @@ def fix_forms(
     `recorded` has is taken, the rest measured; where ranks measure differently the first rank's is taken by all.
     Every rank must call this. Warns of what is recorded and cannot be computed here.
     """
-    layers = [module for module in placed.model.modules() if isinstance(module, TwoLevelConv2d)]
     chosen, began = ChosenForms(), time.perf_counter()
-    titles: dict[TwoLevelConv2d, str] = {}
+    problems = _problems(placed, batch, image_shape)
+    titles = {layer: problem.title() for layer, problem in problems.items()}
+    exchange_s = _exchange_seconds(
+        {layer: problem for layer, problem in problems.items() if titles[layer] not in recorded}, placed
+    )
     able: dict[str, list[Form]] = {}
-
-    def before_forward(layer: TwoLevelConv2d, inputs: tuple[Tensor, ...]) -> None:
-        problem = layer.problem(inputs[0])
-        title = titles[layer] = problem.title()
+    for layer, problem in problems.items():
+        title = titles[layer]
         if title not in able:
-            able[title] = able_forms(problem, layer.schedule, layer.kernels)
-            decision, why = _decide(problem, able[title], recorded.get(title))
+            known = title in exchange_s or title in recorded
+            able[title] = able_forms(problem, layer.schedule, layer.kernels, exchange_known=known)
+            decision, why = _decide(problem, able[title], recorded.get(title), exchange_s.get(title, 0.0))
             chosen.forms[title], chosen.why[title] = str(decision.form), why
             chosen.measured += decision.new
-        layer.schedule, layer.kernels = chosen.forms[title].split()
+    own = dict(chosen.forms)
+    for theirs in reversed(all_gather(own, placed.device)):
+        chosen.forms |= theirs
+    for layer, title in titles.items():
+        form = Form(*chosen.forms[title].split())
+        if form not in able[title]:
+            _warn(title, str(form), own[title])
+            form = Form(*own[title].split())
+        layer.schedule, layer.kernels = form
+    chosen.seconds = time.perf_counter() - began
+    return chosen
 
+
+def _problems(placed: Placed, batch: int, image_shape: tuple[int, int, int]) -> dict[TwoLevelConv2d, Problem]:
+    """The sizes of every two-level convolution of this rank's part of a network."""
+    problems: dict[TwoLevelConv2d, Problem] = {}
+
+    def before_forward(layer: TwoLevelConv2d, inputs: tuple[Tensor, ...]) -> None:
+        problems[layer] = layer.problem(inputs[0])
+
+    layers = [module for module in placed.model.modules() if isinstance(module, TwoLevelConv2d)]
     hooks = [layer.register_forward_pre_hook(before_forward) for layer in layers]
     try:
         _forward(placed, batch, image_shape)
     finally:
         for hook in hooks:
             hook.remove()
-    own = dict(chosen.forms)
-    for theirs in reversed(all_gather(own, placed.device)):
-        chosen.forms |= theirs
-    for layer, title in titles.items():
-        form = Form(*chosen.forms[title].split())
-        if form in able[title]:
-            layer.schedule, layer.kernels = form
-        else:
-            _warn(title, str(form), own[title])
-    chosen.seconds = time.perf_counter() - began
-    return chosen
+    return problems
 
 
-def _decide(problem: Problem, able: list[Form], recorded: str | None) -> tuple[Decision, str]:
+def _exchange_seconds(problems: dict[TwoLevelConv2d, Problem], placed: Placed) -> dict[str, float]:
+    """Of an exchange forward and backward, the least of a few, on the slowest rank: by title of the layer."""
+    seconds: dict[str, float] = {}
+    for layer, problem in problems.items():
+        title = problem.title()
+        if problem.ranks > 1 and title not in seconds:
+            own = torch.zeros(
+                problem.groups, problem.batch, *problem.output, dtype=problem.dtype, device=problem.device
+            )
+            times = [_exchange(layer.exchange, own) for _ in range(EXCHANGES)]
+            seconds[title] = min(times[1:])  # the first makes connections
+    if not seconds:
+        return {}
+    everywhere = all_gather(seconds, placed.device)
+    return {title: max(rank.get(title, 0.0) for rank in everywhere) for title in seconds}
+
+
+def _exchange(exchange: Exchange, own: Tensor) -> float:
+    began = time.perf_counter()
+    exchange.scatter_sum(exchange.gather(own).wait()).wait()
+    if own.is_cuda:
+        torch.cuda.synchronize(own.device)
+    return time.perf_counter() - began
+
+
+def _decide(
+    problem: Problem, able: list[Form], recorded: str | None, exchange_s: float
+) -> tuple[Decision, str]:
     """The form, and why that one."""
     if recorded is not None and Form(*recorded.split()) in able:
         return Decision(Form(*recorded.split()), {}), f"{recorded}, as recorded"
-    decision = decide(problem, able, may_measure=True)
+    decision = decide(problem, able, may_measure=True, exchange_s=exchange_s)
     assert decision is not None
     # Otherwise it was possible, and the user asks for another one.
     if recorded is not None and Form(*recorded.split()) not in able_forms(problem):
