@@ -12,7 +12,8 @@ medians over the turns.
     stock               two-level by stock layers, as its paper has it (benchmarks/stock.py)
     stock tuned         the same without a copy; stock three: by three stock convolutions
     one rank of P       gc2l cut for P ranks, what rank 0 computes; NOTHING CROSSES: copies of its own
-                        representatives stand for the others', so it is a bound for P devices, not their time
+                        representatives stand for the others', so it is a bound for P devices, not their time;
+                        fused: by the schedule that waits for the exchange, and then passes over less memory
     ... compiled        under torch.compile: on the CPU stock and gc2l, on a GPU all but the variants of stock
     ... graph           forward, backward and SGD of the compiled network replayed as one CUDA graph (a GPU alone)
 """
@@ -21,7 +22,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,9 +92,9 @@ class NothingCrosses(Copies):
     share_input = sum_logits
 
 
-def one_rank(name: str, groups: int, ranks: int) -> nn.Module:
-    """The part of a two-level network that rank 0 of `ranks` holds, without any other rank."""
-    model = models.create(name, conv="gc2l", groups=groups)
+def one_rank(name: str, groups: int, ranks: int, **options: Any) -> nn.Module:
+    """The part of a two-level network that rank 0 of `ranks` holds, without any other rank; options are the layers'."""
+    model = models.create(name, conv="gc2l", groups=groups, **options)
     # The process group is there only to cut the network by the package's own code; nothing is ever sent over it.
     dist.init_process_group("fake", rank=0, world_size=ranks)
     try:
@@ -123,9 +126,10 @@ def networks(settings: Settings) -> dict[tuple[str, int], Callable[[], nn.Module
         builders["stock", groups] = lambda create=create: to_stock(create(), StockTwoLevelConv2d)
         builders["stock tuned", groups] = lambda create=create: to_stock(create(), TunedTwoLevelConv2d)
         builders["stock three", groups] = lambda create=create: to_stock(create(), ThreeConvolutions)
-        builders[rank_name(settings.ranks), groups] = lambda groups=groups: one_rank(
-            name, groups, settings.ranks
-        )
+        for suffix, options in (("", {}), (" fused", {"schedule": "fused"})):
+            builders[rank_name(settings.ranks) + suffix, groups] = partial(
+                one_rank, name, groups, settings.ranks, **options
+            )
     if settings.compile:
         on_cpu = settings.device == "cpu"
         for (peer, groups), build in [*builders.items()]:
@@ -268,7 +272,7 @@ def draw(found: dict, settings: Settings, path: Path) -> None:
     ratios = {(peer["peer"], peer["groups"]): peer["to_sc"] for peer in found["peers"]}
     names = [name for name in dict.fromkeys(name for name, _ in ratios) if name.split()[0] != "sc"]
     series = {
-        name + (" (nothing is sent)" if name == rank_name(settings.ranks) else ""): [
+        name + (" (nothing is sent)" if name.startswith(rank_name(settings.ranks)) else ""): [
             ratios.get((name, groups)) for groups in settings.groups
         ]
         for name in names

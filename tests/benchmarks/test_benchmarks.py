@@ -120,10 +120,11 @@ def test_peers_take_turns_and_ratios_are_of_medians(monkeypatch):
     monkeypatch.setattr(report, "stopwatch", lambda device, threads: fake)
     arguments = [*TINY_STEP, "--no-compile", "--turns", "3"]
     found = step.measure(report.parse(step.Settings, "step", arguments))
-    assert len(set(asked)) == 7
-    assert asked == asked[:7] * 3
+    assert len(set(asked)) == 8
+    assert asked == asked[:8] * 3
     by_name = {peer["peer"]: peer for peer in found["peers"]}
-    assert [*by_name] == ["sc", "gc", "gc2l", "stock", "stock tuned", "stock three", "one rank of 4"]
+    rank = ["one rank of 4", "one rank of 4 fused"]
+    assert [*by_name] == ["sc", "gc", "gc2l", "stock", "stock tuned", "stock three", *rank]
     assert by_name["gc2l"]["median_ms"] == 3000
     assert by_name["gc2l"]["to_sc"] == 3
     assert by_name["gc2l"]["to_stock"] == 3 / 4
@@ -147,7 +148,7 @@ def test_a_compiler_that_fails_is_skipped_with_its_reason(monkeypatch):
     monkeypatch.setattr(torch, "compile", Broken)
     found = step.measure(report.parse(step.Settings, "step", TINY_STEP))
     assert found["skipped"] == {f"{peer} compiled, G=4": "no compiler found" for peer in ("gc2l", "stock")}
-    assert len(found["peers"]) == 7
+    assert len(found["peers"]) == 8
 
 
 def test_any_other_peer_that_fails_is_an_error(monkeypatch):
