@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from command import command
 
 from twolevel.distributed import init_mesh
 from twolevel.distributed.environment import start, stop
 from twolevel.training.config import OptimiserConfig
+from twolevel.training.epoch import Epochs
 from twolevel.training.graphed import WARM_UP, GraphedStep
 from twolevel.training.step import make_step
 
@@ -64,3 +66,19 @@ def test_replays_of_the_graph_are_the_steps(mesh):
         # The same kernels; some of cuDNN's add up in an order that changes from run to run.
         assert loss == pytest.approx(wanted[0], rel=1e-3)
         assert abs(right - wanted[1]) <= 1 and number == wanted[2]
+
+
+def test_a_run_lets_cudnn_time_its_algorithms_and_leaves_the_setting_as_it_was(tmp_path, monkeypatch):
+    tuned, step = [], Epochs.step
+
+    def spy(self, images, labels):
+        tuned.append(torch.backends.cudnn.benchmark)
+        return step(self, images, labels)
+
+    monkeypatch.setattr(Epochs, "step", spy)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    argv = "train --model wrn-10-1 --conv gc2l --groups 4 --data sample --max-steps 3 --device cuda".split()
+    done = command(*argv, "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert tuned == [True] * 3
+    assert torch.backends.cudnn.benchmark is False

@@ -16,6 +16,7 @@ from twolevel.terminal import program
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import TrainConfig
 from twolevel.training.context import Context, join
+from twolevel.training.cudnn import autotuned
 from twolevel.training.display import Display, waiting
 from twolevel.training.epoch import Epochs
 from twolevel.training.forms import ChosenForms, fix_forms
@@ -47,8 +48,9 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
             if config.run.cuda_graph:
                 check_capturable(config, context.device, context.world.backend)
             warn_of_ignored(config, context.mesh)
-        run = config.run
-        with claim(config.output, resume=run.resume, first=context.first, device=context.device) as start:
+        resume, device = config.run.resume, context.device
+        claimed = claim(config.output, resume=resume, first=context.first, device=device)
+        with claimed as start, autotuned(device):
             return Trainer(config, context, start).run()
     finally:
         context.close()
