@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from twolevel.distributed import environment
+from twolevel.distributed import environment, nccl
 from twolevel.distributed.environment import start, stop
 from twolevel.errors import UserError
 from twolevel.launchers import Ranks, discover, first_host, rank_of
@@ -322,6 +322,11 @@ def start_on_fake_gpus(visible: int, private: bool) -> tuple:
         warnings.simplefilter("always")
         world = start(timeout_s=30)
     assert init.call_args.args == (world.backend,)
+    options, bound = (init.call_args.kwargs[name] for name in ("pg_options", "device_id"))
+    if "nccl" in world.backend:
+        assert options.is_high_priority_stream and bound == world.device
+    else:
+        assert options is None and bound is None
     return world, [str(w.message) for w in caught]
 
 
@@ -341,6 +346,48 @@ def test_ranks_that_share_a_gpu_use_gloo_and_rank_0_warns(pool):
     (warning,), *others = [warned for _, warned in results]
     assert "4 ranks share 2 GPUs" in warning
     assert others == [[], [], []]
+
+
+def start_on_one_shared_gpu(version: tuple[int, ...], asked: bool) -> str:
+    with (
+        mock.patch("torch.cuda.nccl.version", lambda: version),
+        mock.patch.dict(os.environ, {nccl.SHARING: "1"} if asked else {}),
+    ):
+        world, _ = start_on_fake_gpus(1, private=False)
+    assert world.device == torch.device("cuda", 0)
+    return world.backend
+
+
+@pytest.mark.parametrize(
+    "version, asked, backend",
+    [((2, 30, 7), True, "cpu:gloo,cuda:nccl"), ((2, 30, 7), False, "gloo"), ((2, 28, 9), True, "gloo")],
+)
+def test_an_nccl_that_can_share_a_gpu_does_so_if_asked(pool, version, asked, backend):
+    assert pool.run(start_on_one_shared_gpu, version, asked, ranks=2, init=False) == [backend] * 2
+
+
+def start_on_gpus_apart() -> str:
+    """The message where NCCL finds no way between the GPUs."""
+
+    def fail(*args, **kwargs):
+        raise dist.DistBackendError("NCCL error, invalid usage\nncclInvalidUsage: of NCCL library.")
+
+    with (
+        fake_gpus(2),
+        mock.patch.object(dist, "init_process_group", fail),
+        mock.patch.object(dist, "is_nccl_available", lambda: True),
+        pytest.raises(UserError) as info,
+    ):
+        start(timeout_s=30)
+    return str(info.value)
+
+
+def test_gpus_that_nccl_cannot_connect_are_an_error_in_one_line(pool):
+    for rank, message in enumerate(pool.run(start_on_gpus_apart, ranks=2, init=False)):
+        assert message == (
+            f"rank {rank} of 2 cannot connect cuda:{rank} to the others (NCCL error, invalid usage); "
+            "NCCL_DEBUG=INFO says why, device cpu goes without"
+        )
 
 
 def start_where(port: int | None) -> str:

@@ -1,6 +1,7 @@
 """The mesh of ranks: its axes, and how long the ranks of each wait for each other."""
 
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -77,3 +78,24 @@ def test_a_rank_whose_partner_stays_away_stops_waiting_on_either_axis(pool):
     first, *others = pool.run(wait_for_a_partner_that_stays_away, ranks=4, init=False)
     assert len(first) == 2 and all("imed out" in said for said in first)
     assert others == [[], [], []]
+
+
+def options_of_axes() -> list[tuple[int, bool]]:
+    """How often options were given for the lines of an axis, and whether they ask for streams that run first."""
+    made = []
+
+    def make(lines, *, timeout, pg_options, group_desc):
+        made.append((len(lines), pg_options.is_high_priority_stream))
+        return dist.group.WORLD, []
+
+    with (
+        mock.patch.object(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl"),
+        mock.patch.object(dist, "new_subgroups_by_enumeration", make),
+        mock.patch("twolevel.distributed.mesh.DeviceMesh"),
+    ):
+        init_mesh(2, device="cpu")
+    return made
+
+
+def test_over_nccl_the_groups_of_all_axes_have_streams_that_run_first(pool):
+    assert pool.run(options_of_axes, ranks=4) == [[(2, True), (2, True)]] * 4

@@ -14,6 +14,7 @@ import torch.distributed as dist
 # torch.distributed documents them, and its type hints leave them out.
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
+from twolevel.distributed import nccl
 from twolevel.errors import UserError, unknown
 from twolevel.launchers import LOOPBACK, Ranks, discover, port_of
 from twolevel.settings import DEVICES
@@ -41,14 +42,14 @@ def start(device: str = "auto", timeout_s: float = 600) -> World:
         device: "cpu", "cuda" (this rank's own GPU), or "auto": cuda where there is one.
         timeout_s: how long the ranks wait for each other, here and in every later collective.
 
-    NCCL carries CUDA tensors if every rank has a GPU to itself. Ranks that share one use Gloo, and
-    rank 0 warns. CPU tensors always use Gloo. Ranks that share processor cores divide them evenly
-    as threads, unless OMP_NUM_THREADS says how many. An existing group is taken as it is, with
-    its threads and timeout.
+    NCCL carries CUDA tensors if every rank has a GPU to itself. Ranks that share one use Gloo, and rank 0
+    warns, unless NCCL can share it (`twolevel.distributed.nccl`). CPU tensors always use Gloo. Ranks that
+    share processor cores divide them evenly as threads, unless OMP_NUM_THREADS says how many. An existing
+    group is taken as it is, with its threads and timeout.
 
     Raises:
         UserError: an environment as in `discover`; a device that is not there, on every rank if it
-            is missing on one; ranks that do not meet in time.
+            is missing on one; ranks that do not meet in time; GPUs that NCCL cannot connect.
     """
     if device not in DEVICES:
         raise unknown("device", device, DEVICES)
@@ -67,15 +68,24 @@ def start(device: str = "auto", timeout_s: float = 600) -> World:
         store = PrefixStore(f"generation {generation}", store)
         reports = _exchange(PrefixStore("report", store), ranks, report)
         backend = _choose_backend(reports, ranks.rank)
-        dist.init_process_group(
-            backend,
-            store=PrefixStore("group", store),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        own_device = _device_of(reports[ranks.rank])
+        with nccl.own_timeout():
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("group", store),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timedelta(seconds=timeout_s),
+                pg_options=nccl.options(backend),
+                device_id=nccl.bound_device(backend, own_device),
+            )
     except UserError:
         raise
+    except dist.DistBackendError as error:
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.world_size} cannot connect {own_device} to the others "
+            f"({_first_line(error)}); NCCL_DEBUG=INFO says why, device cpu goes without"
+        ) from error
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(_did_not_meet(ranks, timeout_s, error)) from error
     mine = reports[ranks.rank]
@@ -87,7 +97,7 @@ def start(device: str = "auto", timeout_s: float = 600) -> World:
         size=ranks.world_size,
         local_rank=ranks.local_rank,
         local_size=ranks.local_world_size,
-        device=torch.device("cpu" if mine["gpu"] is None else f"cuda:{mine['index']}"),
+        device=own_device,
         backend=backend,
         launcher=ranks.launcher,
         owns_group=True,
@@ -203,6 +213,7 @@ def _probe(ranks: Ranks, device: str) -> dict:
         "cores": usable_cores(),
         "gpu": None,
         "index": None,
+        "shares_gpus": nccl.shares_gpus(),
         "error": None,
     }
     if device != "cpu" and torch.cuda.is_available():
@@ -213,6 +224,10 @@ def _probe(ranks: Ranks, device: str) -> dict:
     elif device == "cuda":
         report["error"] = f"device=cuda but torch {torch.__version__} finds no CUDA GPU; use cpu"
     return report
+
+
+def _device_of(report: dict) -> torch.device:
+    return torch.device("cpu" if report["gpu"] is None else f"cuda:{report['index']}")
 
 
 def _exchange(store: Store, ranks: Ranks, report: dict) -> list[dict]:
@@ -245,12 +260,13 @@ def _choose_backend(reports: list[dict], rank: int) -> str:
     if len(gpus) == 1:
         return "gloo"  # nothing to carry
     distinct = len(set(gpus))
-    if distinct == len(gpus) and dist.is_nccl_available():
+    fits = distinct == len(gpus) or all(report["shares_gpus"] for report in reports)
+    if fits and dist.is_nccl_available():
         return "cpu:gloo,cuda:nccl"
     if rank == 0:
         why = "this torch has no NCCL"
-        if distinct < len(gpus):
-            why = f"{len(gpus)} ranks share {distinct} GPUs, and NCCL needs one for each rank"
+        if not fits:
+            why = f"{len(gpus)} ranks share {distinct} GPUs, and {nccl.ONE_GPU_EACH}"
         warnings.warn(f"{why}: Gloo carries the CUDA tensors, by way of the CPU", stacklevel=3)
     return "gloo"
 

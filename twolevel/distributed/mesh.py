@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from twolevel.distributed import nccl
 from twolevel.distributed.environment import start
 from twolevel.errors import UserError
 
@@ -36,8 +37,13 @@ def _own_group(axis: str, lines: list[list[int]], timeout_s: float) -> dist.Proc
     if len(lines) == 1:
         own = dist.group.WORLD
     else:
-        timeout = timedelta(seconds=timeout_s)
-        own, _ = dist.new_subgroups_by_enumeration(lines, timeout=timeout, group_desc=f"mesh_{axis}")
+        with nccl.own_timeout():
+            own, _ = dist.new_subgroups_by_enumeration(
+                lines,
+                timeout=timedelta(seconds=timeout_s),
+                pg_options=nccl.options(dist.get_backend_config()),
+                group_desc=f"mesh_{axis}",
+            )
     assert isinstance(own, dist.ProcessGroup)  # every rank is in one line
     return own
 
