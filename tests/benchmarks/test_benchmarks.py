@@ -114,7 +114,7 @@ def test_peers_take_turns_and_ratios_are_of_medians(monkeypatch):
 
     def fake(call, repeats=1):
         asked.append(call)
-        turn, place = divmod(len(asked) - 1, 7)
+        turn, place = divmod(len(asked) - 1, 8)
         return place + 1 if turn else 100.0
 
     monkeypatch.setattr(report, "stopwatch", lambda device, threads: fake)
