@@ -17,7 +17,7 @@ def check_kernels(config: TrainConfig, device: torch.device) -> None:
     """Raise UserError where the kernels that were asked for cannot compute on this device in this precision."""
     asked, precision = config.model.kernels, config.run.precision
     why = None
-    if asked in ("native", "narrow"):
+    if asked == "native":
         fits = device.type == "cpu" and precision == "float32"
         why = native.available() if fits else "it computes in float32 on CPUs"
     elif asked == "triton" and (device.type != "cuda" or precision == "float64"):

@@ -32,7 +32,7 @@ class ModelConfig:
     """gc2l: the order of its operations and the exchange; auto: the fastest, by a measurement stored on disk"""
 
     kernels: Kernels = field(default="auto", metadata=FREE)
-    """gc2l: which kernels compute it: of torch (the first three), C on CPUs (native, narrow), Triton"""
+    """gc2l: which kernels compute it: of torch (the first three), C on CPUs (native), Triton on GPUs"""
 
     permutation_seed: int | None = None
     """shuffle: a fixed random permutation of the channels from this seed, instead of the shuffle"""
