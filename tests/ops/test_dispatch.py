@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from twolevel.errors import UserError
-from twolevel.ops import Geometry, autotune, dispatch, two_level_conv2d
+from twolevel.ops import Geometry, autotune, dispatch, schedules, two_level_conv2d
 from twolevel.ops.autotune import Form, Measurements, line, measure
 from twolevel.ops.dispatch import able_forms, decide, plan_for, runs
 from twolevel.ops.kernels import native
@@ -200,6 +200,44 @@ def test_every_form_is_measured_and_no_random_number_is_drawn(ranks):
     assert times.keys() == set(able)
     assert all(seconds >= 0 for seconds in times.values())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("fastest", ["overlapped", "fused", "dense"])
+def test_a_compiled_layer_takes_the_fastest_form_that_is_not_dense(fresh, monkeypatch, fastest):
+    measured, ran = [], []
+
+    def measure(problem, able, runs):
+        measured.append(able)
+        return {form: 0.5 if form.schedule == fastest else 1.0 for form in able}
+
+    def spied(name, compute):
+        def spy(self, *arguments):
+            ran.append((type(self), name))
+            return compute(self, *arguments)
+
+        return spy
+
+    monkeypatch.setattr(autotune, "measure", measure)
+    for kind in (schedules.Overlapped, schedules.Fused):
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(kind, name, spied(name, getattr(kind, name)))
+    *tensors, geometry = layer(dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    compiled = torch.compile(
+        lambda *t: two_level_conv2d(*t, geometry), backend="aot_eager", fullgraph=True, dynamic=False
+    )
+    y = compiled(*leaves)
+    gradients = torch.autograd.grad(y, leaves, y.detach())
+    torch.compiler.reset()
+    kind = schedules.Fused if fastest == "fused" else schedules.Overlapped
+    assert ran == [(kind, "forward"), (kind, "backward")]
+    assert len(measured) == 1 and {form.schedule for form in measured[0]} == {"overlapped", "fused"}
+    wanted = two_level_conv2d(*leaves, geometry, schedule="dense")
+    # Sums of some hundred float64 products in another order.
+    torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        gradients, torch.autograd.grad(wanted, leaves, y.detach()), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_dense_is_for_one_rank_alone():

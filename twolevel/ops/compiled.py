@@ -140,9 +140,12 @@ def _schedule(
     kernels: str,
     may_measure: bool,
 ) -> schedules.Schedule:
-    # Not dense, which is a composition that the compiler itself is better at.
-    asked = "overlapped" if schedule == "auto" else schedule
-    plan = plan_for(x, local, restriction, coarse, geometry, ranks, asked, kernels, may_measure=may_measure)
+    # Not dense, which would be a composition of torch's operations that the compiler sees: it is asked for by name.
+    plan = plan_for(
+        *(x, local, restriction, coarse, geometry, ranks, schedule, kernels),
+        may_measure=may_measure,
+        may_be_dense=False,
+    )
     assert plan.schedule is not None
     return plan.schedule
 

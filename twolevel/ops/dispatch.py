@@ -67,11 +67,13 @@ def plan_for(
     kernels: str,
     *,
     may_measure: bool,
+    may_be_dense: bool = True,
 ) -> Plan:
     """The plan for these tensors: the requested schedule and kernels; where they are auto, the fastest as measured.
 
     In the steady state this is one look-up. The best estimate is used for layers that are too small to benchmark, and
     for layers without a measurement while none may be made: if `may_measure` is False, or a CUDA graph is captured.
+    Without `may_be_dense` the schedule auto is one of the others.
     Raises UserError for an unknown name and for kernels that cannot compute these tensors here.
     """
     key = (
@@ -79,12 +81,14 @@ def plan_for(
         *(local.shape, local.dtype, local.device, type(local)),
         *(restriction.shape, restriction.dtype, restriction.device, type(restriction)),
         *(coarse.shape, coarse.dtype, coarse.device, type(coarse)),
-        *(geometry, ranks, schedule, kernels, torch.get_num_threads()),
+        *(geometry, ranks, schedule, kernels, torch.get_num_threads(), may_be_dense),
     )
     plan = _plans.get(key)
     if plan is None:
         problem = Problem.of(x, local, restriction, coarse, geometry, ranks)
         able = able_forms(problem, schedule, kernels)
+        if schedule == "auto" and not may_be_dense:
+            able = [form for form in able if form.schedule != "dense"]
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if problem.odd:  # a measurement is of plain tensors: others compute nothing, or something else
             able = able[:1]
