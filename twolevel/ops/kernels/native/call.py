@@ -28,6 +28,15 @@ class Layer(ctypes.Structure):
     )
 
 
+class Tensors(ctypes.Structure):
+    """What a call is given, and what it is to fill, as `tensors` in two_level.h."""
+
+    _fields_ = tuple(
+        (name, c_void_p)
+        for name in ("x", "local", "restriction", "coarse", "z", "gy", "gz", "own", "y", "gz_of_all", "gx")
+    )
+
+
 class Maps(ctypes.Structure):
     """Sizes of maps and the numbers of their channels, as `maps` in maps.h."""
 
@@ -39,8 +48,8 @@ class Maps(ctypes.Structure):
 
 _ARGUMENTS = {
     "twolevel_lanes": [],
-    "twolevel_forward": [POINTER(Layer), *[c_void_p] * 9, *[c_int64] * 2],
-    "twolevel_backward": [POINTER(Layer), *[c_void_p] * 14, *[c_int64] * 2],
+    "twolevel_forward": [POINTER(Layer), POINTER(Tensors), *[c_int64] * 2],
+    "twolevel_backward": [POINTER(Layer), POINTER(Tensors), *[c_void_p] * 3, *[c_int64] * 2],
     "twolevel_norm_moments": [POINTER(Maps), *[c_void_p] * 2, *[c_int64] * 2],
     "twolevel_norm_apply": [POINTER(Maps), *[c_void_p] * 2, *[c_int64] * 2],
     "twolevel_norm_sums": [POINTER(Maps), *[c_void_p] * 3, *[c_int64] * 2],

@@ -106,7 +106,7 @@ class NativeKernels(TorchKernels):
 
     def coarse_input_grad(self, gy: Tensor, coarse: Tensor) -> Tensor:
         gz = gy.new_empty(coarse.shape[1], len(gy), *gy.shape[2:])
-        two_level.backward(two_level.coarse_layer_of(gy, len(gz)), gy, coarse=coarse, gz_out=gz)
+        two_level.backward(two_level.coarse_layer_of(gy, len(gz)), gy, coarse=coarse, gz_of_all=gz)
         return gz
 
     def coarse_weight_grad(self, gy: Tensor, z: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class NativeKernels(TorchKernels):
     def coarse_grads(self, gy: Tensor, z: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         gz, layer = torch.empty_like(z), two_level.coarse_layer_of(gy, len(z))
         shapes = (None, None, coarse.shape)
-        grad = two_level.backward(layer, gy, coarse=coarse, z=z, gz_out=gz, wanted=shapes)[2]
+        grad = two_level.backward(layer, gy, coarse=coarse, z=z, gz_of_all=gz, wanted=shapes)[2]
         assert grad is not None
         return gz, grad
 

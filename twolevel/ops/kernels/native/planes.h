@@ -20,7 +20,6 @@
 
 typedef struct {
     int64_t row, column; /* shift */
-    int64_t weight;      /* its number in the kernel */
     int64_t at;          /* where its first value is in the copies of a channel */
 } tap;
 
@@ -120,30 +119,20 @@ static void lay_out(planes *p, arena *a) {
     p->plane = take_zeros(a, p->source[0] * p->wide + LANES);
 }
 
-/* What is done to a value of x on the way: relu(scale x + shift), or nothing. */
-typedef struct {
-    const float *scale, *shift; /* by channel; NULL for nothing */
-} normaliser;
+INLINE int is_inside(const planes *p, int64_t row) { return p->row[row] >= 0 && p->row[row] < p->source[0]; }
 
-INLINE vec normalised(vec x, int active, vec scale, vec shift) {
-    if (!active) return x;
-    x = scale * x + shift;
-    return (vec)((lanes_vec)x & ~(x <= (vec){0})); /* of NaN it is NaN */
-}
-
-/* A row of numbers to another, normalised if `active`, a constant. Nothing beyond it is touched. */
-INLINE void copy_row(float *to, const float *from, int64_t number, int active, vec scale, vec shift) {
+/* A row of numbers to another. Nothing beyond it is touched. */
+INLINE void copy_row(float *to, const float *from, int64_t number) {
     int64_t c = 0;
-    for (; c + LANES <= number; c += LANES) store(to + c, normalised(load(from + c), active, scale, shift));
-    if (c < number) store_part(to + c, normalised(load_part(from + c, number - c), active, scale, shift), number - c);
+    for (; c + LANES <= number; c += LANES) store(to + c, load(from + c));
+    if (c < number) store_part(to + c, load_part(from + c, number - c), number - c);
 }
 
 /* Every `stride`-th number. */
 INLINE void gather_row(float *to, const float *from, int64_t number, int64_t stride) {
     int64_t c = 0;
     if (stride == 1) {
-        for (; c + LANES <= number; c += LANES) store(to + c, load(from + c));
-        if (c < number) store_part(to + c, load_part(from + c, number - c), number - c);
+        copy_row(to, from, number);
         return;
     }
     if (stride == 2) {
@@ -163,7 +152,7 @@ INLINE void gather_row(float *to, const float *from, int64_t number, int64_t str
 #if defined(__AVX512F__)
 /* All copies of a plane whose rows are as wide as theirs: the plane itself, shifted, without what a shift brings from
    the row before or after. Memory of lanes that are off is not touched. */
-INLINE void copy_flat(const planes *p, float *to, const float *source, int active, vec scale, vec shift) {
+INLINE void copy_flat(const planes *p, float *to, const float *source) {
     const int64_t width = p->target[1], first = max64(0, -p->row[0]), last = min64(p->rows, p->source[0] - p->row[0]);
     const int64_t number = (last - first) * width;
     source += (p->row[0] + first) * width;
@@ -174,63 +163,88 @@ INLINE void copy_flat(const planes *p, float *to, const float *source, int activ
             const int64_t left = number - j;
             const __mmask16 there = left < LANES ? (__mmask16)(0xffff >> (LANES - left)) : (__mmask16)0xffff;
             const __mmask16 mask = (__mmask16)(there & inside[v]);
-            const vec x = normalised((vec)_mm512_maskz_loadu_ps(mask, source + j + p->column[k]), active, scale, shift);
-            _mm512_mask_storeu_ps(to + j, there, _mm512_maskz_mov_ps(mask, (__m512)x));
+            _mm512_mask_storeu_ps(to + j, there, _mm512_maskz_loadu_ps(mask, source + j + p->column[k]));
             if (++v == p->period) v = 0;
         }
     }
 }
 #else
-INLINE void copy_flat(const planes *p, float *to, const float *source, int active, vec scale, vec shift) {
-    (void)p, (void)to, (void)source, (void)active, (void)scale, (void)shift;
+INLINE void copy_flat(const planes *p, float *to, const float *source) {
+    (void)p, (void)to, (void)source;
 }
 #endif
 
-/* A plane to its copies, whose memory is not used by anything else: what lies outside the source is zero already. */
-INLINE void copy_plane(const planes *p, float *to, const float *source, int active, vec scale, vec shift) {
-    const int64_t width = p->source[1];
-    to += p->lead;
-    if (COPIES_FLAT && p->flat) {
-        copy_flat(p, to, source, active, scale, shift);
-        return;
-    }
-    if (p->whole && p->stride[1] == 1) { /* a copy is the source with margins */
-        const int64_t first = max64(0, p->column[0]), number = min64(width, p->column[0] + p->used) - first;
-        for (int64_t r = 0; r < p->rows; r++)
-            if (p->row[r] >= 0 && p->row[r] < p->source[0] && number > 0)
-                copy_row(to + r * p->pitch + first - p->column[0], source + p->row[r] * width + first, number, active,
-                         scale, shift);
-        return;
-    }
-    if (p->whole && p->stride[1] == 2 && width == 2 * p->target[1]) { /* every row is dealt out to two copies, or one */
-        for (int64_t r = 0; r < p->rows; r++)
-            for (int64_t c = 0; c < width && p->row[r] >= 0 && p->row[r] < p->source[0]; c += 2 * LANES) {
-                const float *from = source + p->row[r] * width + c;
-                const vec a = normalised(load(from), active, scale, shift);
-                const vec b = normalised(load(from + LANES), active, scale, shift);
-                for (int64_t k = 0; k < p->copies; k++) {
-                    const int64_t odd = p->column[k] & 1;
-                    float *at = to + (k * p->rows + r) * p->pitch + (c + odd - p->column[k]) / 2;
-                    if (odd) store(at, THE_OTHERS(a, b));
-                    else store(at, EVERY_OTHER(a, b));
-                }
+/* A copy is the source with margins. */
+INLINE void copy_whole(const planes *p, float *to, const float *source) {
+    const int64_t first = max64(0, p->column[0]), last = min64(p->source[1], p->column[0] + p->used);
+    for (int64_t r = 0; r < p->rows && first < last; r++)
+        if (is_inside(p, r))
+            copy_row(to + r * p->pitch + first - p->column[0], source + p->row[r] * p->source[1] + first, last - first);
+}
+
+/* Of stride 2, a row of whole vectors is dealt out to two copies, or half of it to one. */
+INLINE void copy_halves(const planes *p, float *to, const float *source) {
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t c = 0; c < p->source[1] && is_inside(p, r); c += 2 * LANES) {
+            const float *from = source + p->row[r] * p->source[1] + c;
+            const vec a = load(from), b = load(from + LANES);
+            for (int64_t k = 0; k < p->copies; k++) {
+                const int64_t odd = p->column[k] & 1;
+                float *at = to + (k * p->rows + r) * p->pitch + (c + odd - p->column[k]) / 2;
+                store(at, odd ? THE_OTHERS(a, b) : EVERY_OTHER(a, b));
             }
-        return;
-    }
+        }
+}
+
+/* Of any stride and width, by way of the source with margins. */
+INLINE void copy_strided(const planes *p, float *to, const float *source) {
     for (int64_t r = 0; r < p->source[0]; r++)
-        copy_row(p->plane + r * p->wide + p->left, source + r * width, width, active, scale, shift);
+        copy_row(p->plane + r * p->wide + p->left, source + r * p->source[1], p->source[1]);
     for (int64_t k = 0; k < p->copies; k++)
         for (int64_t r = 0; r < p->rows; r++, to += p->pitch)
-            if (p->row[r] >= 0 && p->row[r] < p->source[0])
+            if (is_inside(p, r))
                 gather_row(to, p->plane + p->row[r] * p->wide + p->left + p->column[k], p->used, p->stride[1]);
 }
 
-/* Channels first to last of an image [channels, H, W] to their copies, where zeros were before. */
-static void copy_channels(const planes *p, float *to, const float *image, int64_t first, int64_t last, normaliser n) {
-    const int64_t pixels = p->source[0] * p->source[1];
-    for (int64_t c = first; c < last; c++, to += p->size)
-        if (n.scale) copy_plane(p, to, image + c * pixels, 1, splat(n.scale[c]), splat(n.shift[c]));
-        else copy_plane(p, to, image + c * pixels, 0, (vec){0}, (vec){0});
+/* A plane to its copies, in memory of their own: what is outside the source stays the zero that it was. */
+INLINE void copy_plane(const planes *p, float *to, const float *source) {
+    to += p->lead;
+    if (COPIES_FLAT && p->flat) copy_flat(p, to, source);
+    else if (p->whole && p->stride[1] == 1) copy_whole(p, to, source);
+    else if (p->whole && p->stride[1] == 2 && p->source[1] == 2 * p->target[1]) copy_halves(p, to, source);
+    else copy_strided(p, to, source);
+}
+
+/* Some planes, one after the other, to their copies. */
+static inline void copy_planes(const planes *p, float *to, const float *source, int64_t number) {
+    for (int64_t c = 0; c < number; c++) copy_plane(p, to + c * p->size, source + c * p->source[0] * p->source[1]);
+}
+
+/* ---- Back from the phases of a stride ---- */
+
+INLINE void merge_part(float *to, vec v, int64_t number, int add) {
+    store_part(to, add ? load_part(to, number) + v : v, number);
+}
+
+/* Put pixels of every `stride`-th column of a row where they belong, or add them: from rows that are `step` apart. */
+INLINE void merge_row(float *to, const float *from, int64_t step, int64_t columns, int64_t stride, int add) {
+    int64_t c = 0;
+    if (stride == 2)
+        for (; c + 2 * LANES <= columns; c += 2 * LANES) {
+            const vec a = load(from + c / 2), b = load(from + step + c / 2);
+            const vec low = IN_TURN_LOWER(a, b), high = IN_TURN_UPPER(a, b);
+            store(to + c, add ? load(to + c) + low : low);
+            store(to + c + LANES, add ? load(to + c + LANES) + high : high);
+        }
+    if (stride == 2 && c < columns) {
+        const int64_t left = columns - c;
+        const vec a = load_part(from + c / 2, (left + 1) / 2);
+        const vec b = left > 1 ? load_part(from + step + c / 2, left / 2) : (vec){0};
+        merge_part(to + c, IN_TURN_LOWER(a, b), min64(left, LANES), add);
+        if (left > LANES) merge_part(to + c + LANES, IN_TURN_UPPER(a, b), left - LANES, add);
+        return;
+    }
+    for (; c < columns; c++) to[c] = (add ? to[c] : 0) + from[c % stride * step + c / stride];
 }
 
 #endif

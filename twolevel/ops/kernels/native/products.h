@@ -105,9 +105,9 @@ static __attribute__((noinline)) void combine_part(const sums *s, int64_t plane,
 #undef CALL
 }
 
-/* How often `combine` asks for memory. */
-INLINE int64_t steps_of(const sums *s, const grid *g) {
-    return ceil_div(g->rows, TILE) * (g->columns / LANES) * ceil_div(s->number, 4);
+/* About how often `combine` of so many planes asks for memory. */
+INLINE int64_t steps_of(int64_t planes, const grid *g) {
+    return ceil_div(g->rows, TILE) * (g->columns / LANES) * ceil_div(planes, 4);
 }
 
 /* All planes of `s` from two lists of terms. The weights are those of blocks of `together` planes, one block after the

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.native import call
-from twolevel.ops.kernels.native.call import Layer, pointer, pointer_to_row
+from twolevel.ops.kernels.native.call import Layer, Tensors, pointer, pointer_to_row
 from twolevel.ops.strides import memory_format_of
 
 ONE_BY_ONE = torch.Size((1, 1))
@@ -50,8 +50,9 @@ def forward(
     """Fill `own` with the representatives of this rank, if given, and `y` with A x + C z; without A add to it."""
     x = _images(x, layer)
     local, restriction, coarse, z = map(_contiguous, (local, restriction, coarse, z))
+    tensors = Tensors(*map(pointer, (x, local, restriction, coarse, z, None, None, own, y)))
     function = call.function("twolevel_forward")
-    arguments = (byref(layer), *map(pointer, (x, None, None, local, restriction, coarse, own, z, y)))
+    arguments = (byref(layer), byref(tensors))
     call.share_out(lambda part, begin, end: function(*arguments, begin, end), _parts(layer))
 
 
@@ -64,25 +65,24 @@ def backward(
     coarse: Tensor | None = None,
     z: Tensor | None = None,
     gz: Tensor | None = None,
-    gz_out: Tensor | None = None,
+    gz_of_all: Tensor | None = None,
     gx: Tensor | None = None,
     wanted: Sequence[torch.Size | None] = (None, None, None),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of A, r and C, of those that have a shape in `wanted`. Fill `gx`, if given, with A^T gy + r^T gz;
     without A add to it.
 
-    gz is C^T gy where C is given, and is left in `gz_out` if that is; else it is `gz`, the sum over ranks.
+    gz is C^T gy where C is given, and is left in `gz_of_all` if that is; else it is `gz`, the sum over ranks.
     """
     gy, x = _images(gy, layer), _images(x, layer)
     local, restriction, coarse, z, gz = map(_contiguous, (local, restriction, coarse, z, gz))
     parts = _parts(layer)
     # Where each thread adds up its part.
     sums = [None if shape is None else torch.empty(len(parts), *shape) for shape in wanted]
+    given = (x, local, restriction, coarse, z, gy, gz)
+    tensors = Tensors(*map(pointer, (*given, None, None, gz_of_all, gx)))
     function = call.function("twolevel_backward")
-    arguments = (
-        byref(layer),
-        *map(pointer, (gy, x, None, None, z, gz, local, restriction, coarse, gz_out, gx)),
-    )
+    arguments = (byref(layer), byref(tensors))
 
     def run(part: int, begin: int, end: int) -> int:
         return function(*arguments, *(pointer_to_row(own, part) for own in sums), begin, end)
