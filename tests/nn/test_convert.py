@@ -280,7 +280,7 @@ def test_a_replaced_forward_is_left():
 
 def test_the_inference_forms_of_our_convolutions_are_not_converted():
     """Whose convolutions lie deeper than their own children."""
-    form = FLGConv2d(16, 16, 3, padding=1, groups=2).eval().to_inference()
+    form = FLGConv2d(16, 16, 3, padding=1, groups=2, dtype=torch.float64).eval().to_inference()
     before, classes = form.state_dict(), [type(m) for m in form.modules()]
     assert nn.Conv2d in classes
     model = nn.Sequential(nn.Conv2d(3, 16, 3), form, nn.Conv2d(16, 8, 1))

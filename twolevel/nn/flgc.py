@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from twolevel.errors import UserError
 from twolevel.nn.arguments import Padding, Size, as_given, as_images
 from twolevel.nn.base import ReplicatedConv2d, he_normal_
+from twolevel.nn.inference.gathered import GatheredConv2d
 from twolevel.nn.inference.grouped import RegroupedConv2d
+from twolevel.ops.kernels.native import gathered
 
 
 def one_hot_rows(logits: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class FLGConv2d(ReplicatedConv2d):
     def macs(self, pixels: int, *, nominal: bool = False) -> int:
         """Multiply-accumulates of one image: sum_g k^2 n_g m_g a pixel; nominal, k^2 n m / G, rounded down.
 
-        Zeros with which `to_inference` may fill up groups are not counted.
+        Zeros with which RegroupedConv2d may fill up groups are not counted.
         """
         if nominal:
             return pixels * self.weight.numel() // self.groups
@@ -154,13 +156,15 @@ class FLGConv2d(ReplicatedConv2d):
 
     @torch.no_grad()
     def to_inference(self) -> nn.Module:
-        """Inputs gathered by group, the groups alone convolved, outputs put back in order: RegroupedConv2d.
+        """Inputs gathered by group, the groups alone convolved, outputs put back in order.
 
-        `twolevel.nn.inference.fold.fold_permutations` removes its permutations into neighbouring layers.
+        A GatheredConv2d where the C kernels can compute it (weights in float32 on the CPU), else a RegroupedConv2d.
+        `twolevel.nn.inference.fold.fold_permutations` removes their permutations into neighbouring layers.
         """
         inputs, outputs = self.groups_of()
         members = [((inputs == g).nonzero()[:, 0], (outputs == g).nonzero()[:, 0]) for g in outputs.unique()]
-        return RegroupedConv2d(self.weight, self.geometry, members).eval()
+        form = GatheredConv2d if gathered.takes(self.weight.detach()) else RegroupedConv2d
+        return form(self.weight.detach(), self.geometry, members).eval()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

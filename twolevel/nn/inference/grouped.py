@@ -40,7 +40,7 @@ class RegroupedConv2d(nn.Module):
     def __init__(self, weight: Tensor, geometry: Geometry, members: list[tuple[Tensor, Tensor]]):
         super().__init__()
         channels = weight.shape[1]
-        blocks = [_block(weight, inputs, outputs) for inputs, outputs in members]
+        blocks = [block(weight, inputs, outputs) for inputs, outputs in members]
         rows = max(len(filters) for filters, _ in blocks)
         width = max(len(inputs) for _, inputs in blocks)
         if any(filters.shape[:2] != (rows, width) for filters, _ in blocks):
@@ -61,10 +61,10 @@ class RegroupedConv2d(nn.Module):
         else:
             parts = [(filters, inputs, 1) for filters, inputs in blocks]
         self.parts = nn.ModuleList(
-            nn.Sequential(_taking(inputs, channels), frozen_conv2d(filters, geometry, groups))
+            nn.Sequential(taking(inputs, channels), frozen_conv2d(filters, geometry, groups))
             for filters, inputs, groups in parts
         )
-        self.order = _taking(order, start)
+        self.order = taking(order, start)
         if not weight.is_contiguous():
             self.to(memory_format=torch.channels_last)
 
@@ -73,7 +73,7 @@ class RegroupedConv2d(nn.Module):
         return self.order(parts[0] if len(parts) == 1 else torch.cat(parts, -3))
 
 
-def _block(weight: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+def block(weight: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """The filters `[m_g, n_g, k, k]` of a group and the inputs `[n_g]` that they read."""
     if len(inputs) == 0:
         # Outputs that read nothing: a zero filter on channel 0 is cheap, and makes them no special case.
@@ -105,7 +105,7 @@ class TakeChannels(nn.Module):
         return f"{len(self.index)} of {self.channels}"
 
 
-def _taking(index: Tensor, channels: int) -> nn.Module:
+def taking(index: Tensor, channels: int) -> nn.Module:
     """The module that takes channels by `index` out of `channels`: as little as that needs."""
     every = torch.arange(channels, device=index.device)
     if torch.equal(index, every):
