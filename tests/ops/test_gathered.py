@@ -122,18 +122,20 @@ def test_not_a_number_stays_one(kernels):
 
 def test_what_others_act_on_is_left_to_torch():
     x = torch.zeros(1, 4, 5, 5)
-    assert gathered.takes(x)
-    assert not gathered.takes(x.double())
-    assert not gathered.takes(x.bfloat16())
-    assert not gathered.takes(x.to("meta"))
-    assert not gathered.takes(x.clone().requires_grad_())
+    assert gathered.takes(x, x)
+    assert not gathered.takes(x.double(), x)
+    assert not gathered.takes(x, x.double())
+    assert not gathered.takes(x, x.to("meta"))
+    assert not gathered.takes(x.bfloat16(), x)
+    assert not gathered.takes(x.to("meta"), x)
+    assert not gathered.takes(x.clone().requires_grad_(), x)
     with torch.no_grad():
-        assert gathered.takes(x.clone().requires_grad_())
+        assert gathered.takes(x.clone().requires_grad_(), x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not gathered.takes(x)
-    assert not gathered.takes(torch._subclasses.FakeTensorMode().from_tensor(x))
+        assert not gathered.takes(x, x)
+    assert not gathered.takes(torch._subclasses.FakeTensorMode().from_tensor(x), x)
 
 
 def test_without_a_compiler_torch_computes(monkeypatch):
     monkeypatch.setattr(gathered, "available", lambda: "no C compiler")
-    assert not gathered.takes(torch.zeros(1, 4, 5, 5))
+    assert not gathered.takes(torch.zeros(1, 4, 5, 5), torch.zeros(4))

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twolevel.errors import UserError
 from twolevel.nn.dgc import DynamicGroupConv2d
-from twolevel.nn.inference.dgc import DynamicGroupInference, fastest_form, possible_forms
+from twolevel.nn.inference.dgc import DynamicGroupInference
+from twolevel.nn.inference.kept import fastest_form, possible_forms
 from twolevel.ops import Geometry
 
 # The same sums of at most some thousand float64 products, in another order.
@@ -222,7 +223,7 @@ def test_copies_and_types():
     inference = layer(32, 64, kernel_size=3, padding=1).to_inference()
     x, wanted = image(32), inference(image(32))
     twin = copy.deepcopy(inference)
-    inference.rows.zero_()
+    inference.parts()["rows"].zero_()
     assert torch.equal(twin(x), wanted)
     inference.load_state_dict(twin.state_dict())
     assert torch.equal(inference(x), wanted)

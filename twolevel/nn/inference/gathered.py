@@ -40,14 +40,13 @@ class GatheredConv2d(nn.Module):
         self.order = taking(outputs.argsort(), len(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not gathered.takes(x):
-            return self.order(self.convolve(self.take(x)))
-        images, groups = as_images(x, self.in_channels), self.convolve
-        y = gathered.convolve_groups(
-            *(images, groups.filters, groups.sizes, _index(self.take), _index(self.order)),
-            *(groups.kernel_size, groups.geometry),
-        )
-        return as_given(y, x)
+        groups = self.convolve
+        filters = groups.filters
+        if not gathered.takes(x, filters):
+            return self.order(groups(self.take(x)))
+        indices = (_index(self.take), _index(self.order))
+        problem = (as_images(x, self.in_channels), filters, groups.sizes, *indices)
+        return as_given(gathered.convolve_groups(*problem, groups.kernel_size, groups.geometry), x)
 
 
 def _index(module: nn.Module) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from twolevel.ops.geometry import Geometry, output_size
 from twolevel.ops.kernels.native.build import Unavailable, library
 
+LAST = torch.channels_last
 # A thread is worth starting for so many values: about 10 microseconds of memory traffic.
 WORTH_VALUES = 1 << 16
 
@@ -56,7 +57,9 @@ _ARGUMENTS = {
     "twolevel_norm_input_grad": [POINTER(Maps), *[c_void_p] * 5, *[c_int64] * 2],
     "twolevel_norm_forward": [POINTER(Maps), *[c_double] * 2, *[c_void_p] * 4, *[c_int64] * 2],
     "twolevel_norm_backward": [POINTER(Maps), *[c_void_p] * 5, *[c_int64] * 2],
-    "twolevel_gathered": [POINTER(Layer), *[c_void_p] * 6, *[c_int64] * 4],
+    "twolevel_gathered": [POINTER(Layer), *[c_void_p] * 7, *[c_int64] * 5],
+    "twolevel_choose": [*[c_void_p] * 4, *[c_int64] * 2],
+    "twolevel_dynamic": [*[c_void_p] * 5, *[c_int64] * 2],
 }
 
 
@@ -98,6 +101,11 @@ def layer_of(
     pairs = (size, output_size(size, kernel, geometry), kernel, *geometry)
     sizes = (batch, channels, outputs, groups, representatives, channels_last)
     return Layer(*sizes, *((c_int64 * 2)(*pair) for pair in pairs))
+
+
+def layer_of_image(image: torch.Size, groups: int, kernel: tuple[int, ...], geometry: Geometry) -> Layer:
+    """Sizes of a convolution of images `[n, H, W]`, however many there are."""
+    return layer_of(torch.Size((1, *image)), 0, groups, 0, torch.Size(kernel), geometry, False)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -3,7 +3,7 @@
 #ifndef TWOLEVEL_GATHERED_H
 #define TWOLEVEL_GATHERED_H
 
-#include "layer.h"
+#include "pixels.h"
 
 /* One group: its outputs are rows first .. first + outputs of the result before `order` is applied. */
 typedef struct {
@@ -27,6 +27,8 @@ typedef struct {
     const int64_t *order;
     int64_t first_tap, by_tap; /* weights of the taps: the first, and from one to the next */
     activation before;
+    const float *bias;         /* [outputs] of the result, or NULL */
+    int relu;                  /* whether the result is max(0, .) of it */
 } convolution;
 
 /* Rows begin to end of the result of one image; -1 without memory. */
@@ -45,18 +47,17 @@ INLINE vec once(vec v) {
     return v;
 }
 
-/* max(0, v), and NaN for NaN. */
-INLINE vec relu(vec v) {
-#if defined(__AVX512F__)
-    return _mm512_max_ps((vec){0}, v);
-#else
-    typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-    return (vec)((ints)v & ~(ints)(v < 0));
-#endif
-}
-INLINE float relu1(float f) { return f < 0 ? 0 : f; }
+/* One block of memory for several arrays, which is asked twice: without a block for the size that it must have. */
+typedef struct {
+    char *block;
+    int64_t used;
+} arena;
 
-/* Room for `number` floats at an address of whole cache lines, not set to anything. */
-INLINE float *room(int64_t number) { return aligned_alloc(64, (size_t)round_up(4 * max64(number, 1), 64)); }
+/* The next `bytes`, in cache lines of their own. */
+INLINE void *take(arena *a, int64_t bytes) {
+    const int64_t at = a->used;
+    a->used += round_up(bytes, 64);
+    return a->block + at;
+}
 
 #endif

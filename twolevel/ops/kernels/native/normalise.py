@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twolevel.ops.kernels.native import call
-from twolevel.ops.kernels.native.call import Maps
+from twolevel.ops.kernels.native.call import LAST, Maps
 from twolevel.ops.kernels.normalise import (
     Moments,
     Normalisation,
@@ -24,8 +24,6 @@ from twolevel.ops.normalise_problem import NormaliseProblem
 
 # Numbers below which torch's two operations are faster: then a pass takes less time than a call of it.
 LEAST_VALUES = 1 << 16
-
-LAST = torch.channels_last
 
 
 class NativeNormaliser(TorchNormaliser):
