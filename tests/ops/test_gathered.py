@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from twolevel.ops import Geometry
 from twolevel.ops.kernels.native import gathered
+from twolevel.ops.kernels.native.gathered import GroupsLayer
 
 LAST = torch.channels_last
 RULES = settings(
@@ -58,31 +59,37 @@ def group_convolutions(draw):
     x = x.to(memory_format=draw(st.sampled_from([torch.contiguous_format, LAST])))
     values = sum(rows * columns for rows, columns in sizes) * kernel[0] * kernel[1]
     filters = torch.randn(values, generator=generator)
-    return x, filters, sizes, inputs, order, kernel, Geometry(stride, padding, dilation)
+    bias = torch.randn(outputs, generator=generator) if draw(st.booleans()) else None
+    groups = GroupsLayer(sizes, kernel, Geometry(stride, padding, dilation), relu=draw(st.booleans()))
+    return x, groups, filters, bias, inputs, order
 
 
-def convolved(x, filters, sizes, inputs, order, kernel, geometry):
-    """The same by torch, in the type of x, by a dense filter."""
-    dense = x.new_zeros(sum(rows for _, rows in sizes), x.shape[1], *kernel)
+def convolved(x, groups, filters, bias, inputs, order):
+    """The same by torch, in the type of x, by a dense filter and without the last ReLU."""
+    sizes = groups.sizes
+    dense = x.new_zeros(sum(rows for _, rows in sizes), x.shape[1], *groups.kernel)
     indices = torch.arange(x.shape[1]) if inputs is None else inputs
-    shapes = [(rows, width, *kernel) for width, rows in sizes]
+    shapes = [(rows, width, *groups.kernel) for width, rows in sizes]
     blocks = filters.split([math.prod(shape) for shape in shapes])
     rows = dense.split([rows for _, rows in sizes])
     columns = indices.split([width for width, _ in sizes])
     for to, index, block, shape in zip(rows, columns, blocks, shapes, strict=True):
         to.index_add_(1, index, block.view(shape))
-    return F.conv2d(x, dense if order is None else dense[order], None, *geometry)
+    y = F.conv2d(x, dense, bias, *groups.geometry)
+    return y if order is None else y[:, order]
 
 
 @RULES
 @given(group_convolutions())
 def test_groups_of_any_channels_and_sizes_are_convolved(kernels, arguments):
-    x, filters, *others = arguments
+    x, groups, filters, bias, *indices = arguments
     y = gathered.convolve_groups(*arguments)
     memory_format = torch.contiguous_format if x.is_contiguous() else LAST
     assert y.is_contiguous(memory_format=memory_format)
-    wanted = convolved(x.double(), filters.double(), *others)
-    assert_sum(y, wanted, convolved(x.double().abs(), filters.double().abs(), *others))
+    x, filters, bias = (None if t is None else t.double() for t in (x, filters, bias))
+    wanted = convolved(x, groups, filters, bias, *indices)
+    x, filters, bias = (None if t is None else t.abs() for t in (x, filters, bias))
+    assert_sum(y, wanted.relu() if groups.relu else wanted, convolved(x, groups, filters, bias, *indices))
 
 
 def resnet_layer(batch=1):
@@ -91,7 +98,7 @@ def resnet_layer(batch=1):
     x = torch.randn(batch, 64, 56, 56, generator=generator)
     filters = torch.randn(9 * sum(a * b for a, b in sizes), generator=generator)
     orders = (torch.randperm(64, generator=generator) for _ in range(2))
-    return x, filters, sizes, *orders, (3, 3), Geometry(padding=(1, 1))
+    return x, GroupsLayer(sizes, (3, 3), Geometry(padding=(1, 1))), filters, None, *orders
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -115,7 +122,7 @@ def test_not_a_number_stays_one(kernels):
     x, *others = resnet_layer()
     x[0, 0, 30, 30] = torch.nan
     y = gathered.convolve_groups(x, *others)
-    sizes, inputs = others[1:3]
+    sizes, inputs = others[0].sizes, others[3]
     group = torch.arange(len(sizes)).repeat_interleave(torch.tensor([width for width, _ in sizes]))
     assert y.isnan().sum() == 9 * sizes[group[inputs == 0]][1]
 

@@ -164,8 +164,9 @@ class FLGConv2d(ReplicatedConv2d):
         inputs, outputs = self.groups_of()
         members = [((inputs == g).nonzero()[:, 0], (outputs == g).nonzero()[:, 0]) for g in outputs.unique()]
         weight = self.weight.detach()
-        form = GatheredConv2d if gathered.takes(weight, weight) else RegroupedConv2d
-        return form(weight, self.geometry, members).eval()
+        if gathered.takes(weight, weight):
+            return GatheredConv2d.of_members(weight, self.geometry, members)
+        return RegroupedConv2d(weight, self.geometry, members).eval()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

@@ -9,6 +9,7 @@ filters rows of weight, times g [H K, m/H k k]   scaled while they are copied
 convolve in H groups, shuffle   [m, H', W']
 """
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, get_args
 
@@ -75,8 +76,7 @@ class DynamicGroupInference(nn.Module):
         # Where no hidden unit fires, saliency is the offset: equal ones tie, and the cut must be the layer's.
         self.ties = bool((layer.offset.detach().sort(dim=-1).values.diff(dim=-1) == 0).any())
         parts = self._parts_of(layer)
-        self.shapes = {name: part.shape for name, part in parts.items()}
-        self.register_buffer("numbers", torch.cat([part.flatten() for part in parts.values()]))
+        self._hold(parts)
         self.flips = bool((parts["sign"] != 1).any())
         self.native = dynamic.DynamicLayer(
             *(self.heads, self.kernel_size, self.geometry, self.outputs, len(layer.squeeze) // self.heads),
@@ -134,6 +134,28 @@ class DynamicGroupInference(nn.Module):
             zip(self.shapes, map(Tensor.view, self.numbers.split(sizes), self.shapes.values()), strict=True)
         )
 
+    @torch.no_grad()
+    def absorb(self, scale: Tensor, shift: Tensor) -> None:
+        """Become scale y + shift for what is y now, `[m]` each."""
+        scale, shift = (of.view(self.outputs, self.heads).t() for of in (scale, shift))  # [H, m/H]
+        parts = {name: part.clone() for name, part in self.parts().items()}
+        rows = parts["rows"].view(self.heads, self.in_channels, -1)
+        # [H, n, m/H, k k], or the last two the other way round.
+        by_output, last = scale[:, None, :, None], self.form == "transposed_last"
+        rows = rows.unflatten(2, (-1, self.outputs) if last else (self.outputs, -1))
+        rows *= by_output.transpose(2, 3) if last else by_output
+        parts["bias"] = parts["bias"] * scale + shift if "bias" in parts else shift
+        self._hold(parts)
+        self.native = dataclasses.replace(self.native, has_bias=True)
+
+    def absorb_relu(self) -> None:
+        """Become max(0, y) for what is y now."""
+        self.native = dataclasses.replace(self.native, relu=True)
+
+    def _hold(self, parts: dict[str, Tensor]) -> None:
+        self.shapes = {name: part.shape for name, part in parts.items()}
+        self.register_buffer("numbers", torch.cat([part.flatten() for part in parts.values()]))
+
     def forward(self, x: Tensor) -> Tensor:
         images, numbers = as_images(x, self.in_channels), self.numbers
         if images.dtype is not numbers.dtype and images.dtype in (torch.bfloat16, torch.float16):
@@ -171,7 +193,7 @@ class DynamicGroupInference(nn.Module):
         filters = torch.embedding_bag(weights, rows, bags, mode=0, per_sample_weights=values)[0]
         y = self.convolve(self, t, indices.view(-1), filters)
         if bias:
-            y += bias[0]
+            y += bias[0].t().reshape(-1, 1, 1)
         return y.relu_() if self.native.relu else y
 
     def _select(self, g: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

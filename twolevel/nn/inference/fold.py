@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +11,8 @@ from torch import Tensor, fx, nn
 from twolevel.errors import UserError
 from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.channels import PermuteChannels
-from twolevel.nn.structure import ACTIVATIONS, DROPOUTS, LayerTracer, functions_of, methods_of, own_tensors
+from twolevel.nn.inference.chains import Chains, Layer, Stopped, graph_of, sole_source, sole_user
+from twolevel.nn.structure import ACTIVATIONS, DROPOUTS, functions_of, methods_of, own_tensors
 
 
 class Folding(NamedTuple):
@@ -53,19 +53,18 @@ def fold_permutations(model: nn.Module) -> Folding:
     if not present:
         return Folding(model, folded, kept)
     try:
-        graph = LayerTracer(childless=True).trace(model)
-    except Exception as error:  # whatever the network's own code raises on torch.fx's stand-ins for tensors
-        reason = f"torch.fx cannot trace the network: {str(error).splitlines()[0] if str(error) else error!r}"
-        warnings.warn(f"no permutation is folded, as {reason}", stacklevel=2)
-        return Folding(model, folded, kept | dict.fromkeys(present, reason))
+        graph = graph_of(model)
+    except Stopped as untraced:
+        warnings.warn(f"no permutation is folded, as {untraced}", stacklevel=2)
+        return Folding(model, folded, kept | dict.fromkeys(present, str(untraced)))
     kept |= dict.fromkeys(present, "not reached by the trace")
-    chains = _Chains(model, graph)
+    chains = _Permutations(model, graph)
     for node in graph.nodes:
         layer = chains.layer(node)
         if layer is not None and isinstance(layer.module, PermuteChannels):
             try:
                 folded |= chains.fold(node, layer, layer.module.index)
-            except _Stopped as stopped:
+            except Stopped as stopped:
                 kept[layer.name] = str(stopped)
     return Folding(model, folded, {name: reason for name, reason in kept.items() if name not in folded})
 
@@ -75,48 +74,24 @@ ELEMENTWISE_FUNCTIONS = functions_of(ACTIVATIONS)
 ELEMENTWISE_METHODS = methods_of(ACTIVATIONS)
 
 
-class _Stopped(Exception):
-    """Why a permutation cannot move further."""
+class _Permutations(Chains):
+    """The chains of layers along which a permutation can move."""
 
-
-class _Layer(NamedTuple):
-    """A module of the network and its name."""
-
-    name: str
-    module: nn.Module
-
-
-class _Chains:
-    """A network, its graph, and the chains of layers along which a permutation can move."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph):
-        self.model = model
-        self.uses = Counter(node.target for node in graph.nodes if node.op in ("call_module", "get_attr"))
-        modules = [module for _, module in model.named_modules(remove_duplicate=False)]
-        self.holders = Counter(id(tensor) for module in modules for tensor in own_tensors(module).values())
-
-    def layer(self, node: fx.Node) -> _Layer | None:
-        """The layer that this node calls, as it is now."""
-        if node.op != "call_module":
-            return None
-        assert isinstance(node.target, str)
-        return _Layer(node.target, self.model.get_submodule(node.target))
-
-    def fold(self, node: fx.Node, permutation: _Layer, index: Tensor) -> dict[str, tuple[str, ...]]:
+    def fold(self, node: fx.Node, permutation: Layer, index: Tensor) -> dict[str, tuple[str, ...]]:
         """Permute the tensors of neighbours instead: names of what was removed, and of the layers that changed.
 
-        Raises _Stopped where no neighbour can absorb the permutation.
+        Raises Stopped where no neighbour can absorb the permutation.
         """
-        self._check_owned(permutation)
+        self.check_owned(permutation)
         try:
-            *passed, last = self._walk(node, _before, "before it")
+            *passed, last = self._walk(node, sole_source, "before it")
             order, dim = index, 0
-        except _Stopped as before:
+        except Stopped as before:
             try:
-                *passed, last = self._walk(node, _after, "after it")
+                *passed, last = self._walk(node, sole_user, "after it")
                 order, dim = index.argsort(), 1
-            except _Stopped as after:
-                raise _Stopped(f"{before}; {after}") from None
+            except Stopped as after:
+                raise Stopped(f"{before}; {after}") from None
         removed = [permutation.name]
         for layer in passed:
             _reorder(layer.module, order, 0)
@@ -133,9 +108,9 @@ class _Chains:
             self.model.set_submodule(name, nn.Identity().eval())
         return dict.fromkeys(removed, changed)
 
-    def _walk(self, node: fx.Node, step: Callable[[fx.Node], fx.Node], where: str) -> list[_Layer]:
-        """The layers from here to the one that absorbs the permutation, which is the last; or _Stopped."""
-        passed: list[_Layer] = []
+    def _walk(self, node: fx.Node, step: Callable[[fx.Node], fx.Node], where: str) -> list[Layer]:
+        """The layers from here to the one that absorbs the permutation, which is the last; or Stopped."""
+        passed: list[Layer] = []
         while True:
             node = step(node)
             if self._is_elementwise(node):
@@ -144,10 +119,10 @@ class _Chains:
             module = None if layer is None else layer.module
             dense = type(module) is nn.Conv2d and module.groups == 1
             # Of two permutations the earlier is folded first, so they meet with the flow alone.
-            absorbs = dense or (step is _after and isinstance(module, PermuteChannels))
+            absorbs = dense or (step is sole_user and isinstance(module, PermuteChannels))
             if layer is None or not (absorbs or _is_channelwise(module)):
-                raise _Stopped(f"{where} is {_what(node, layer)}")
-            self._check_owned(layer)
+                raise Stopped(f"{where} is {_what(node, layer)}")
+            self.check_owned(layer)
             passed.append(layer)
             if absorbs:
                 return passed
@@ -162,23 +137,6 @@ class _Chains:
             or (node.op == "call_method" and node.target in ELEMENTWISE_METHODS)
         )
 
-    def _check_owned(self, layer: _Layer) -> None:
-        """Raise _Stopped unless this one call is all that depends on the order of the module's tensors."""
-        name, tensors = layer.name, own_tensors(layer.module)
-        elsewhere = any(use.startswith(f"{name}.") for use in self.uses)
-        if self.uses[name] > 1 or elsewhere or any(self.holders[id(t)] > 1 for t in tensors.values()):
-            raise _Stopped(f"{name} or a tensor of it is used more than once")
-        # Weight normalisation and its like compute the weight from other tensors, under other names.
-        if not tensors.keys() <= TENSORS[type(layer.module)]:
-            raise _Stopped(f"{name} has tensors of its own: {', '.join(tensors)}")
-
-
-TENSORS: dict[type[nn.Module], set[str]] = {
-    PermuteChannels: {"index"},
-    nn.Conv2d: {"weight", "bias"},
-    nn.BatchNorm2d: {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
-}
-
 
 def _is_channelwise(module: nn.Module | None) -> bool:
     """Whether output channel c depends on input channel c and row c of the module's tensors alone."""
@@ -187,22 +145,7 @@ def _is_channelwise(module: nn.Module | None) -> bool:
     return type(module) is nn.BatchNorm2d
 
 
-def _before(node: fx.Node) -> fx.Node:
-    """The only producer of this node's input."""
-    source = node.all_input_nodes[0]
-    if len(source.users) > 1:
-        raise _Stopped(f"before it, {source} has {len(source.users)} users")
-    return source
-
-
-def _after(node: fx.Node) -> fx.Node:
-    """The only user of this node."""
-    if len(node.users) != 1:
-        raise _Stopped(f"after it, {node} has {len(node.users)} users")
-    return next(iter(node.users))
-
-
-def _what(node: fx.Node, layer: _Layer | None) -> str:
+def _what(node: fx.Node, layer: Layer | None) -> str:
     if node.op in ("placeholder", "output"):
         return f"the {'input' if node.op == 'placeholder' else 'output'} of the network"
     if layer is None:

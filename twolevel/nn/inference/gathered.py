@@ -1,6 +1,8 @@
 """Group convolution of any channels and group sizes, by the C kernels where they can be used."""
 
+import dataclasses
 import math
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ Members = list[tuple[Tensor, Tensor]]
 class GatheredConv2d(nn.Module):
     """A frozen group convolution of any channels: `[B, n, H, W] -> [B, m, H', W']`, in the memory format of the input.
 
-    `weight` `[m, n, k, k]` gives the filters, of which the entries within groups are used; `members` names
-    the input and the output channels of each group. Every output is in one group; inputs may be in several.
+    Group g convolves the n_g channels `inputs[g]` by its block `[m_g, n_g, k, k]`, and channel c of the result is
+    channel order[c] of all their outputs in turn.
 
         take       the groups' inputs side by side       [B, sum n_g, H, W]
         convolve   each group, n_g -> m_g                [B, m, H', W']
@@ -30,23 +32,57 @@ class GatheredConv2d(nn.Module):
     can, and then no group is rounded up.
     """
 
-    def __init__(self, weight: Tensor, geometry: Geometry, members: Members):
+    def __init__(
+        self, blocks: list[Tensor], inputs: list[Tensor], order: Tensor, in_channels: int, geometry: Geometry
+    ):
         super().__init__()
-        self.in_channels = weight.shape[1]
-        blocks = [block(weight, *channels) for channels in members]
-        self.take = taking(torch.cat([inputs for _, inputs in blocks]), self.in_channels)
-        self.convolve = GroupsOfAnySize([filters for filters, _ in blocks], geometry)
-        outputs = torch.cat([channels for _, channels in members])
-        self.order = taking(outputs.argsort(), len(outputs))
+        self.in_channels, self.out_channels = in_channels, len(order)
+        self.take = taking(torch.cat(inputs), in_channels)
+        self.convolve = GroupsOfAnySize(blocks, geometry)
+        self.order = taking(order, len(order))
+
+    @classmethod
+    def of_members(cls, weight: Tensor, geometry: Geometry, members: Members) -> Self:
+        """`weight` `[m, n, k, k]` within groups of `members`; every output is in one, inputs may be in several."""
+        blocks, inputs = zip(*(block(weight, *channels) for channels in members), strict=True)
+        order = torch.cat([outputs for _, outputs in members]).argsort()
+        return cls(list(blocks), list(inputs), order, weight.shape[1], geometry).eval()
+
+    @classmethod
+    def of_conv(cls, conv: nn.Conv2d, geometry: Geometry) -> Self:
+        """The same function as an nn.Conv2d whose padding is zeros and has these numbers."""
+        weight = conv.weight.detach()
+        every = [
+            torch.arange(channels, device=weight.device) for channels in (conv.in_channels, conv.out_channels)
+        ]
+        form = cls(
+            list(weight.chunk(conv.groups)),
+            list(every[0].chunk(conv.groups)),
+            every[1],
+            conv.in_channels,
+            geometry,
+        )
+        if conv.bias is not None:
+            form.convolve.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
+        return form.eval()
+
+    def absorb(self, scale: Tensor, shift: Tensor) -> None:
+        """Become scale y + shift for what is y now, `[m]` each."""
+        index = _index(self.order)
+        rows = slice(None) if index is None else index.argsort()
+        self.convolve.absorb(scale[rows], shift[rows])
+
+    def absorb_relu(self) -> None:
+        """Become max(0, y) for what is y now."""
+        self.convolve.native = dataclasses.replace(self.convolve.native, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
         groups = self.convolve
         filters = groups.filters
         if not gathered.takes(x, filters):
             return self.order(groups(self.take(x)))
-        indices = (_index(self.take), _index(self.order))
-        problem = (as_images(x, self.in_channels), filters, groups.sizes, *indices)
-        return as_given(gathered.convolve_groups(*problem, groups.kernel_size, groups.geometry), x)
+        images, indices = as_images(x, self.in_channels), (_index(self.take), _index(self.order))
+        return as_given(gathered.convolve_groups(images, groups.native, filters, groups.bias, *indices), x)
 
 
 def _index(module: nn.Module) -> Tensor | None:
@@ -57,24 +93,53 @@ def _index(module: nn.Module) -> Tensor | None:
 class GroupsOfAnySize(nn.Module):
     """The groups alone, in order: `[B, sum n_g, H, W] -> [B, sum m_g, H', W']`; blocks `[m_g, n_g, k, k]`.
 
-    `filters` are the blocks one after the other, and `sizes` (n_g, m_g) of each.
+    `filters` are the blocks one after the other, and `bias` `[sum m_g]`, where there is one, is added.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, blocks: list[Tensor], geometry: Geometry):
         super().__init__()
-        self.kernel_size, self.geometry = pair(blocks[0].shape[2:]), geometry
-        self.sizes = tuple((block.shape[1], block.shape[0]) for block in blocks)
+        sizes = tuple((block.shape[1], block.shape[0]) for block in blocks)
+        self.native = gathered.GroupsLayer(sizes, pair(blocks[0].shape[2:]), geometry)
         flat = torch.cat([block.flatten() for block in blocks])
         self.filters = nn.Parameter(flat, requires_grad=False)
+        self.register_parameter("bias", None)
+
+    def absorb(self, scale: Tensor, shift: Tensor) -> None:
+        """Become scale y + shift for what is y now, `[sum m_g]` each."""
+        rows = scale.split([rows for _, rows in self.native.sizes])
+        blocks = zip(self.filters.split(self._numbers()), rows, strict=True)
+        self.filters.copy_(
+            torch.cat([(block.view(len(s), -1) * s[:, None]).flatten() for block, s in blocks])
+        )
+        bias = shift if self.bias is None else self.bias * scale + shift
+        self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [(rows, width, *self.native.kernel) for width, rows in self.native.sizes]
+
+    def _numbers(self) -> list[int]:
+        return [math.prod(shape) for shape in self._shapes()]
 
     def forward(self, x: Tensor) -> Tensor:
-        shapes = [(rows, width, *self.kernel_size) for width, rows in self.sizes]
+        shapes, geometry = self._shapes(), self.native.geometry
         if len(set(shapes)) == 1:
             filters = self.filters.view(-1, *shapes[0][1:])
-            return F.conv2d(x, filters, None, *self.geometry, len(shapes))
-        blocks = self.filters.split([math.prod(shape) for shape in shapes])
-        parts = zip(x.split([width for width, _ in self.sizes], -3), blocks, shapes, strict=True)
-        return torch.cat([F.conv2d(t, w.view(shape), None, *self.geometry) for t, w, shape in parts], -3)
+            y = F.conv2d(x, filters, self.bias, *geometry, len(shapes))
+        else:
+            parts = zip(
+                x.split([shape[1] for shape in shapes], -3),
+                self.filters.split(self._numbers()),
+                shapes,
+                strict=True,
+            )
+            y = torch.cat([F.conv2d(t, w.view(shape), None, *geometry) for t, w, shape in parts], -3)
+            if self.bias is not None:
+                y = y + self.bias[:, None, None]
+        return y.relu() if self.native.relu else y
 
     def extra_repr(self) -> str:
-        return f"{self.sizes}, kernel_size={self.kernel_size}"
+        return f"{self.native.sizes}, kernel_size={self.native.kernel}" + (
+            ", relu" if self.native.relu else ""
+        )

@@ -57,7 +57,7 @@ _ARGUMENTS = {
     "twolevel_norm_input_grad": [POINTER(Maps), *[c_void_p] * 5, *[c_int64] * 2],
     "twolevel_norm_forward": [POINTER(Maps), *[c_double] * 2, *[c_void_p] * 4, *[c_int64] * 2],
     "twolevel_norm_backward": [POINTER(Maps), *[c_void_p] * 5, *[c_int64] * 2],
-    "twolevel_gathered": [POINTER(Layer), *[c_void_p] * 7, *[c_int64] * 5],
+    "twolevel_gathered": [*[c_void_p] * 7, *[c_int64] * 2],
     "twolevel_choose": [*[c_void_p] * 4, *[c_int64] * 2],
     "twolevel_dynamic": [*[c_void_p] * 5, *[c_int64] * 2],
 }

@@ -8,15 +8,14 @@ import ctypes
 from ctypes import c_float, c_int64
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.native import call
-from twolevel.ops.kernels.native.call import LAST, Layer
-from twolevel.ops.kernels.native.gathered import PRODUCTS, in_a_format
+from twolevel.ops.kernels.native.call import Layer
+from twolevel.ops.kernels.native.gathered import Plan, in_a_format
 
 _COPIED = ("outputs", "hidden", "kept", "by_output", "first_tap", "by_tap", "has_bias", "relu")
 
@@ -58,35 +57,20 @@ class Dynamic(ctypes.Structure):
     )
 
 
-class _Plan(NamedTuple):
-    """What calls for images of one size have in common, as each looks up what it can."""
-
-    structure: Dynamic
-    address: int
-    shape: tuple[int, ...]
-    memory_format: torch.memory_format
-    rows: int
-    work: int
-
-
 @lru_cache(maxsize=1024)
-def _plan(layer: DynamicLayer, shape: torch.Size, last: bool) -> _Plan:
+def _plan(layer: DynamicLayer, shape: torch.Size, last: bool) -> Plan:
     sizes = call.layer_of_image(shape[1:], layer.heads, layer.kernel, layer.geometry)
     structure = Dynamic(sizes, last, *(getattr(layer, name) for name in _COPIED), layer.bound)
-    rows, outputs = shape[0] * sizes.output[0], layer.heads * layer.outputs
-    kept = shape[1] if layer.kept < 0 else layer.kept
-    products = kept * outputs * layer.kernel[0] * layer.kernel[1] * rows * sizes.output[1]
-    return _Plan(
-        *(structure, ctypes.addressof(structure), (shape[0], outputs, *sizes.output)),
-        *(LAST if last else torch.contiguous_format, rows, products // PRODUCTS),
-    )
+    outputs, kept = layer.heads * layer.outputs, shape[1] if layer.kept < 0 else layer.kept
+    products = kept * outputs * layer.kernel[0] * layer.kernel[1]
+    return Plan.of(structure, sizes, last, shape[0], outputs, products)
 
 
 def convolve_kept(x: Tensor, layer: DynamicLayer, numbers: Tensor) -> Tensor:
     """x `[B, n, H, W]` -> y `[B, m, H', W']` in its memory format, channel j of head h at j heads + h.
 
     `numbers` are sign and shift `[n]`, squeeze `[n, H r]`, excite `[H, r, n]`, offset `[H, n]`, threshold `[1]`,
-    weights `[H n, m/H kh kw]` and, where there is one, a bias `[m]`, one after the other. With
+    weights `[H n, m/H kh kw]` and, where there is one, a bias `[H, m/H]`, one after the other. With
 
         t = max(0, sign x + shift),  g = max(0, offset + max(0, mean(t) squeeze) excite)
 
@@ -95,7 +79,7 @@ def convolve_kept(x: Tensor, layer: DynamicLayer, numbers: Tensor) -> Tensor:
     """
     x, last = in_a_format(x)
     plan = _plan(layer, x.shape, last)
-    y = torch.empty(plan.shape, memory_format=plan.memory_format)
+    y = torch.empty(plan.output, memory_format=plan.memory_format)
     image, result = (plan.address, x.data_ptr(), numbers.data_ptr()), y.data_ptr()
     convolve, parts = call.function("twolevel_dynamic"), call.parts_of(plan.rows, plan.work)
     if len(parts) == 1:

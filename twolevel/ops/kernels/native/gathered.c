@@ -79,7 +79,7 @@ static int prepare(plan *p, const convolution *c, int64_t widest, int64_t wanted
         p->offset[t] = (phase * (p->rows + p->reach[0]) + at[0] / l->stride[0]) * p->pitch + at[1] / l->stride[1];
         p->tap[t] = c->first_tap + t * c->by_tap;
     }
-    for (int64_t o = 0; o < c->outputs; o++) p->bias[c->order ? c->order[o] : o] = c->bias ? c->bias[o] : 0;
+    for (int64_t o = 0; o < c->outputs; o++) p->bias[o] = c->bias ? c->bias[o] : 0;
     return 0;
 }
 

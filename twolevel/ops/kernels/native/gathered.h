@@ -27,7 +27,7 @@ typedef struct {
     const int64_t *order;
     int64_t first_tap, by_tap; /* weights of the taps: the first, and from one to the next */
     activation before;
-    const float *bias;         /* [outputs] of the result, or NULL */
+    const float *bias;         /* [outputs] of the rows, or NULL */
     int relu;                  /* whether the result is max(0, .) of it */
 } convolution;
 

@@ -4,15 +4,18 @@ For the CPU and float32, in either memory format; nothing here is recorded by au
 out among the threads of torch.
 """
 
-from ctypes import Array, byref, c_int64
+import ctypes
+from ctypes import POINTER, c_int64
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.native import call
-from twolevel.ops.kernels.native.call import LAST, available
+from twolevel.ops.kernels.native.call import LAST, Layer, available
 
 # So many multiplications take about as long as moving one value, which is what threads are shared out by.
 PRODUCTS = 8
@@ -40,6 +43,29 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+class Plan(NamedTuple):
+    """What calls of a layer for images of one size have in common: each looks it up as a whole."""
+
+    structure: ctypes.Structure
+    address: int
+    output: tuple[int, ...]
+    memory_format: torch.memory_format
+    rows: int
+    """of all images of the output"""
+    work: int
+    """in values that take as long to move"""
+
+    @classmethod
+    def of(
+        cls, structure: ctypes.Structure, sizes: Layer, last: bool, batch: int, outputs: int, products: int
+    ):
+        """`products` are those of one pixel of the output."""
+        memory_format = LAST if last else torch.contiguous_format
+        rows, output = batch * sizes.output[0], (batch, outputs, *sizes.output)
+        work = products * rows * sizes.output[1] // PRODUCTS
+        return cls(structure, ctypes.addressof(structure), output, memory_format, rows, work)
+
+
 def in_a_format(x: Tensor) -> tuple[Tensor, bool]:
     """x in contiguous or channels_last memory, and whether that is the second."""
     if x.is_contiguous():
@@ -48,51 +74,58 @@ def in_a_format(x: Tensor) -> tuple[Tensor, bool]:
     return (x, True) if last else (x.contiguous(), False)
 
 
-def empty(shape: tuple[int, ...], last: bool) -> Tensor:
-    """Room for float32 images in channels_last memory or not."""
-    return torch.empty(shape, memory_format=LAST if last else torch.contiguous_format, dtype=torch.float32)
+@dataclass(frozen=True, eq=False)
+class GroupsLayer:
+    """What the kernels must know of a group convolution beside its tensors."""
+
+    sizes: tuple[tuple[int, int], ...]
+    """(n_g, m_g) of each group"""
+    kernel: tuple[int, int]
+    geometry: Geometry
+    relu: bool = False
+    """whether the output is max(0, .) of the convolution and its bias"""
+
+
+class _Groups(ctypes.Structure):
+    """A layer for images of one size, as `layer_of_groups` in groups.c."""
+
+    _fields_ = (
+        ("layer", Layer),
+        *((name, c_int64) for name in ("last", "outputs", "relu")),
+        ("sizes", POINTER(c_int64)),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _plan(groups: GroupsLayer, shape: torch.Size, last: bool) -> Plan:
+    sizes = call.layer_of_image(shape[1:], len(groups.sizes), groups.kernel, groups.geometry)
+    numbers = (c_int64 * (2 * len(groups.sizes)))(*(number for pair in groups.sizes for number in pair))
+    outputs = sum(rows for _, rows in groups.sizes)
+    structure = _Groups(sizes, last, outputs, groups.relu, numbers)
+    products = sum(width * rows for width, rows in groups.sizes) * groups.kernel[0] * groups.kernel[1]
+    return Plan.of(structure, sizes, last, shape[0], outputs, products)
 
 
 def convolve_groups(
     x: Tensor,
+    groups: GroupsLayer,
     filters: Tensor,
-    sizes: tuple[tuple[int, int], ...],
+    bias: Tensor | None,
     inputs: Tensor | None,
     order: Tensor | None,
-    kernel: tuple[int, int],
-    geometry: Geometry,
-    bias: Tensor | None = None,
-    relu: bool = False,
 ) -> Tensor:
     """Group convolution of channels from anywhere: x `[B, n, H, W]` -> `[B, m, H', W']` in the memory format of x.
 
-    `sizes` are (n_g, m_g) of each group; the groups read the channels `inputs` of x in turn, all of them unless
-    given. `filters` are `[m_g, n_g, kh, kw]` of all groups one after the other. Channel c of the result is
-    channel order[c] of the groups' outputs in turn, or channel c. `bias` `[m]` is added to the result, and with
-    `relu` the result is max(0, .) of that.
+    The groups read the channels `inputs` of x in turn, all of them unless given. `filters` are
+    `[m_g, n_g, kh, kw]` of all groups one after the other, as is `bias` `[m]`. Channel c of the result is channel
+    order[c] of the groups' outputs in turn, or channel c.
     """
     x, last = in_a_format(x)
-    layer = call.layer_of_image(x.shape[1:], len(sizes), kernel, geometry)
-    batch, outputs = x.shape[0], sum(rows for _, rows in sizes)
-    y = empty((batch, outputs, *layer.output), last)
+    plan = _plan(groups, x.shape, last)
+    y = torch.empty(plan.output, memory_format=plan.memory_format)
     function = call.function("twolevel_gathered")
-    pointers = (call.pointer(tensor) for tensor in (inputs, order, bias, y))
-    arguments = (
-        byref(layer),
-        x.data_ptr(),
-        filters.data_ptr(),
-        _numbers(sizes),
-        *pointers,
-        outputs,
-        relu,
-        last,
-    )
-    rows = batch * layer.output[0]
-    work = filters.numel() * rows * layer.output[1] // PRODUCTS
-    call.share_out(lambda part, begin, end: function(*arguments, begin, end), call.parts_of(rows, work))
+    indices = (call.pointer(bias), call.pointer(inputs), call.pointer(order))
+    arguments = (plan.address, x.data_ptr(), filters.data_ptr(), *indices, y.data_ptr())
+    parts = call.parts_of(plan.rows, plan.work)
+    call.share_out(lambda part, begin, end: function(*arguments, begin, end), parts)
     return y
-
-
-@lru_cache(maxsize=1024)
-def _numbers(sizes: tuple[tuple[int, int], ...]) -> Array[c_int64]:
-    return (c_int64 * (2 * len(sizes)))(*(number for pair in sizes for number in pair))
