@@ -68,7 +68,10 @@ def test_replays_of_the_graph_are_the_steps(mesh):
         assert abs(right - wanted[1]) <= 1 and number == wanted[2]
 
 
-def test_a_run_lets_cudnn_time_its_algorithms_and_leaves_the_setting_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--cuda-graph"]])
+def test_a_run_lets_cudnn_time_its_algorithms_and_leaves_the_setting_as_it_was(
+    tmp_path, monkeypatch, options
+):
     tuned, step = [], Epochs.step
 
     def spy(self, images, labels):
@@ -77,8 +80,8 @@ def test_a_run_lets_cudnn_time_its_algorithms_and_leaves_the_setting_as_it_was(t
 
     monkeypatch.setattr(Epochs, "step", spy)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    argv = "train --model wrn-10-1 --conv gc2l --groups 4 --data sample --max-steps 3 --device cuda".split()
-    done = command(*argv, "--output", tmp_path / "run")
+    argv = f"train --model wrn-10-1 --conv gc2l --groups 4 --data sample --max-steps {STEPS}".split()
+    done = command(*argv, "--device", "cuda", *options, "--output", tmp_path / "run")
     assert done.code == 0, done.err
-    assert tuned == [True] * 3
+    assert tuned == [True] * STEPS
     assert torch.backends.cudnn.benchmark is False

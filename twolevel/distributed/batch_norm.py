@@ -54,7 +54,8 @@ def batch_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tenso
     # digits (Chan, Golub, LeVeque, 1979).
     wide = x if x.dtype == torch.float64 else x.float()
     own_var, own_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    own_count = own_mean.new_tensor([x.numel() / x.shape[1]])
+    # Filled on the device: a copy from the host would be waited for, and no CUDA graph can hold it.
+    own_count = own_mean.new_full((1,), x.numel() / x.shape[1])
     if group.size() == 1:
         return own_mean, own_var, own_count[0]
     own = torch.cat([own_mean, own_var, own_count])

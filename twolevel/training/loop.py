@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         with together(context.device):
             check_kernels(config, context.device)
             if config.run.cuda_graph:
-                check_capturable(config, context.device, context.world.backend)
+                check_capturable(config, context.world)
             warn_of_ignored(config, context.mesh)
         resume, device = config.run.resume, context.device
         claimed = claim(config.output, resume=resume, first=context.first, device=device)

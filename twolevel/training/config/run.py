@@ -31,7 +31,7 @@ class RunConfig:
     """run the network through torch.compile"""
 
     cuda_graph: bool = field(default=False, metadata=FREE)
-    """launch a whole training step at once, as a CUDA graph; one replica on GPUs"""
+    """launch a whole training step at once, as a CUDA graph; on GPUs, with parallel=group"""
 
     max_steps: int | None = field(default=None, metadata=FREE)
     """stop after this many steps in all, even in the middle of an epoch"""
