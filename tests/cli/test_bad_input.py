@@ -277,7 +277,8 @@ def test_what_a_checkpoint_does_not_keep_is_not_resumed(pool, finished):
         ("--conv dgc --threshold-steps 3", ["threshold_steps=3"]),
         ("--conv dgconv --complexity-exponent 0.3", ["complexity_exponent=0.3"]),
         ("--schedule dense --kernels native", ["kernels=native"]),
-        ("--conv gc --remeasure", ["remeasure=True"]),
+        ("--model mobilenetv2-cifar --conv gc --remeasure", ["remeasure=True"]),
+        ("--conv gc --remeasure", []),
         ("--weight-decay 0 --no-decay-norm", ["decay_norm=False"]),
         # What a recipe or another setting fills in is not the user's.
         ("--epochs 3", []),

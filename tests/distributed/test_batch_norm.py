@@ -5,10 +5,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twolevel.distributed import parallelize
 from twolevel.distributed.batch_norm import SyncedBatchNorm2d
 from twolevel.distributed.collectives import MeshAxis
+from twolevel.nn.batch_norm import batch_norm_relu
+from twolevel.ops.kernels import native
 
 # Float32: the mean and the variance of about 100 numbers, and gradients that cancel to a tenth of their parts.
 TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
@@ -32,12 +36,12 @@ def module(dtype, **options) -> nn.BatchNorm2d:
     return norm.to(dtype)
 
 
-def train(norm, batches) -> list[dict]:
+def train(norm, batches, compute=nn.Module.__call__) -> list[dict]:
     """Output, gradients and statistics of every step, without an optimiser between."""
     results = []
     for x, gy in batches:
         norm.zero_grad()
-        y = norm(x.requires_grad_())
+        y = compute(norm, x.requires_grad_())
         y.backward(gy)
         grads = {name: parameter.grad.clone() for name, parameter in norm.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in norm.named_buffers()}
@@ -52,10 +56,11 @@ def synced(dtype, options) -> nn.BatchNorm2d:
     return norm
 
 
-def train_on_ranks(dtype, memory_format, options):
+def train_on_ranks(dtype, memory_format, options, compute=nn.Module.__call__, kernels="auto"):
     norm = synced(dtype, options)
+    norm.kernels = kernels
     batches = [images(dist.get_rank(), step, dtype) for step in range(STEPS)]
-    return train(norm, [(x.to(memory_format=memory_format), gy) for x, gy in batches])
+    return train(norm, [(x.to(memory_format=memory_format), gy) for x, gy in batches], compute)
 
 
 def join(parts: list[dict]) -> dict:
@@ -88,16 +93,89 @@ def join(parts: list[dict]) -> dict:
 )
 @pytest.mark.parametrize("ranks", RANKS)
 def test_training_is_that_of_all_images(pool, ranks, options, memory_format, dtype):
-    together = [
+    wanted = train(module(dtype, **options), together(ranks, dtype))
+    results = pool.run(train_on_ranks, dtype, memory_format, options, ranks=ranks)
+    got = [join(list(parts)) for parts in zip(*results, strict=True)]
+    torch.testing.assert_close(got, wanted, **TOLERANCE[dtype])
+
+
+def together(ranks, dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What all ranks hold."""
+    return [
         tuple(
             torch.cat(tensors) for tensors in zip(*(images(r, s, dtype) for r in range(ranks)), strict=True)
         )
         for s in range(STEPS)
     ]
-    wanted = train(module(dtype, **options), together)
-    results = pool.run(train_on_ranks, dtype, memory_format, options, ranks=ranks)
+
+
+def composed(norm, x):
+    return F.relu(norm(x))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        pytest.param(
+            "native",
+            torch.float32,
+            marks=pytest.mark.skipif(native.available() is not None, reason="no C compiler"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}], ids=str)
+@pytest.mark.parametrize("compute", [nn.Module.__call__, batch_norm_relu], ids=["alone", "with ReLU"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_set_of_kernels_normalises_over_ranks(
+    pool, ranks, compute, options, memory_format, kernels, dtype
+):
+    wanted = train(
+        module(dtype, **options),
+        together(ranks, dtype),
+        composed if compute is batch_norm_relu else compute,
+    )
+    results = pool.run(train_on_ranks, dtype, memory_format, options, compute, kernels, ranks=ranks)
     got = [join(list(parts)) for parts in zip(*results, strict=True)]
     torch.testing.assert_close(got, wanted, **TOLERANCE[dtype])
+
+
+class Noted(TorchDispatchMode):
+    """Names of the operations, and the numbers that each collective sends."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.sent = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        if function.name().startswith("c10d::"):
+            tensors = args[0] if "reduce" in function.name() else args[1]
+            self.sent.append(
+                sum(t.numel() for t in tensors) if isinstance(tensors, list) else tensors.numel()
+            )
+        return function(*args, **(kwargs or {}))
+
+
+def noted_on_ranks(kernels):
+    norm = synced(torch.float32, {"momentum": None})
+    norm.kernels = kernels
+    x, gy = images(dist.get_rank(), 0, torch.float32)
+    with Noted() as noted:
+        batch_norm_relu(norm, x.requires_grad_()).backward(gy)
+    return noted.names, noted.sent
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_two_collectives_and_nothing_that_waits_for_a_device(pool, kernels):
+    """A number made on the host and copied to a GPU, or read from one, would make the host wait for it."""
+    if kernels == "native" and native.available() is not None:
+        pytest.skip("no C compiler")
+    for names, sent in pool.run(noted_on_ranks, kernels, ranks=2):
+        assert sent == [2 * CHANNELS + 1, 2 * CHANNELS]
+        assert not {"aten::_local_scalar_dense", "aten::lift_fresh", "aten::item"} & set(names), names
 
 
 def evaluate_on_ranks(dtype):
@@ -153,22 +231,23 @@ def test_bfloat16_images_with_float32_weights(pool):
     torch.testing.assert_close(got, wanted, rtol=2**-7, atol=2**-7)
 
 
-def second_derivatives_on_ranks(frozen):
+def second_derivatives_on_ranks(frozen, compute=nn.Module.__call__):
     norm = synced(torch.float64, {})
     x, gy = images(dist.get_rank(), 0, torch.float64)
     x.requires_grad_("x" not in frozen), norm.weight.requires_grad_("weight" not in frozen)
     wanted = [t for t in (x, norm.weight) if t.requires_grad]
     if frozen == "x":  # then the output is linear in what is left
-        (g_weight,) = torch.autograd.grad(norm(x), wanted, gy, create_graph=True)
+        (g_weight,) = torch.autograd.grad(compute(norm, x), wanted, gy, create_graph=True)
         assert not g_weight.requires_grad
         return
     with pytest.raises(NotImplementedError, match="second derivatives across ranks are not supported"):
-        torch.autograd.grad(norm(x), wanted, gy, create_graph=True)
+        torch.autograd.grad(compute(norm, x), wanted, gy, create_graph=True)
 
 
+@pytest.mark.parametrize("compute", [nn.Module.__call__, batch_norm_relu], ids=["alone", "with ReLU"])
 @pytest.mark.parametrize("frozen", ["", "weight", "x"])
-def test_second_derivatives_are_refused_across_ranks(pool, frozen):
-    pool.run(second_derivatives_on_ranks, frozen, ranks=2)
+def test_second_derivatives_are_refused_across_ranks(pool, frozen, compute):
+    pool.run(second_derivatives_on_ranks, frozen, compute, ranks=2)
 
 
 def second_derivatives_on_one_rank():

@@ -82,8 +82,15 @@ class MeshAxis:
         """x itself, of which each rank computes its own output channels: its gradient is summed."""
         return _SumBackward.apply(x, self)
 
+    def all_gather(self, own: Tensor) -> Tensor:
+        """The parts of all ranks, `[n] -> [P, n]`, without a gradient."""
+        every = own.new_empty(self.ranks * len(own))
+        all_gather_single(every, own, self.group)
+        return every.view(self.ranks, len(own))
+
     def all_reduce_(self, tensor: Tensor) -> None:
         """The sum over ranks, in place and without a gradient; `tensor` is contiguous."""
+        refuse_second_derivative(tensor)
         dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MeshAxis":

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from twolevel.errors import UserError
 from twolevel.nn import make_conv
+from twolevel.nn.batch_norm import batch_norm_relu, batch_norm_relu_and_input
 
 
 class Block(nn.Module):
@@ -28,8 +28,8 @@ class Block(nn.Module):
         self.shortcut = None if same else conv(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        o = F.relu(self.bn1(x), inplace=True)
-        out = self.conv2(F.relu(self.bn2(self.conv1(o)), inplace=True))
+        o, x = batch_norm_relu_and_input(self.bn1, x)
+        out = self.conv2(batch_norm_relu(self.bn2, self.conv1(o)))
         return out + (x if self.shortcut is None else self.shortcut(o))
 
 
@@ -63,7 +63,7 @@ class WideResNet(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.stages(self.stem(x))), inplace=True)
+        x = batch_norm_relu(self.bn, self.stages(self.stem(x)))
         return self.classifier(x.mean((2, 3)))
 
 

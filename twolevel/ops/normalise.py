@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twolevel.ops.exchange import Pending
 from twolevel.ops.kernels.normalise import (
     Moments,
     Normalisation,
@@ -30,8 +29,8 @@ class Replicas(Protocol):
 
     ranks: int
 
-    def gather(self, own: Tensor) -> Pending:
-        """Start `[1, n] -> [ranks, n]`, the parts of all ranks in order of rank."""
+    def all_gather(self, own: Tensor) -> Tensor:
+        """`[n] -> [ranks, n]`, the parts of all ranks in order of rank; without a gradient."""
         ...
 
     def all_reduce_(self, tensor: Tensor) -> None:
@@ -75,7 +74,7 @@ def over_replicas(own: Moments, replicas: Replicas | None) -> Moments:
     if not isinstance(count, Tensor):
         # Filled on the device: a copy from the host would wait for it.
         count = mean.new_full((), count)
-    every = replicas.gather(torch.cat([mean, var, count[None]])[None]).wait()
+    every = replicas.all_gather(torch.cat([mean, var, count[None]]))
     return joined(*every.split([len(mean), len(var), 1], 1))
 
 

@@ -1,4 +1,6 @@
-"""The form of each two-level convolution of a run: decided before its first step, and then part of its state.
+"""The form of each layer of a run that has several: decided before its first step, and then part of its state.
+
+Those are two-level convolutions, and batch norms that a network asks for ReLU or that replicas share.
 
 Another form gives other rounding errors. A run that goes on, and one that is started from another's config.json, takes
 the forms recorded there; so its results do not depend on what the machine measured.
@@ -10,17 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twolevel.distributed.agreement import all_gather
 from twolevel.distributed.strategies import Placed
 from twolevel.nn import TwoLevelConv2d
+from twolevel.nn.batch_norm import kernels_asked_for, watched_norms
+from twolevel.ops import dispatch, normalise_dispatch
 from twolevel.ops.autotune import Decision, Form
-from twolevel.ops.dispatch import able_forms, decide
 from twolevel.ops.exchange import Exchange
+from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import Problem
 from twolevel.streams import stream
 
+Sizes = Problem | NormaliseProblem
 EXCHANGES = 4  # in a measurement
 
 
@@ -37,7 +42,7 @@ class ChosenForms:
 def fix_forms(
     placed: Placed, batch: int, image_shape: tuple[int, int, int], recorded: dict[str, str]
 ) -> ChosenForms:
-    """Decide for every two-level convolution of this rank's part of a network, and set its `schedule` and `kernels`.
+    """Decide for every such layer of this rank's part of a network, and set its `kernels`, of a convolution `schedule`.
 
     The layers' sizes are those of a forward in evaluation mode of `batch` random images, which leaves no trace. What
     `recorded` has is taken, the rest measured; where ranks measure differently the first rank's is taken by all.
@@ -47,14 +52,14 @@ def fix_forms(
     problems = _problems(placed, batch, image_shape)
     titles = {layer: problem.title() for layer, problem in problems.items()}
     exchange_s = _exchange_seconds(
-        {layer: problem for layer, problem in problems.items() if titles[layer] not in recorded}, placed
+        [layer for layer in problems if titles[layer] not in recorded], problems, placed
     )
     able: dict[str, list[Form]] = {}
     for layer, problem in problems.items():
         title = titles[layer]
         if title not in able:
             known = title in exchange_s or title in recorded
-            able[title] = able_forms(problem, layer.schedule, layer.kernels, exchange_known=known)
+            able[title] = _able(layer, problem, known)
             decision, why = _decide(problem, able[title], recorded.get(title), exchange_s.get(title, 0.0))
             chosen.forms[title], chosen.why[title] = str(decision.form), why
             chosen.measured += decision.new
@@ -66,34 +71,39 @@ def fix_forms(
         if form not in able[title]:
             _warn(title, str(form), own[title])
             form = Form(*own[title].split())
-        layer.schedule, layer.kernels = form
+        _set(layer, form)
     chosen.seconds = time.perf_counter() - began
     return chosen
 
 
-def _problems(placed: Placed, batch: int, image_shape: tuple[int, int, int]) -> dict[TwoLevelConv2d, Problem]:
-    """The sizes of every two-level convolution of this rank's part of a network."""
-    problems: dict[TwoLevelConv2d, Problem] = {}
+def _problems(placed: Placed, batch: int, image_shape: tuple[int, int, int]) -> dict[nn.Module, Sizes]:
+    """The sizes of every such layer of this rank's part of a network."""
+    problems: dict[nn.Module, Sizes] = {}
 
     def before_forward(layer: TwoLevelConv2d, inputs: tuple[Tensor, ...]) -> None:
         problems[layer] = layer.problem(inputs[0])
 
-    layers = [module for module in placed.model.modules() if isinstance(module, TwoLevelConv2d)]
-    hooks = [layer.register_forward_pre_hook(before_forward) for layer in layers]
+    convolutions = [module for module in placed.model.modules() if isinstance(module, TwoLevelConv2d)]
+    hooks = [layer.register_forward_pre_hook(before_forward) for layer in convolutions]
     try:
-        _forward(placed, batch, image_shape)
+        with watched_norms(problems.__setitem__):
+            _forward(placed, batch, image_shape)
     finally:
         for hook in hooks:
             hook.remove()
     return problems
 
 
-def _exchange_seconds(problems: dict[TwoLevelConv2d, Problem], placed: Placed) -> dict[str, float]:
+def _exchange_seconds(
+    layers: list[nn.Module], problems: dict[nn.Module, Sizes], placed: Placed
+) -> dict[str, float]:
     """Of an exchange forward and backward, the least of a few, on the slowest rank: by title of the layer."""
     seconds: dict[str, float] = {}
-    for layer, problem in problems.items():
+    for layer in layers:
+        problem = problems[layer]
         title = problem.title()
-        if problem.ranks > 1 and title not in seconds:
+        if isinstance(layer, TwoLevelConv2d) and layer.exchange.ranks > 1 and title not in seconds:
+            assert isinstance(problem, Problem)
             own = torch.zeros(
                 problem.groups, problem.batch, *problem.output, dtype=problem.dtype, device=problem.device
             )
@@ -113,16 +123,36 @@ def _exchange(exchange: Exchange, own: Tensor) -> float:
     return time.perf_counter() - began
 
 
+def _able(layer: nn.Module, problem: Sizes, exchange_known: bool) -> list[Form]:
+    if isinstance(layer, TwoLevelConv2d):
+        assert isinstance(problem, Problem)
+        return dispatch.able_forms(problem, layer.schedule, layer.kernels, exchange_known=exchange_known)
+    assert isinstance(layer, nn.BatchNorm2d) and isinstance(problem, NormaliseProblem)
+    return normalise_dispatch.able_forms(problem, kernels_asked_for(layer))
+
+
+def _set(layer: nn.Module, form: Form) -> None:
+    if isinstance(layer, TwoLevelConv2d):
+        layer.schedule, layer.kernels = form
+    else:
+        vars(layer)["kernels"] = form.kernels
+
+
 def _decide(
-    problem: Problem, able: list[Form], recorded: str | None, exchange_s: float
+    problem: Sizes, able: list[Form], recorded: str | None, exchange_s: float
 ) -> tuple[Decision, str]:
     """The form, and why that one."""
     if recorded is not None and Form(*recorded.split()) in able:
         return Decision(Form(*recorded.split()), {}), f"{recorded}, as recorded"
-    decision = decide(problem, able, may_measure=True, exchange_s=exchange_s)
+    if isinstance(problem, Problem):
+        decision = dispatch.decide(problem, able, may_measure=True, exchange_s=exchange_s)
+        possible = dispatch.able_forms(problem, exchange_known=True)
+    else:
+        decision = normalise_dispatch.decide(problem, able, may_measure=True)
+        possible = normalise_dispatch.able_forms(problem)
     assert decision is not None
     # Otherwise it was possible, and the user asks for another one.
-    if recorded is not None and Form(*recorded.split()) not in able_forms(problem):
+    if recorded is not None and Form(*recorded.split()) not in possible:
         _warn(problem.title(), recorded, str(decision.form))
     return decision, decision.why()
 

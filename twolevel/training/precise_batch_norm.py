@@ -5,10 +5,10 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from twolevel.data.split import TrainSplit
 from twolevel.distributed.batch_norm import batch_statistics
+from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.strategies import Placed
 from twolevel.errors import UserError
 
@@ -51,7 +51,8 @@ def recompute_statistics(
     training = model.training
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
-    populations = [_Population(norm, placed.mesh.get_group("data")) for norm in norms]
+    axis = MeshAxis(placed.mesh.get_group("data"))
+    populations = [_Population(norm, axis) for norm in norms]
     try:
         # A graph that is compiled already would not call their hooks.
         with torch.compiler.set_stance("force_eager"):
@@ -75,8 +76,8 @@ def recompute_statistics(
 class _Population:
     """Has a batch norm in evaluation normalise by the batch that it is given, and sums up over batches."""
 
-    def __init__(self, norm: nn.BatchNorm2d, group: ProcessGroup):
-        self.group = group
+    def __init__(self, norm: nn.BatchNorm2d, axis: MeshAxis):
+        self.axis = axis
         self.number = 0
         assert norm.running_mean is not None and norm.running_var is not None
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
@@ -85,7 +86,7 @@ class _Population:
         self.hook = norm.register_forward_pre_hook(self._see)
 
     def _see(self, norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-        mean, var, _ = batch_statistics(inputs[0], self.group)
+        mean, var, _ = batch_statistics(inputs[0], self.axis)
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
         # Squares of differences instead of differences of squares, which lose digits (Welford, 1962).

@@ -95,8 +95,8 @@ def _without_effect(config: TrainConfig, mesh: DeviceMesh) -> Iterator[tuple[obj
         yield rules, "threshold_steps", "threshold=head takes none over steps; use --threshold global"
     if model.conv == "dgconv" and rules.complexity_divisor is None:
         yield rules, "complexity_exponent", "there is no budget without --complexity-divisor"
-    if model.conv != "gc2l":
-        yield config.run, "remeasure", f"conv={model.conv} is computed in one way"
+    if model.conv != "gc2l" and not model.model.startswith("wrn-") and not config.mesh.sync_batch_norm:
+        yield config.run, "remeasure", f"{model.model} with conv={model.conv} is computed in one way"
     if model.schedule == "dense":
         yield model, "kernels", "schedule=dense is one convolution of torch"
     if optimiser.lr_schedule == "cosine":

@@ -161,7 +161,9 @@ class TorchNormaliser(Normaliser):
 
     def _passed(self, go: Tensor, x: Tensor, by: Normalisation) -> Tensor:
         if by.relu:
-            go = torch.ops.aten.threshold_backward(go, self.apply(x, by._replace(relu=False)), 0)
+            with torch.no_grad():  # the derivative of a sign is 0
+                v = self.apply(x, by._replace(relu=False))
+            go = torch.ops.aten.threshold_backward(go, v, 0)
         return wide(go)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from twolevel.errors import UserError
-from twolevel.settings import FIXED, FREE, KERNELS, SCHEDULES, STARTING, Precision
+from twolevel.settings import FIXED, FREE, KERNELS, NORMALISERS, SCHEDULES, STARTING, Precision
 from twolevel.training.validation import check_least
 
 
@@ -49,14 +49,15 @@ class RunConfig:
     """gc2l: measure again which kernels are fastest for each layer, instead of using those that the run recorded"""
 
     forms: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict, metadata=FREE)
-    """the form of each size of two-level layer ("schedule kernels"); of config.json, no option"""
+    """the form of each size of layer that has several ("schedule kernels"); of config.json, no option"""
 
     def __post_init__(self):
         self.output = self.output and Path(self.output).expanduser()
         check_least(self, 1, "max_steps", "checkpoint_steps", "keep_checkpoints", "log_steps")
         for title, form in self.forms.items():
             schedule, _, kernels = form.partition(" ")
-            if schedule not in SCHEDULES or kernels not in KERNELS:
+            of_norm = schedule == "normalise" and kernels in NORMALISERS
+            if not of_norm and (schedule not in SCHEDULES or kernels not in KERNELS):
                 raise UserError(
                     f"forms: {form!r} for layers of {title} is invalid; use a schedule and kernels, like "
                     "'overlapped grouped'"
