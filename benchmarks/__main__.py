@@ -8,6 +8,7 @@ BENCHMARKS = {
     "inference": "convolutions of a ResNet-18 in inference, every kind of group convolution, on the CPU",
     "kernels": "what Triton kernels compile to for cards that need not be there: registers, loads, instructions",
     "layers": "every distinct convolution of a network, forward and its gradients, against the roofline",
+    "traffic": "how often a layer passes over its maps, kernel by kernel; nothing is timed",
     "step": "whole training steps: dense, group, our and stock two-level convolutions",
     "input": "training steps fed by the input pipeline against steps on a batch that is there",
     "predict": "the cost model of `twolevel plan`, calibrated here, against measured steps",
