@@ -274,7 +274,7 @@ def test_every_option_has_help(name, capsys):
     with pytest.raises(SystemExit) as end:
         command.main([name, "--help"])
     assert end.value.code == 0
-    counted = {"kernels": "--targets"}  # the others are timed
+    counted = {"kernels": "--targets", "traffic": "--ranks"}  # the others are timed
     assert counted.get(name, "--turns") in capsys.readouterr().out
 
 
