@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from benchmarks import report
-from benchmarks.step import WARM_UP, Step, one_rank
+from benchmarks.peers import one_rank
+from benchmarks.step import WARM_UP, Step
 from twolevel import models
 from twolevel.analysis.planner import calibrate, presets
 from twolevel.analysis.planner.costs.base import walk

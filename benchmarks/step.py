@@ -15,29 +15,24 @@ medians over the turns.
                         representatives stand for the others', so it is a bound for P devices, not their time;
                         fused: by the schedule that waits for the exchange, and then passes over less memory
     ... compiled        under torch.compile: on the CPU stock and gc2l, on a GPU all but the variants of stock
-    ... graph           forward, backward and SGD of the compiled network replayed as one CUDA graph (a GPU alone)
+    ... graph           forward, backward and SGD replayed as one CUDA graph, without the host's part in them (on a GPU)
 """
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from benchmarks import report
-from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
+from benchmarks.peers import COMPILED, GRAPH, NEVER_COMPILED, networks, rank_name
 from twolevel import models
-from twolevel.distributed import parallelize
+from twolevel.errors import UserError, unknown
 from twolevel.nn.structure import memory_format
-from twolevel.ops import Copies
 from twolevel.settings import Device
 
 WARM_UP = 2  # steps of each peer before the first timed one: memory, choices of algorithms, optimiser state
@@ -62,6 +57,9 @@ class Settings:
     ranks: int = 4
     """P of the peer that computes what one of P ranks does; divides the groups"""
 
+    peers: tuple[str, ...] = ()
+    """names of the peers to time, as printed; all unless given"""
+
     turns: int = 15
     """timed steps of every peer"""
 
@@ -81,61 +79,27 @@ class Settings:
         self.model = self.model or ("wrn-28-10" if on_gpu else "wrn-16-4")
         self.batch = self.batch or (128 if on_gpu else 32)
         self.output = self.output or report.RESULTS / ("step-gpu.json" if on_gpu else "step.json")
+        self.check_peers()
 
+    def check_peers(self) -> None:
+        """Raise UserError for the name of a peer that there is not."""
+        there = {name for name, _ in self.every_network()}
+        if self.device == "cuda":
+            there |= {name + GRAPH for name in there if name not in NEVER_COMPILED}
+        for name in self.peers:
+            if name not in there:
+                raise unknown("peer", name, sorted(there))
+            replayed = name.removesuffix(GRAPH)
+            if replayed not in self.peers:
+                raise UserError(f"--peers {name!r} replays {replayed!r}; name that too")
 
-class NothingCrosses(Copies):
-    """The exchange of one of `ranks` ranks with itself alone, for the stem and the classifier as well."""
+    def every_network(self) -> dict[tuple[str, int], Callable[[], nn.Module]]:
+        """How to make each peer but those that are replayed."""
+        assert self.model is not None
+        return networks(self.model, self.groups, self.ranks, device=self.device, compile=self.compile)
 
-    def sum_logits(self, partial: Tensor) -> Tensor:
-        return partial
-
-    share_input = sum_logits
-
-
-def one_rank(name: str, groups: int, ranks: int, **options: Any) -> nn.Module:
-    """The part of a two-level network that rank 0 of `ranks` holds, without any other rank; options are the layers'."""
-    model = models.create(name, conv="gc2l", groups=groups, **options)
-    # The process group is there only to cut the network by the package's own code; nothing is ever sent over it.
-    dist.init_process_group("fake", rank=0, world_size=ranks)
-    try:
-        parallelize(model, init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "group")))
-    finally:
-        dist.destroy_process_group()
-    for module in model.modules():
-        for attribute in ("exchange", "axis"):
-            if hasattr(module, attribute):
-                setattr(module, attribute, NothingCrosses(ranks))
-    return model
-
-
-def rank_name(ranks: int) -> str:
-    return f"one rank of {ranks}"
-
-
-def networks(settings: Settings) -> dict[tuple[str, int], Callable[[], nn.Module]]:
-    """How to make each peer, by its name and number of groups."""
-    name = settings.model
-    builders = {("sc", 1): lambda: models.create(name, conv="sc")}
-    for groups in settings.groups:
-
-        def create(conv: str = "gc2l", groups: int = groups) -> nn.Module:
-            return models.create(name, conv=conv, groups=groups)
-
-        builders["gc", groups] = lambda create=create: create("gc")
-        builders["gc2l", groups] = create
-        builders["stock", groups] = lambda create=create: to_stock(create(), StockTwoLevelConv2d)
-        builders["stock tuned", groups] = lambda create=create: to_stock(create(), TunedTwoLevelConv2d)
-        builders["stock three", groups] = lambda create=create: to_stock(create(), ThreeConvolutions)
-        for suffix, options in (("", {}), (" fused", {"schedule": "fused"})):
-            builders[rank_name(settings.ranks) + suffix, groups] = partial(
-                one_rank, name, groups, settings.ranks, **options
-            )
-    if settings.compile:
-        on_cpu = settings.device == "cpu"
-        for (peer, groups), build in [*builders.items()]:
-            if peer in ("stock", "gc2l") if on_cpu else peer not in ("stock tuned", "stock three"):
-                builders[f"{peer} compiled", groups] = lambda build=build: torch.compile(build())
-    return builders
+    def wants(self, peer: str) -> bool:
+        return not self.peers or peer in self.peers
 
 
 class Step:
@@ -171,7 +135,7 @@ class GraphedStep:
             step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.loss = step()
 
     def __call__(self) -> Tensor:
@@ -194,19 +158,22 @@ def ready(settings: Settings) -> tuple[dict[tuple[str, int], Step], dict[tuple[s
             step = make()
             losses = [float(step()) for _ in range(WARM_UP)]
         except Exception as error:
-            if "compiled" not in key[0]:
+            # A compiler that is missing or broken, a capture that fails, or a card that is full should not cost the
+            # other peers' times.
+            if not (COMPILED in key[0] or GRAPH in key[0] or isinstance(error, torch.OutOfMemoryError)):
                 raise
-            # A compiler that is missing or broken, or a capture that fails, should not cost the other peers' times.
             skipped["{}, G={}".format(*key)] = str(error).strip().partition("\n")[0]
             return
         assert all(map(math.isfinite, losses)), (key, losses)
         steps[key], warming[key] = step, time.perf_counter() - start
 
-    for key, build in networks(settings).items():
-        warm(key, lambda build=build: Step(build(), images, labels))
+    for key, build in settings.every_network().items():
+        if settings.wants(key[0]):
+            warm(key, lambda build=build: Step(build(), images, labels))
     if settings.device == "cuda":
-        for peer, groups in [key for key in steps if key[0].endswith(" compiled")]:
-            warm((f"{peer} graph", groups), lambda key=(peer, groups): GraphedStep(steps[key]))
+        for peer, groups in [*steps]:
+            if peer not in NEVER_COMPILED and settings.wants(peer + GRAPH):
+                warm((peer + GRAPH, groups), lambda key=(peer, groups): GraphedStep(steps[key]))
     return steps, warming, skipped
 
 
@@ -223,7 +190,9 @@ def measure(settings: Settings) -> dict:
             taken[key].append(seconds(step))
     times = {key: report.summary(of_peer) for key, of_peer in taken.items()}
     # Of dense convolutions the fastest way to run them, compiled or not.
-    dense = min(found["median_ms"] for (name, _), found in times.items() if name.split()[0] == "sc")
+    dense = min(
+        (found["median_ms"] for (name, _), found in times.items() if name.split()[0] == "sc"), default=None
+    )
     peers = []
     for (name, groups), found in times.items():
         ratios = {}
@@ -238,7 +207,7 @@ def measure(settings: Settings) -> dict:
                 "groups": groups,
                 **found,
                 "images_per_second": 1e3 * settings.batch / found["median_ms"],
-                "to_sc": found["median_ms"] / dense,
+                "to_sc": found["median_ms"] / dense if dense else None,
                 **ratios,
                 "warm_up_s": warming[name, groups],
             }
@@ -257,10 +226,9 @@ def table(found: dict) -> str:
                 str(peer["groups"]),
                 f"{peer['median_ms']:.1f}",
                 f"{low:.1f} to {high:.1f}",
-                f"{peer['to_sc']:.3f}",
                 *(
                     f"{peer[to]:.3f}" if peer[to] else ""
-                    for to in ("to_stock", "to_stock_tuned", "to_stock_compiled")
+                    for to in ("to_sc", "to_stock", "to_stock_tuned", "to_stock_compiled")
                 ),
             ]
         )
@@ -269,8 +237,10 @@ def table(found: dict) -> str:
 
 def draw(found: dict, settings: Settings, path: Path) -> None:
     """Ratios to the dense network, of every peer, by number of groups."""
-    ratios = {(peer["peer"], peer["groups"]): peer["to_sc"] for peer in found["peers"]}
+    ratios = {(peer["peer"], peer["groups"]): peer["to_sc"] for peer in found["peers"] if peer["to_sc"]}
     names = [name for name in dict.fromkeys(name for name, _ in ratios) if name.split()[0] != "sc"]
+    if not names:
+        return
     series = {
         name + (" (nothing is sent)" if name.startswith(rank_name(settings.ranks)) else ""): [
             ratios.get((name, groups)) for groups in settings.groups

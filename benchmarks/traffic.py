@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from twolevel.nn.batch_norm import batch_norm_relu
 
 from benchmarks import report
 from benchmarks.layers import Shape, shapes
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
+from twolevel.nn.batch_norm import batch_norm_relu
 from twolevel.nn.structure import memory_format
 from twolevel.ops import Copies
 from twolevel.ops.kernels import native

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import inference, layers, report, step
+from benchmarks import inference, layers, peers, report, step
 from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
 from twolevel.analysis import count
@@ -83,12 +83,12 @@ def test_a_network_of_stock_layers_computes_the_same_and_has_none_of_ours(form):
 
 def test_a_part_of_a_network_is_not_made_of_stock_layers():
     with pytest.raises(UserError, match=r"conv1 is one of 2 parts; convert a whole network"):
-        to_stock(step.one_rank("wrn-10-1", 4, 2))
+        to_stock(peers.one_rank("wrn-10-1", 4, 2))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_one_rank_holds_what_a_rank_holds_and_leaves_no_process_group(ranks):
-    model = step.one_rank("wrn-10-1", 4, ranks)
+    model = peers.one_rank("wrn-10-1", 4, ranks)
     whole = models.create("wrn-10-1", conv="gc2l", groups=4)
     assert sum(p.numel() for p in model.parameters()) == count(whole, (3, 32, 32), ranks=ranks).held
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -98,11 +98,11 @@ def test_one_rank_holds_what_a_rank_holds_and_leaves_no_process_group(ranks):
 def test_one_rank_of_one_is_the_whole_network():
     x = torch.randn(2, 3, 32, 32)
     whole = models.create("wrn-10-1", conv="gc2l", groups=4)
-    torch.testing.assert_close(step.one_rank("wrn-10-1", 4, 1)(x), whole(x))
+    torch.testing.assert_close(peers.one_rank("wrn-10-1", 4, 1)(x), whole(x))
 
 
 def test_the_exchange_of_nothing_has_the_shapes_of_an_exchange():
-    exchange = step.NothingCrosses(4)
+    exchange = peers.NothingCrosses(4)
     own = torch.randn(2, 3, 5, 5)
     gathered = exchange.gather(own).wait()
     assert gathered.shape == (8, 3, 5, 5)
@@ -158,6 +158,49 @@ def test_any_other_peer_that_fails_is_an_error(monkeypatch):
     monkeypatch.setattr(ThreeConvolutions, "forward", broken)
     with pytest.raises(RuntimeError, match="defect"):
         step.measure(report.parse(step.Settings, "step", TINY_STEP))
+
+
+@pytest.mark.parametrize("named", [("gc2l",), ("one rank of 4", "sc"), ("stock",)])
+def test_peers_that_are_named_are_timed_alone(named, tmp_path):
+    arguments = [*TINY_STEP, "--no-compile", "--peers", *named]
+    settings = report.parse(step.Settings, "step", arguments)
+    found = step.measure(settings)
+    assert {peer["peer"] for peer in found["peers"]} == {*named}
+    assert all((peer["to_sc"] is not None) == ("sc" in named) for peer in found["peers"])
+    assert len(step.table(found).splitlines()) == 1 + len(named)
+    picture = tmp_path / "picture.png"
+    step.draw(found, settings, picture)
+    assert picture.exists() == ("sc" in named)
+
+
+@pytest.mark.parametrize(
+    ("device", "names", "message"),
+    [
+        ("cpu", ("gc2", "sc"), "unknown peer 'gc2'; did you mean gc2l"),
+        ("cpu", ("sc graph",), "unknown peer 'sc graph'"),
+        ("cuda", ("sc", "gc2l graph"), "--peers 'gc2l graph' replays 'gc2l'; name that too"),
+        ("cuda", ("stock three graph",), "unknown peer 'stock three graph'"),
+    ],
+)
+def test_a_peer_that_there_is_not_is_named(monkeypatch, device, names, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    with pytest.raises(UserError, match=message):
+        step.Settings(device=device, peers=names)
+
+
+def test_on_a_gpu_a_peer_may_be_replayed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    step.Settings(device="cuda", peers=("gc2l", "gc2l graph", "gc2l compiled", "gc2l compiled graph"))
+
+
+def test_a_peer_that_fills_the_card_costs_the_others_nothing(monkeypatch):
+    def full(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    monkeypatch.setattr(ThreeConvolutions, "forward", full)
+    found = step.measure(report.parse(step.Settings, "step", [*TINY_STEP, "--no-compile"]))
+    assert found["skipped"] == {"stock three, G=4": "CUDA out of memory. Tried to allocate 2 GiB"}
+    assert len(found["peers"]) == 6
 
 
 @pytest.mark.parametrize(
