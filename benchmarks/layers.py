@@ -3,9 +3,9 @@
     python -m benchmarks layers
 
 Forward, input gradient and weight gradient are timed apart, by autograd: float32 on the CPU, bfloat16 on a GPU, each
-layer in the memory format that is best for it, channels_last but for our C kernels. Peers take turns; times are
-medians over the turns. `dense` and `gc` are nn.Conv2d, `stock` is the two-level layer by stock layers
-(benchmarks/stock.py), `gc2l` is ours.
+in the memory format that is best for it, channels_last but for our C kernels. On a GPU each is the replay of a CUDA
+graph, so that times are of kernels alone. Peers take turns; times are medians over the turns. `dense` and `gc` are
+nn.Conv2d, `stock` is the two-level layer by stock layers (benchmarks/stock.py), `gc2l` is ours.
 
 The roof of a pass is the time that this machine would need at its best, by what is measured in the same run:
 max(operations / rate of a large product or dense convolution, whichever is faster, bytes / rate of a large
@@ -22,18 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import report
+from benchmarks.roofline import Roofline, measure_roofline
 from benchmarks.stock import StockTwoLevelConv2d
 from twolevel import models
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
 from twolevel.nn.structure import memory_format
+from twolevel.ops.replay import replay_of
 from twolevel.settings import Device
 
 PASSES = ("forward", "input gradient", "weight gradient")
-# What the roofline is measured by: side of the product; channels and height of the convolution; elements of the
-# copy. Far beyond the caches, and enough work to fill the machine.
-PROBES = {"cpu": (2048, 512, 16, 1 << 26), "cuda": (8192, 512, 32, 1 << 29)}
-GPU_REPEATS = 20  # calls between two events, so that the launch of one hides behind another
+GPU_REPEATS = 20  # replays between two events, so that the launch of one hides behind another
 
 
 @dataclass
@@ -128,48 +127,6 @@ PEERS: dict[str, Callable[[Shape, int], nn.Module]] = {
 }
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """What this machine was measured to do at best; some CPUs' convolutions outrun their matrix products."""
-
-    product_operations_per_second: float
-    convolution_operations_per_second: float
-    bytes_per_second: float
-
-    def seconds(self, shape: Shape, weights: int, settings: Settings) -> float:
-        """The least time of any one pass: all three have the same operations and touch tensors of the same sizes.
-
-        `weights` is their number. Representatives count as operations, not as bytes: they could stay on the chip.
-        """
-        pixels = settings.batch * shape.output_height**2
-        operations = 2 * pixels * weights
-        elements = settings.batch * shape.height**2 * shape.channels + pixels * shape.outputs + weights
-        rate = max(self.product_operations_per_second, self.convolution_operations_per_second)
-        return max(operations / rate, elements * settings.dtype.itemsize / self.bytes_per_second)
-
-
-@torch.no_grad()
-def measure_roofline(settings: Settings, seconds: Callable[..., float]) -> Roofline:
-    """Rates of a large product, a large dense convolution and a large copy (bytes read and written)."""
-    side, channels, height, elements = PROBES[settings.device]
-    options = {"device": settings.device, "dtype": settings.dtype}
-    left, right, product = (torch.ones(side, side, **options) for _ in range(3))
-    source, copy = (torch.ones(elements, **options) for _ in range(2))
-    shape = Shape(channels, channels, 3, 1, height)
-    convolution = nn.Conv2d(*shape.arguments, bias=False).to(**options, memory_format=torch.channels_last)
-    x = torch.ones(32, channels, height, height, **options).to(memory_format=torch.channels_last)
-
-    def best(call: Callable[[], object]) -> float:
-        call()
-        return min(seconds(call) for _ in range(5))
-
-    return Roofline(
-        2 * side**3 / best(lambda: torch.mm(left, right, out=product)),
-        2 * len(x) * height**2 * convolution.weight.numel() / best(lambda: convolution(x)),
-        2 * source.nbytes / best(lambda: copy.copy_(source)),
-    )
-
-
 def passes(module: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
     """Each pass of a layer as a call; the gradients are of graphs kept from one forward pass each.
 
@@ -193,6 +150,30 @@ def passes(module: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
     return dict(zip(PASSES, (forward, by_input, backward(parameters, x)), strict=True))
 
 
+def ready(layer: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
+    """The passes of a layer once each has run, which allocates and chooses algorithms; on a GPU what replays them."""
+    if not images.is_cuda:
+        calls = passes(layer, images)
+        for call in calls.values():
+            call()
+        return calls
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls = passes(layer, images)
+        for call in calls.values():
+            call()
+        return {name: _replayed(name, call, stream) for name, call in calls.items()}
+
+
+def _replayed(name: str, call: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
+    try:
+        return replay_of(call, stream)
+    except RuntimeError as error:
+        print(f"{name} is timed with what the host adds, as it cannot be captured: {error}")
+        return call
+
+
 def measure_shape(
     shape: Shape, settings: Settings, seconds: Callable[..., float], roofline: Roofline
 ) -> list:
@@ -204,9 +185,8 @@ def measure_shape(
     calls = {}
     for key, layer in layers.items():
         memory = {"memory_format": memory_format(layer, settings.device)}
-        for name, call in passes(layer.to(**options, **memory), images.to(**memory)).items():
-            call()  # allocates, and chooses algorithms
-            calls[*key, name] = call
+        made = ready(layer.to(**options, **memory), images.to(**memory))
+        calls |= {(*key, name): call for name, call in made.items()}
     repeats = GPU_REPEATS if settings.device == "cuda" else 1
     taken = {key: [] for key in calls}
     for _ in range(settings.turns):
