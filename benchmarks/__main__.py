@@ -5,7 +5,7 @@ import sys
 
 BENCHMARKS = {
     "dispatch": "what a two-level layer costs the host above its kernels",
-    "inference": "convolutions of a ResNet-18 in inference, every kind of group convolution, on the CPU",
+    "inference": "in inference, on the CPU: every kind of group convolution, and a network of dynamic ones",
     "kernels": "what Triton kernels compile to for cards that need not be there: registers, loads, instructions",
     "layers": "every distinct convolution of a network, forward and its gradients, against the roofline",
     "traffic": "how often a layer passes over its maps, kernel by kernel; nothing is timed",

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import inference, layers, peers, report, roofline, step
+from benchmarks import layers, peers, report, roofline, step
+from benchmarks.inference.command import Settings as InferenceSettings
 from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
 from twolevel.analysis import count
@@ -300,7 +301,7 @@ def test_a_gpu_has_larger_defaults_and_a_file_of_its_own(settings, monkeypatch):
     assert chosen.output.stem.endswith("-gpu")
 
 
-@pytest.mark.parametrize("settings", [step.Settings, layers.Settings, inference.Settings])
+@pytest.mark.parametrize("settings", [step.Settings, layers.Settings, InferenceSettings])
 def test_one_turn_is_refused_since_it_has_no_quartiles(settings):
     with pytest.raises(UserError, match="--turns 1 gives no spread; use 2 or more"):
         settings(turns=1)

@@ -143,6 +143,7 @@ def test_one_layer_is_its_inference_form():
     assert isinstance(prepared(conv, images()), DynamicGroupInference)
 
 
+@pytest.mark.filterwarnings("ignore:no permutation is folded")
 def test_a_network_that_cannot_be_traced_keeps_its_normalisations():
     class Branching(nn.Sequential):
         def forward(self, x):

@@ -92,7 +92,7 @@ def layer_of(
     outputs: int,
     groups: int,
     representatives: int,
-    kernel: torch.Size,
+    kernel: tuple[int, ...],
     geometry: Geometry,
     channels_last: bool,
 ) -> Layer:
@@ -101,11 +101,6 @@ def layer_of(
     pairs = (size, output_size(size, kernel, geometry), kernel, *geometry)
     sizes = (batch, channels, outputs, groups, representatives, channels_last)
     return Layer(*sizes, *((c_int64 * 2)(*pair) for pair in pairs))
-
-
-def layer_of_image(image: torch.Size, groups: int, kernel: tuple[int, ...], geometry: Geometry) -> Layer:
-    """Sizes of a convolution of images `[n, H, W]`, however many there are."""
-    return layer_of(torch.Size((1, *image)), 0, groups, 0, torch.Size(kernel), geometry, False)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

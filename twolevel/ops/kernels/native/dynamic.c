@@ -11,13 +11,10 @@
 /* Floats of a row of weights that are fetched ahead. */
 #define SHORT_ROW 64
 
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-
-/* A layer of n channels; its groups are the heads. Mirrored by `Dynamic` in dynamic.py. */
+/* A layer of n channels; its groups are the heads. Mirrored by `_Dynamic` in dynamic.py. */
 typedef struct {
     layer shape;
-    int64_t last;                         /* whether images are [H, W, C] instead of [C, H, W] */
-    int64_t outputs, hidden;              /* of a head: channels of the result, hidden units */
+    int64_t hidden;                       /* units of a head */
     int64_t kept;                         /* channels, or -1 for those above the threshold */
     int64_t by_output, first_tap, by_tap; /* where weights lie, from the first of their head and input */
     int64_t has_bias, relu;               /* whether a bias is added, whether the result is max(0, .) of it */
@@ -29,24 +26,24 @@ typedef struct {
     activation before;                      /* [n] each */
     const float *squeeze, *excite, *offset; /* [n, heads hidden], [heads, hidden, n], [heads, n] */
     const float *threshold;                 /* [1] */
-    const float *weights;                   /* [heads n, outputs kh kw] */
-    const float *bias;                      /* [heads outputs], where there is one */
+    const float *weights;                   /* [heads n, m/heads kh kw] */
+    const float *bias;                      /* [heads, m/heads], where there is one */
 } numbers;
 
 static numbers numbers_at(const float *p, const dynamic *d) {
     const int64_t n = d->shape.channels, heads = d->shape.groups, matrix = n * heads * d->hidden;
     const float *squeeze = p + 2 * n, *excite = squeeze + matrix, *offset = excite + matrix;
     const float *threshold = offset + heads * n, *weights = threshold + 1;
-    const float *bias = weights + heads * n * d->outputs * d->shape.kernel[0] * d->shape.kernel[1];
+    const float *bias = weights + n * d->shape.outputs * d->shape.kernel[0] * d->shape.kernel[1];
     return (numbers){{p, p + n}, squeeze, excite, offset, threshold, weights, d->has_bias ? bias : NULL};
 }
 
 /* ---- Saliency ---- */
 
 /* Sums over the pixels of t, [n]. */
-static void pool(const layer *l, const float *x, int last, const activation *a, float *sums) {
+static void pool(const layer *l, const float *x, const activation *a, float *sums) {
     const int64_t channels = l->channels, pixels = l->in[0] * l->in[1];
-    if (!last) {
+    if (!l->channels_last) {
         for (int64_t c = 0; c < channels; c++, x += pixels) {
             vec sum[4] = {{0}};
             int64_t i = 0;
@@ -102,9 +99,9 @@ static void add_rows(const float *factors, const int64_t *rows, int64_t number, 
 
 /* ---- Choice ---- */
 
-static int64_t count_above(const ints *keys, int64_t vectors, int32_t bound) {
-    const ints bounds = bound - (ints){0};
-    ints found = {0};
+static int64_t count_above(const lanes_vec *keys, int64_t vectors, int32_t bound) {
+    const lanes_vec bounds = bound - (lanes_vec){0};
+    lanes_vec found = {0};
     int64_t total = 0;
     for (int64_t i = 0; i < vectors; i++) found -= keys[i] > bounds;
     for (int i = 0; i < LANES; i++) total += found[i];
@@ -113,7 +110,7 @@ static int64_t count_above(const ints *keys, int64_t vectors, int32_t bound) {
 
 /* The indices of the `kept` largest of g [n], which are at least 0, in their order; of equal ones the last.
    By bits: numbers of at least 0 are ordered as the integers of the same bits. Keys have room for g in vectors. */
-static int64_t choose_largest(const float *g, int64_t number, int64_t kept, ints *keys, int64_t *chosen) {
+static int64_t choose_largest(const float *g, int64_t number, int64_t kept, lanes_vec *keys, int64_t *chosen) {
     const int64_t vectors = ceil_div(number, LANES);
     int32_t *key = (int32_t *)keys, least = 0;
     memcpy(key, g, 4 * number);
@@ -139,8 +136,6 @@ static int64_t choose_above(const float *g, int64_t number, float threshold, int
     return found;
 }
 
-/* ---- What Python calls; -1 without memory ---- */
-
 /* What a head of an image keeps: how many channels, which, and the factors of those; so many numbers for n channels. */
 typedef struct {
     int64_t *number, *channels;
@@ -153,22 +148,18 @@ static choice choice_at(int64_t *kept, int64_t n, int64_t head) {
     return (choice){p, p + 1, (float *)(p + 1 + n)};
 }
 
-/* To `kept` [B, heads, choice_size(n)] what heads keep of images begin to end of x. */
-int twolevel_choose(const dynamic *d, const float *x, const float *floats, int64_t *kept, int64_t begin, int64_t end) {
+static int choose(const dynamic *d, const float *x, const float *floats, int64_t *kept, int64_t begin, int64_t end,
+                  arena *a) {
     const layer *l = &d->shape;
     const int64_t n = l->channels, heads = l->groups, hidden = d->hidden, pixels = l->in[0] * l->in[1];
     const numbers of = numbers_at(floats, d);
-    float *sums, *units, *g, *active;
-    ints *keys;
-    int64_t *rows;
-    for (arena a = {NULL, 0};; a.used = 0) {
-        sums = take(&a, 4 * n), units = take(&a, 4 * heads * hidden), g = take(&a, 4 * n);
-        active = take(&a, 4 * hidden), rows = take(&a, hidden * sizeof *rows), keys = take(&a, 4 * round_up(n, LANES));
-        if (a.block) break;
-        if (!(a.block = aligned_alloc(64, a.used))) return -1;
-    }
+    float *sums = take_floats(a, n), *units = take_floats(a, heads * hidden);
+    float *g = take_floats(a, n), *active = take_floats(a, hidden);
+    int64_t *rows = take(a, hidden * sizeof *rows);
+    lanes_vec *keys = take(a, 4 * round_up(n, LANES));
+    if (a->failed) return -1;
     for (int64_t b = begin; b < end; b++) {
-        pool(l, x + b * n * pixels, d->last, &of.before, sums);
+        pool(l, x + b * n * pixels, &of.before, sums);
         memset(units, 0, 4 * heads * hidden);
         add_rows(sums, NULL, n, of.squeeze, heads * hidden, units);
         for (int64_t h = 0; h < heads; h++) {
@@ -189,34 +180,38 @@ int twolevel_choose(const dynamic *d, const float *x, const float *floats, int64
             }
         }
     }
-    free(sums);
     return 0;
+}
+
+/* ---- What Python calls; -1 without memory ---- */
+
+/* To `kept` [B, heads, choice_size(n)] what heads keep of images begin to end of x. */
+int twolevel_choose(const dynamic *d, const float *x, const float *floats, int64_t *kept, int64_t begin, int64_t end) {
+    arena a = open_arena();
+    const int status = choose(d, x, floats, kept, begin, end, &a);
+    close_arena(&a);
+    return status;
 }
 
 /* Rows begin to end of y's B H': of each head the convolution of the channels that it keeps; its channel j is channel
    j heads + h of y. Without `kept` the channels are chosen here, for rows of whole images. */
 int twolevel_dynamic(const dynamic *d, const float *x, const float *floats, int64_t *kept, float *y, int64_t begin,
                      int64_t end) {
+    arena a = open_arena();
     const layer *l = &d->shape;
-    const int64_t n = l->channels, heads = l->groups, outputs = heads * d->outputs, height = l->out[0];
-    const int64_t size = d->outputs * l->kernel[0] * l->kernel[1];
-    const int64_t in = n * l->in[0] * l->in[1], out = outputs * height * l->out[1];
+    const int64_t n = l->channels, heads = l->groups, outputs = l->outputs / heads, height = l->out[0];
+    const int64_t size = outputs * l->kernel[0] * l->kernel[1];
+    const int64_t in = n * l->in[0] * l->in[1], out = l->outputs * height * l->out[1];
     const numbers of = numbers_at(floats, d);
-    int64_t *order, *chosen;
-    const float **weight;
-    group *groups;
-    for (arena a = {NULL, 0};; a.used = 0) {
-        order = take(&a, outputs * sizeof *order), weight = take(&a, heads * n * sizeof *weight);
-        groups = take(&a, heads * sizeof *groups);
-        chosen = kept ? kept : take(&a, ceil_div(end, height) * heads * choice_size(n) * sizeof *chosen);
-        if (a.block) break;
-        if (!(a.block = aligned_alloc(64, a.used))) return -1;
-    }
-    int status = kept ? 0 : twolevel_choose(d, x, floats, chosen, begin / height, end / height);
-    for (int64_t o = 0; o < outputs; o++) order[o] = o % heads * d->outputs + o / heads;
+    int64_t *order = take(&a, l->outputs * sizeof *order);
+    const float **weight = take(&a, heads * n * sizeof *weight);
+    group *groups = take(&a, heads * sizeof *groups);
+    int64_t *chosen = kept ? kept : take(&a, ceil_div(end, height) * heads * choice_size(n) * sizeof *chosen);
+    int status = a.failed ? -1 : kept ? 0 : choose(d, x, floats, chosen, begin / height, end / height, &a);
+    for (int64_t o = 0; o < l->outputs && !status; o++) order[o] = o % heads * outputs + o / heads;
     const convolution c = {
-        .shape = l, .outputs = outputs, .last = d->last, .order = order, .first_tap = d->first_tap,
-        .by_tap = d->by_tap, .before = of.before, .bias = of.bias, .relu = d->relu,
+        .shape = l, .order = order, .by_output = d->by_output, .first_tap = d->first_tap, .by_tap = d->by_tap, .before = of.before,
+        .bias = of.bias, .relu = d->relu,
     };
     for (int64_t at = begin, stop; at < end && !status; at = stop) {
         const int64_t image = at / height;
@@ -229,13 +224,13 @@ int twolevel_dynamic(const dynamic *d, const float *x, const float *floats, int6
                 for (int64_t i = 0; i < min64(size, SHORT_ROW); i += 16) __builtin_prefetch(weight[h * n + k] + i);
             }
             groups[h] = (group){
-                .first = h * d->outputs, .outputs = d->outputs, .inputs = *keeps.number, .channels = keeps.channels,
+                .first = h * outputs, .outputs = outputs, .inputs = *keeps.number, .channels = keeps.channels,
                 .weight = weight + h * n, .by_output = d->by_output, .factor = keeps.factors,
             };
         }
         status = gathered_rows(&c, groups, heads, x + image * in, y + image * out, at - image * height,
                                stop - image * height);
     }
-    free(order);
+    close_arena(&a);
     return status;
 }

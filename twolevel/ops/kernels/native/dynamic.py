@@ -17,7 +17,7 @@ from twolevel.ops.kernels.native import call
 from twolevel.ops.kernels.native.call import Layer
 from twolevel.ops.kernels.native.gathered import Plan, in_a_format
 
-_COPIED = ("outputs", "hidden", "kept", "by_output", "first_tap", "by_tap", "has_bias", "relu")
+_COPIED = ("hidden", "kept", "by_output", "first_tap", "by_tap", "has_bias", "relu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,24 +46,18 @@ class DynamicLayer:
     """whether the output is max(0, .) of the convolution and its bias"""
 
 
-class Dynamic(ctypes.Structure):
+class _Dynamic(ctypes.Structure):
     """A layer for images of one size, as `dynamic` in dynamic.c."""
 
-    _fields_ = (
-        ("layer", Layer),
-        ("last", c_int64),
-        *((name, c_int64) for name in _COPIED),
-        ("bound", c_float),
-    )
+    _fields_ = (("layer", Layer), *((name, c_int64) for name in _COPIED), ("bound", c_float))
 
 
 @lru_cache(maxsize=1024)
 def _plan(layer: DynamicLayer, shape: torch.Size, last: bool) -> Plan:
-    sizes = call.layer_of_image(shape[1:], layer.heads, layer.kernel, layer.geometry)
-    structure = Dynamic(sizes, last, *(getattr(layer, name) for name in _COPIED), layer.bound)
     outputs, kept = layer.heads * layer.outputs, shape[1] if layer.kept < 0 else layer.kept
-    products = kept * outputs * layer.kernel[0] * layer.kernel[1]
-    return Plan.of(structure, sizes, last, shape[0], outputs, products)
+    sizes = call.layer_of(shape, outputs, layer.heads, 0, layer.kernel, layer.geometry, last)
+    structure = _Dynamic(sizes, *(getattr(layer, name) for name in _COPIED), layer.bound)
+    return Plan.of(structure, sizes, kept * outputs * layer.kernel[0] * layer.kernel[1])
 
 
 def convolve_kept(x: Tensor, layer: DynamicLayer, numbers: Tensor) -> Tensor:

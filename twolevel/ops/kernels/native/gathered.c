@@ -27,11 +27,11 @@ typedef struct {
     int64_t line;      /* floats of a channel of the result of a band */
     int64_t *offset;   /* [taps] of a tap in the planes */
     int64_t *tap;      /* [taps] of a tap in the weights */
+    int64_t *ahead;    /* [taps] of weights to ask for while a tap is multiplied: those of the next outputs */
     float *planes, *result, *image, *bias;
     /* The channels of the band's input rows, `channel` apart, from row first_row on. */
     const float *image_rows, *image_end, *planes_end;
     int64_t channel, first_row;
-    void *memory;
 } plan;
 
 /* An odd number of cache lines: neighbours in another dimension do not compete for places in the cache. */
@@ -54,32 +54,32 @@ static void measure(plan *p, const convolution *c, int64_t widest, int64_t wante
     const int64_t fits = (p->taps == 1 ? BAND_FLOATS_1X1 : BAND_FLOATS) / (p->pitch * phases * widest) - p->reach[0];
     /* At least what fills the widest tile. */
     p->rows = min64(wanted, max64(fits, ceil_div(TILE_VECTORS * LANES, p->pitch)));
-    p->rows = ceil_div(wanted, ceil_div(wanted, p->rows));
+    p->rows = ceil_div(wanted, max64(1, ceil_div(wanted, max64(1, p->rows))));
     p->plane = odd_lines(phases * (p->rows + p->reach[0]) * p->pitch);
     p->line = odd_lines(round_up(p->rows * p->pitch, LANES));
-    p->channel = c->last ? odd_lines(min64(l->in[0], input_rows(l, p->rows)) * l->in[1]) : l->in[0] * l->in[1];
+    p->channel = l->channels_last ? odd_lines(min64(l->in[0], input_rows(l, p->rows)) * l->in[1]) : l->in[0] * l->in[1];
 }
 
-static int prepare(plan *p, const convolution *c, int64_t widest, int64_t wanted) {
+static int prepare(plan *p, const convolution *c, int64_t widest, int64_t wanted, arena *a) {
     const layer *l = c->shape;
     measure(p, c, max64(widest, 1), wanted);
     const int64_t planes = max64(widest, 1) * p->plane + p->reach[1] + TILE_VECTORS * LANES;
-    for (arena a = {NULL, 0};; a.used = 0) {
-        p->offset = take(&a, p->taps * sizeof *p->offset), p->tap = take(&a, p->taps * sizeof *p->tap);
-        p->bias = take(&a, 4 * c->outputs);
-        p->planes = take(&a, 4 * planes), p->planes_end = p->planes + planes;
-        p->result = take(&a, 4 * (c->outputs * p->line + LANES));
-        if (c->last) p->image = take(&a, 4 * l->channels * p->channel);
-        if (a.block) break;
-        if (!(a.block = p->memory = aligned_alloc(64, a.used))) return -1;
-    }
+    p->offset = take(a, p->taps * sizeof *p->offset), p->tap = take(a, p->taps * sizeof *p->tap);
+    p->ahead = take(a, p->taps * sizeof *p->ahead);
+    p->bias = take_floats(a, l->outputs);
+    p->planes = take_floats(a, planes), p->planes_end = p->planes + planes;
+    p->result = take_floats(a, l->outputs * p->line + LANES);
+    if (l->channels_last) p->image = take_floats(a, l->channels * p->channel);
+    if (a->failed) return -1;
     for (int64_t t = 0; t < p->taps; t++) {
         const int64_t at[2] = {t / l->kernel[1] * l->dilation[0], t % l->kernel[1] * l->dilation[1]};
         const int64_t phase = at[0] % l->stride[0] * p->phases[1] + at[1] % l->stride[1];
         p->offset[t] = (phase * (p->rows + p->reach[0]) + at[0] / l->stride[0]) * p->pitch + at[1] / l->stride[1];
         p->tap[t] = c->first_tap + t * c->by_tap;
+        /* Outputs of a tap lie side by side, or taps of an output. */
+        p->ahead[t] = c->by_output == 1 ? p->tap[t] + LINE / 4 : MOST_OUTPUTS * c->by_output + t * LINE / 4;
     }
-    for (int64_t o = 0; o < c->outputs; o++) p->bias[o] = c->bias ? c->bias[o] : 0;
+    for (int64_t o = 0; o < l->outputs; o++) p->bias[o] = c->bias ? c->bias[o] : 0;
     return 0;
 }
 
@@ -100,7 +100,7 @@ INLINE void gather_channel(const plan *p, int64_t channel, float factor, int64_t
     }
     for (int64_t phase = 0; phase < p->phases[0] * p->phases[1]; phase++) {
         const int64_t column = phase % p->phases[1] - l->padding[1];
-        const int64_t low = min64(p->pitch, ceil_div(-column, stride));
+        const int64_t low = min64(p->pitch, max64(0, ceil_div(-column, stride)));
         const int64_t high = max64(low, min64(p->pitch, ceil_div(l->in[1] - column, stride)));
         for (int64_t r = 0; r < rows + p->reach[0]; r++) {
             float *row = to + (phase * height + r) * p->pitch;
@@ -139,6 +139,7 @@ INLINE void tile(const plan *p, const group *g, int64_t o, int64_t at, int numbe
         const float *plane = p->planes + k * p->plane + at, *weight = g->weight[k] + o * by_output;
         for (int64_t t = 0; t < p->taps; t++) {
             const float *x = plane + p->offset[t], *w = weight + p->tap[t];
+            __builtin_prefetch(weight + p->ahead[t]);
             vec in[TILE_VECTORS];
             UNROLL for (int v = 0; v < vectors; v++) in[v] = load_once(x + v * LANES);
             UNROLL for (int r = 0; r < number; r++) {
@@ -184,17 +185,18 @@ static void multiply(const plan *p, const group *g, int64_t rows) {
 
 static void put(const plan *p, int64_t first, int64_t rows, float *y) {
     const convolution *c = p->c;
-    const int64_t width = c->shape->out[1], pixels = c->shape->out[0] * width;
+    const layer *l = c->shape;
+    const int64_t width = l->out[1], pixels = l->out[0] * width;
     /* Without a border rows of the result follow each other. */
     const int64_t length = p->pitch == width ? rows * width : width, lines = p->pitch == width ? 1 : rows;
-    if (c->last) {
+    if (l->channels_last) {
         for (int64_t r = 0; r < lines; r++)
             for (int64_t q = 0; q < length; q += LANES)
-                join(p->result + r * p->pitch + q, p->line, c->order, c->outputs, min64(LANES, length - q),
-                     y + ((first + r) * width + q) * c->outputs);
+                join(p->result + r * p->pitch + q, p->line, c->order, l->outputs, min64(LANES, length - q),
+                     y + ((first + r) * width + q) * l->outputs);
         return;
     }
-    for (int64_t o = 0; o < c->outputs; o++) {
+    for (int64_t o = 0; o < l->outputs; o++) {
         const float *from = p->result + (c->order ? c->order[o] : o) * p->line;
         float *to = y + o * pixels + first * width;
         for (int64_t r = 0; r < lines; r++)
@@ -205,14 +207,15 @@ static void put(const plan *p, int64_t first, int64_t rows, float *y) {
 int gathered_rows(const convolution *c, const group *groups, int64_t number, const float *x, float *y, int64_t begin,
                   int64_t end) {
     plan p;
+    arena a = open_arena();
     const layer *l = c->shape;
     int64_t widest = 0;
     for (int64_t g = 0; g < number; g++) widest = max64(widest, groups[g].inputs);
-    if (prepare(&p, c, widest, end - begin)) return -1;
+    const int status = prepare(&p, c, widest, end - begin, &a);
     p.image_rows = x, p.image_end = x + l->channels * l->in[0] * l->in[1];
-    for (int64_t first = begin; first < end; first += p.rows) {
+    for (int64_t first = begin; first < end && !status; first += p.rows) {
         const int64_t rows = min64(p.rows, end - first);
-        if (c->last) {
+        if (l->channels_last) {
             const int64_t top = first * l->stride[0] - l->padding[0];
             p.first_row = max64(0, min64(top, l->in[0]));
             const int64_t stop = max64(p.first_row, min64(l->in[0], top + input_rows(l, rows)));
@@ -223,6 +226,6 @@ int gathered_rows(const convolution *c, const group *groups, int64_t number, con
         for (int64_t g = 0; g < number; g++) gather(&p, groups + g, first, rows), multiply(&p, groups + g, rows);
         put(&p, first, rows, y);
     }
-    free(p.memory);
-    return 0;
+    close_arena(&a);
+    return status;
 }

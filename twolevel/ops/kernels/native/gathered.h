@@ -3,6 +3,7 @@
 #ifndef TWOLEVEL_GATHERED_H
 #define TWOLEVEL_GATHERED_H
 
+#include "memory.h"
 #include "pixels.h"
 
 /* One group: its outputs are rows first .. first + outputs of the result before `order` is applied. */
@@ -23,12 +24,12 @@ typedef struct {
 /* Images, and how the result is ordered: its channel c is row order[c], or row c without an order. */
 typedef struct {
     const layer *shape;
-    int64_t outputs, last;  /* channels of the result; whether x and y are [H, W, C] instead of [C, H, W] */
     const int64_t *order;
     int64_t first_tap, by_tap; /* weights of the taps: the first, and from one to the next */
+    int64_t by_output;         /* between those of neighbouring outputs, where inputs' weights lie far apart; else 0 */
     activation before;
-    const float *bias;         /* [outputs] of the rows, or NULL */
-    int relu;                  /* whether the result is max(0, .) of it */
+    const float *bias;         /* of the rows, or NULL */
+    int64_t relu;              /* whether the result is max(0, .) of it */
 } convolution;
 
 /* Rows begin to end of the result of one image; -1 without memory. */
@@ -45,19 +46,6 @@ INLINE vec once(vec v) {
     __asm__("" : "+w"(v));
 #endif
     return v;
-}
-
-/* One block of memory for several arrays, which is asked twice: without a block for the size that it must have. */
-typedef struct {
-    char *block;
-    int64_t used;
-} arena;
-
-/* The next `bytes`, in cache lines of their own. */
-INLINE void *take(arena *a, int64_t bytes) {
-    const int64_t at = a->used;
-    a->used += round_up(bytes, 64);
-    return a->block + at;
 }
 
 #endif

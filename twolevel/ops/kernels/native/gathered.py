@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.native import call
-from twolevel.ops.kernels.native.call import LAST, Layer, available
+from twolevel.ops.kernels.native.call import Layer, available
 
 # So many multiplications take about as long as moving one value, which is what threads are shared out by.
 PRODUCTS = 8
@@ -56,13 +56,11 @@ class Plan(NamedTuple):
     """in values that take as long to move"""
 
     @classmethod
-    def of(
-        cls, structure: ctypes.Structure, sizes: Layer, last: bool, batch: int, outputs: int, products: int
-    ):
+    def of(cls, structure: ctypes.Structure, layer: Layer, products: int) -> "Plan":
         """`products` are those of one pixel of the output."""
-        memory_format = LAST if last else torch.contiguous_format
-        rows, output = batch * sizes.output[0], (batch, outputs, *sizes.output)
-        work = products * rows * sizes.output[1] // PRODUCTS
+        memory_format = torch.channels_last if layer.channels_last else torch.contiguous_format
+        rows, output = layer.batch * layer.output[0], (layer.batch, layer.outputs, *layer.output)
+        work = products * rows * layer.output[1] // PRODUCTS
         return cls(structure, ctypes.addressof(structure), output, memory_format, rows, work)
 
 
@@ -70,7 +68,7 @@ def in_a_format(x: Tensor) -> tuple[Tensor, bool]:
     """x in contiguous or channels_last memory, and whether that is the second."""
     if x.is_contiguous():
         return x, False
-    last = x.is_contiguous(memory_format=LAST)
+    last = x.is_contiguous(memory_format=torch.channels_last)
     return (x, True) if last else (x.contiguous(), False)
 
 
@@ -91,19 +89,18 @@ class _Groups(ctypes.Structure):
 
     _fields_ = (
         ("layer", Layer),
-        *((name, c_int64) for name in ("last", "outputs", "relu")),
+        ("relu", c_int64),
         ("sizes", POINTER(c_int64)),
     )
 
 
 @lru_cache(maxsize=1024)
 def _plan(groups: GroupsLayer, shape: torch.Size, last: bool) -> Plan:
-    sizes = call.layer_of_image(shape[1:], len(groups.sizes), groups.kernel, groups.geometry)
-    numbers = (c_int64 * (2 * len(groups.sizes)))(*(number for pair in groups.sizes for number in pair))
-    outputs = sum(rows for _, rows in groups.sizes)
-    structure = _Groups(sizes, last, outputs, groups.relu, numbers)
-    products = sum(width * rows for width, rows in groups.sizes) * groups.kernel[0] * groups.kernel[1]
-    return Plan.of(structure, sizes, last, shape[0], outputs, products)
+    sizes, outputs = groups.sizes, sum(rows for _, rows in groups.sizes)
+    layer = call.layer_of(shape, outputs, len(sizes), 0, groups.kernel, groups.geometry, last)
+    numbers = (c_int64 * (2 * len(sizes)))(*(number for pair in sizes for number in pair))
+    products = sum(width * rows for width, rows in sizes) * groups.kernel[0] * groups.kernel[1]
+    return Plan.of(_Groups(layer, groups.relu, numbers), layer, products)
 
 
 def convolve_groups(

@@ -5,8 +5,6 @@
 /* Mirrored by `_Groups` in gathered.py. */
 typedef struct {
     layer shape;
-    int64_t last;         /* whether images are [H, W, C] instead of [C, H, W] */
-    int64_t outputs;      /* of all groups */
     int64_t relu;         /* whether the result is max(0, .) of it */
     const int64_t *sizes; /* inputs and outputs of each group in turn */
 } layer_of_groups;
@@ -17,21 +15,16 @@ typedef struct {
 int twolevel_gathered(const layer_of_groups *d, const float *x, const float *filters, const float *bias,
                       const int64_t *inputs, const int64_t *order, float *y, int64_t begin, int64_t end) {
     const layer *l = &d->shape;
-    const convolution c = {
-        .shape = l, .outputs = d->outputs, .last = d->last, .order = order, .by_tap = 1, .bias = bias, .relu = d->relu,
-    };
+    const convolution c = {.shape = l, .order = order, .by_tap = 1, .bias = bias, .relu = d->relu};
     const int64_t taps = l->kernel[0] * l->kernel[1], height = l->out[0];
-    const int64_t in = l->channels * l->in[0] * l->in[1], out = d->outputs * height * l->out[1];
+    const int64_t in = l->channels * l->in[0] * l->in[1], out = l->outputs * height * l->out[1];
     int64_t total = 0;
     for (int64_t g = 0; g < l->groups; g++) total += d->sizes[2 * g];
-    group *groups;
-    const float **weight;
-    for (arena a = {NULL, 0};; a.used = 0) {
-        groups = take(&a, l->groups * sizeof *groups), weight = take(&a, total * sizeof *weight);
-        if (a.block) break;
-        if (!(a.block = aligned_alloc(64, a.used))) return -1;
-    }
-    for (int64_t g = 0, first = 0, row = 0; g < l->groups; g++) {
+    arena a = open_arena();
+    group *groups = take(&a, l->groups * sizeof *groups);
+    const float **weight = take(&a, total * sizeof *weight);
+    int status = a.failed ? -1 : 0;
+    for (int64_t g = 0, first = 0, row = 0; g < l->groups && !status; g++) {
         const int64_t width = d->sizes[2 * g], rows = d->sizes[2 * g + 1];
         for (int64_t k = 0; k < width; k++) weight[first + k] = filters + k * taps;
         groups[g] = (group){
@@ -40,13 +33,12 @@ int twolevel_gathered(const layer_of_groups *d, const float *x, const float *fil
         };
         first += width, row += rows, filters += width * rows * taps;
     }
-    int status = 0;
     for (int64_t at = begin, stop; at < end && !status; at = stop) {
         const int64_t image = at / height;
         stop = min64(end, (image + 1) * height);
         status = gathered_rows(&c, groups, l->groups, x + image * in, y + image * out, at - image * height,
                                stop - image * height);
     }
-    free(groups);
+    close_arena(&a);
     return status;
 }

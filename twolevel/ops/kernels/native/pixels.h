@@ -10,14 +10,13 @@ INLINE vec relu(vec v) {
 #if defined(__AVX512F__)
     return _mm512_max_ps((vec){0}, v);
 #else
-    typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-    return (vec)((ints)v & ~(ints)(v < 0));
+    return (vec)((lanes_vec)v & ~(lanes_vec)(v < 0));
 #endif
 }
 INLINE float relu1(float f) { return f < 0 ? 0 : f; }
 
-/* to[i] = from[i * stride], activated. Whole vectors where memory up to `from_end` and `to_end` allows, so what follows
-   in `to` must be written later. */
+/* to[i] = from[i * stride], or max(0, sign from[i * stride] + shift) factor. Whole vectors where memory up to `from_end`
+   and `to_end` allows, so what follows in `to` must be written later. */
 INLINE void copy_row(const float *from, const float *from_end, int64_t stride, int64_t number, float sign, float shift,
                      float factor, int active, float *to, const float *to_end) {
     int64_t i = 0;
@@ -29,42 +28,39 @@ INLINE void copy_row(const float *from, const float *from_end, int64_t stride, i
     for (; i < number; i++) to[i] = active ? relu1(from[i * stride] * sign + shift) * factor : from[i * stride];
 }
 
-/* A block of LANES x LANES; `from` has rows of `step`, `to` of `distance`. */
-INLINE void turn(const float *from, int64_t step, float *to, int64_t distance) {
-    vec u[LANES];
-    UNROLL for (int q = 0; q < LANES; q++) u[q] = load(from + q * step);
-    transpose_sum(u, 0);
-    UNROLL for (int i = 0; i < LANES; i++) store(to + i * distance, u[i]);
-}
-
+/* x [pixels, channels] to channels `distance` apart. */
 INLINE void separate(const float *x, int64_t pixels, int64_t channels, float *to, int64_t distance) {
-    if (pixels < LANES || channels < LANES) {
-        for (int64_t i = 0; i < channels; i++)
-            for (int64_t q = 0; q < pixels; q++) to[i * distance + q] = x[q * channels + i];
-        return;
-    }
-    /* The last block overlaps the one before where numbers are no multiple of LANES. */
-    for (int64_t q = 0; q < pixels; q = q + 2 * LANES > pixels && q + LANES < pixels ? pixels - LANES : q + LANES)
-        for (int64_t i = 0; i < channels;
-             i = i + 2 * LANES > channels && i + LANES < channels ? channels - LANES : i + LANES)
-            turn(x + q * channels + i, channels, to + i * distance + q, distance);
+    for (int64_t p = 0; p < pixels; p += LANES)
+        for (int64_t c = 0; c < channels; c += LANES) {
+            const int64_t high = min64(LANES, pixels - p), wide = min64(LANES, channels - c);
+            vec u[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) {
+                const float *from = x + (p + i) * channels + c;
+                u[i] = i >= high ? (vec){0} : wide == LANES ? load(from) : load_part(from, wide);
+            }
+            transpose_sum(u, 0);
+            UNROLL for (int i = 0; i < LANES; i++) {
+                if (i >= wide) break;
+                float *at = to + (c + i) * distance + p;
+                if (high == LANES) store(at, u[i]);
+                else store_part(at, u[i], high);
+            }
+        }
 }
 
-/* Columns `from` to `from` + number <= LANES of rows order[i] of `result` to y [pixels, channels]. */
-INLINE void join(const float *result, int64_t line, const int64_t *order, int64_t channels, int64_t number, float *y) {
-    for (int64_t i = 0; i < channels; i += LANES) {
-        if (channels < LANES) {
-            for (int64_t c = 0; c < channels; c++)
-                for (int64_t q = 0; q < number; q++) y[q * channels + c] = result[(order ? order[c] : c) * line + q];
-            return;
-        }
-        if (i + LANES > channels) i = channels - LANES;
+/* `number` <= LANES pixels of rows order[i], `distance` apart, to y [pixels, channels]; rows may be read beyond them. */
+INLINE void join(const float *rows, int64_t distance, const int64_t *order, int64_t channels, int64_t number, float *y) {
+    for (int64_t c = 0; c < channels; c += LANES) {
+        const int64_t wide = min64(LANES, channels - c);
         vec u[LANES];
-        UNROLL for (int c = 0; c < LANES; c++) u[c] = load(result + (order ? order[i + c] : i + c) * line);
+        UNROLL for (int i = 0; i < LANES; i++)
+            u[i] = i >= wide ? (vec){0} : load(rows + (order ? order[c + i] : c + i) * distance);
         transpose_sum(u, 0);
-        if (number >= LANES) UNROLL for (int q = 0; q < LANES; q++) store(y + q * channels + i, u[q]);
-        else
-            for (int64_t q = 0; q < number; q++) store(y + q * channels + i, u[q]);
+        UNROLL for (int i = 0; i < LANES; i++) {
+            if (i >= number) break;
+            if (wide == LANES) store(y + i * channels + c, u[i]);
+            else store_part(y + i * channels + c, u[i], wide);
+        }
     }
 }
 
