@@ -5,6 +5,7 @@ from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.dgconv import DGConv2d
 from twolevel.nn.factory import KINDS, make_conv
 from twolevel.nn.flgc import FLGConv2d
+from twolevel.nn.inference.network import for_inference
 from twolevel.nn.init import initialize
 from twolevel.nn.layout import Layout, layout_of
 from twolevel.nn.shuffle import ShuffleConv2d
@@ -20,6 +21,7 @@ __all__ = [
     "ShuffleConv2d",
     "TwoLevelConv2d",
     "convert",
+    "for_inference",
     "initialize",
     "layout_of",
     "make_conv",
