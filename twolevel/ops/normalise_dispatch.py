@@ -18,10 +18,13 @@ from twolevel.ops.autotune import Decision, Form, Run
 from twolevel.ops.dispatch import MOST_PLANS
 from twolevel.ops.kernels.native import NativeNormaliser
 from twolevel.ops.kernels.normalise import Normaliser, TorchNormaliser
+from twolevel.ops.kernels.triton import TritonNormaliser
 from twolevel.ops.normalise_problem import NormaliseProblem, memory_of
 from twolevel.settings import NORMALISERS
 
-SETS: dict[str, Normaliser] = {kernels.name: kernels for kernels in (NativeNormaliser(), TorchNormaliser())}
+SETS: dict[str, Normaliser] = {
+    kernels.name: kernels for kernels in (NativeNormaliser(), TorchNormaliser(), TritonNormaliser())
+}
 SCHEDULE = "normalise"  # there is one: the first word of a form
 
 _chosen: dict[tuple, Normaliser] = {}

@@ -186,6 +186,16 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def in_rows(x: Tensor) -> bool:
+    """Whether x is channels_last, where it could be both."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_memory_of(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the memory format of x."""
+    return gradient.contiguous(memory_format=torch.channels_last if in_rows(x) else torch.contiguous_format)
+
+
 def across(channels: Tensor) -> Tensor:
     """`[C]` as it is added to maps."""
     return channels[:, None, None]

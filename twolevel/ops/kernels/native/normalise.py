@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from twolevel.ops.kernels.native import call
-from twolevel.ops.kernels.native.call import LAST, Maps
+from twolevel.ops.kernels.native.call import Maps
 from twolevel.ops.kernels.normalise import (
     Moments,
     Normalisation,
     Running,
     TorchNormaliser,
+    in_memory_of,
+    in_rows,
     joined,
     numbers,
 )
@@ -62,7 +64,7 @@ class NativeNormaliser(TorchNormaliser):
 
     def sums(self, go: Tensor, x: Tensor, by: Normalisation) -> Tensor:
         maps, parts, sets = _shared_out(x, by)
-        go, found = _as(x, go), x.new_empty(sets, 2, x.shape[1])
+        go, found = in_memory_of(x, go), x.new_empty(sets, 2, x.shape[1])
         _run("norm_sums", maps, parts, go.data_ptr(), x.data_ptr(), found=found)
         return call.total(found)
 
@@ -70,7 +72,7 @@ class NativeNormaliser(TorchNormaliser):
         self, go: Tensor, x: Tensor, more: Tensor | None, by: Normalisation, means: Tensor
     ) -> Tensor:
         maps, parts, _ = _shared_out(x, by)
-        go, more = _as(x, go), None if more is None else _as(x, more)
+        go, more = in_memory_of(x, go), None if more is None else in_memory_of(x, more)
         gx, means = torch.empty_like(x), means.contiguous()
         _run(
             "norm_input_grad",
@@ -106,7 +108,7 @@ class NativeNormaliser(TorchNormaliser):
         maps, parts, sets = _shared_out(x, by)
         if sets > 1:
             return super().backward(go, x, more, by)
-        go, more = _as(x, go), None if more is None else _as(x, more)
+        go, more = in_memory_of(x, go), None if more is None else in_memory_of(x, more)
         gx, sums = torch.empty_like(x), x.new_empty(2, x.shape[1])
         _run(
             "norm_backward",
@@ -125,21 +127,15 @@ def _shared_out(x: Tensor, by: Normalisation | None = None) -> tuple[Maps, Parts
     """What a kernel is called with; and how many sets of sums it finds: in contiguous memory parts of one."""
     batch, channels, height, width = x.shape
     pixels = height * width
-    in_rows = x.is_contiguous(memory_format=LAST)
-    maps = Maps(batch, channels, pixels, in_rows)
+    rows = in_rows(x)
+    maps = Maps(batch, channels, pixels, rows)
     if by is not None:
         mean, inv_std, weight, bias, maps.relu = by
         assert all(t is None or t.numel() == channels for t in (weight, bias))
         maps.mean, maps.inv_std = mean.data_ptr(), inv_std.data_ptr()
         maps.weight, maps.bias = call.pointer(weight), call.pointer(bias)
-    parts = call.parts_of(batch * pixels if in_rows else channels, x.numel())
-    return maps, parts, len(parts) if in_rows else 1
-
-
-def _as(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the memory format of x."""
-    last = x.is_contiguous(memory_format=LAST)
-    return gradient.contiguous(memory_format=LAST if last else torch.contiguous_format)
+    parts = call.parts_of(batch * pixels if rows else channels, x.numel())
+    return maps, parts, len(parts) if rows else 1
 
 
 def _can_write(channels: int, *tensors: Tensor | None) -> bool:

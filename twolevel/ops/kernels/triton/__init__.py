@@ -1,9 +1,10 @@
-"""Group convolution by Triton kernels; imported without Triton, it supports nothing and says so."""
+"""Group convolution and batch norm by Triton kernels; imported without Triton, it supports nothing and says so."""
 
 from twolevel.ops.kernels.triton.choices import Choices, tune
 from twolevel.ops.kernels.triton.configs import CONFIGS, OPERATIONS, Config, candidates, pick
 from twolevel.ops.kernels.triton.grouped import GroupedConv2d, forward, input_grad, unsupported, weight_grad
 from twolevel.ops.kernels.triton.kernel_set import TritonKernels
+from twolevel.ops.kernels.triton.normalise import TritonNormaliser
 from twolevel.ops.kernels.triton.problem import Problem, problem_of
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GroupedConv2d",
     "Problem",
     "TritonKernels",
+    "TritonNormaliser",
     "candidates",
     "forward",
     "input_grad",
