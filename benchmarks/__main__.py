@@ -9,6 +9,7 @@ BENCHMARKS = {
     "kernels": "what Triton kernels compile to for cards that need not be there: registers, loads, instructions",
     "layers": "every distinct convolution of a network, forward and its gradients, against the roofline",
     "traffic": "how often a layer passes over its maps, kernel by kernel; nothing is timed",
+    "normalise": "batch norm and ReLU of every size in a network, forward and backward, by torch and by ours",
     "step": "whole training steps: dense, group, our and stock two-level convolutions",
     "input": "training steps fed by the input pipeline against steps on a batch that is there",
     "predict": "the cost model of `twolevel plan`, calibrated here, against measured steps",
@@ -22,7 +23,7 @@ Some ranks of your own, under mpirun or torchrun: python -m benchmarks.exchange
 {names}
 
 python -m benchmarks NAME --help shows the options of one. Results go to benchmarks/results/."""
-ON_A_GPU = ("layers", "step", "input", "scaling")
+ON_A_GPU = ("layers", "normalise", "step", "input", "scaling")
 
 
 def run_one(name: str, argv: list[str]) -> None:

@@ -83,6 +83,14 @@ def stopwatch(device: str, threads: int) -> Callable[..., float]:
     return on_cpu if device == "cpu" else on_gpu
 
 
+@torch.no_grad()
+def copy_rate(device: str, dtype: torch.dtype, elements: int, seconds: Callable[..., float]) -> float:
+    """Bytes read and written a second by a copy of so many elements, the best of a few."""
+    source, copy = (torch.ones(elements, device=device, dtype=dtype) for _ in range(2))
+    copy.copy_(source)
+    return 2 * source.nbytes / min(seconds(lambda: copy.copy_(source)) for _ in range(5))
+
+
 def summary(seconds: list[float]) -> dict:
     """Median and quartiles in milliseconds."""
     ms = [1e3 * s for s in seconds]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from benchmarks import report
+
 if TYPE_CHECKING:
     from benchmarks.layers import Settings, Shape
 
@@ -42,7 +44,6 @@ def measure_roofline(settings: "Settings", seconds: Callable[..., float]) -> Roo
     options = {"device": settings.device, "dtype": settings.dtype}
     # Noise, since a card multiplies zeros and ones faster: they take less power.
     left, right, product = (torch.randn(side, side, **options) for _ in range(3))
-    source, copy = (torch.ones(elements, **options) for _ in range(2))
     convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     convolution = convolution.to(**options, memory_format=torch.channels_last)
     x = torch.randn(32, channels, height, height, **options).to(memory_format=torch.channels_last)
@@ -54,5 +55,5 @@ def measure_roofline(settings: "Settings", seconds: Callable[..., float]) -> Roo
     return Roofline(
         2 * side**3 / best(lambda: torch.mm(left, right, out=product)),
         2 * len(x) * height**2 * convolution.weight.numel() / best(lambda: convolution(x)),
-        2 * source.nbytes / best(lambda: copy.copy_(source)),
+        report.copy_rate(settings.device, settings.dtype, elements, seconds),
     )

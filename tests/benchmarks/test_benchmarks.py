@@ -10,19 +10,21 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import layers, peers, report, roofline, step
+from benchmarks import layers, normalise, peers, report, roofline, step
 from benchmarks.inference.command import Settings as InferenceSettings
 from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
 from twolevel.analysis import count
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d
+from twolevel.ops.kernels import native
 
 FORMS = [StockTwoLevelConv2d, TunedTwoLevelConv2d, ThreeConvolutions]
 # The same sums of at most some hundred float64 products, in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 TINY_STEP = ["--device", "cpu", "--model", "wrn-10-1", "--batch", "2", "--turns", "2", "--groups", "4"]
 TINY_LAYERS = ["--device", "cpu", "--models", "wrn-10-1", "--batch", "1", "--turns", "2", "--groups", "4"]
+TINY_NORMALISE = ["--device", "cpu", "--models", "wrn-10-1", "--batch", "1", "--turns", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -209,6 +211,7 @@ def test_a_peer_that_fills_the_card_costs_the_others_nothing(monkeypatch):
     [
         ("step", [*TINY_STEP, "--no-compile"]),
         ("layers", TINY_LAYERS),
+        ("normalise", TINY_NORMALISE),
         ("inference", ["--turns", "2", "--size", "32"]),
     ],
 )
@@ -270,13 +273,44 @@ def test_the_roof_is_the_slower_of_arithmetic_and_memory():
     assert roofline.Roofline(1e9, 1e9, 352).seconds(shape, 16, settings) == 2
 
 
+def test_norms_are_those_of_the_network_and_some_have_a_shortcut():
+    found = normalise.shapes("wrn-16-4")
+    assert sum(found.values()) == 13
+    assert found[normalise.Shape(64, 32, False)] == 3
+    assert found[normalise.Shape(64, 32, True)] == found[normalise.Shape(256, 8, True)] == 1
+    with pytest.raises(UserError, match=r"--models mobilenetv2-cifar: only the norms of a wrn-D-k"):
+        normalise.shapes("mobilenetv2-cifar")
+
+
+@pytest.mark.skipif(native.available() is not None, reason="no C compiler")
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_peers_of_a_norm_compute_the_same(shortcut):
+    torch.manual_seed(0)
+    x, go, more = (torch.randn(3, 8, 5, 5) for _ in range(3))
+    torchs, ours = (
+        normalise.passes(peer, normalise.Shape(8, 5, shortcut), x, go, more) for peer in ("torch", "native")
+    )
+    # float32 sums of 75 numbers.
+    torch.testing.assert_close(ours["forward"](), torchs["forward"](), rtol=1e-5, atol=1e-5)
+    for _ in range(2):  # as often as one likes
+        torch.testing.assert_close(ours["backward"](), torchs["backward"](), rtol=1e-5, atol=1e-5)
+
+
+def test_the_roof_of_a_norm_is_its_passes_over_memory():
+    settings = normalise.Settings(device="cpu", batch=2)
+    # float32 maps of 2 x 4 x 3 x 3 numbers: 288 bytes.
+    assert normalise.Shape(4, 3, False).seconds("forward", settings, 288) == 3
+    assert normalise.Shape(4, 3, False).seconds("backward", settings, 288) == 5
+    assert normalise.Shape(4, 3, True).seconds("backward", settings, 288) == 6
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_all_benchmarks_run_where_they_can_and_the_rest_is_named(there, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(command, "run_one", lambda name, argv: ran.append((name, *argv)))
     command.main([])
-    able = ("layers", "step", "input", "scaling")
+    able = ("layers", "normalise", "step", "input", "scaling")
     on_cpu = [(name, *["--device", "cpu"] * (name in able)) for name in command.BENCHMARKS]
     assert ran == on_cpu + [(name, "--device", "cuda") for name in able] * there
     out = capsys.readouterr().out
@@ -285,7 +319,7 @@ def test_all_benchmarks_run_where_they_can_and_the_rest_is_named(there, monkeypa
         assert (line in out) != there
 
 
-@pytest.mark.parametrize("settings", [step.Settings, layers.Settings])
+@pytest.mark.parametrize("settings", [step.Settings, layers.Settings, normalise.Settings])
 def test_a_gpu_that_is_not_there_is_an_error(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"--device cuda: .* finds no GPU on this machine; use --device cpu"):
@@ -293,7 +327,7 @@ def test_a_gpu_that_is_not_there_is_an_error(settings, monkeypatch):
     assert settings().device == "cpu"
 
 
-@pytest.mark.parametrize("settings", [step.Settings, layers.Settings])
+@pytest.mark.parametrize("settings", [step.Settings, layers.Settings, normalise.Settings])
 def test_a_gpu_has_larger_defaults_and_a_file_of_its_own(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     chosen = settings()
@@ -301,7 +335,7 @@ def test_a_gpu_has_larger_defaults_and_a_file_of_its_own(settings, monkeypatch):
     assert chosen.output.stem.endswith("-gpu")
 
 
-@pytest.mark.parametrize("settings", [step.Settings, layers.Settings, InferenceSettings])
+@pytest.mark.parametrize("settings", [step.Settings, layers.Settings, normalise.Settings, InferenceSettings])
 def test_one_turn_is_refused_since_it_has_no_quartiles(settings):
     with pytest.raises(UserError, match="--turns 1 gives no spread; use 2 or more"):
         settings(turns=1)

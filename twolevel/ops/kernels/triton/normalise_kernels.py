@@ -113,7 +113,7 @@ def join_moments(
     share = (number / num_pixels)[:, None]
     own = tl.load(means + at, mask=there, other=0.0)
     shifted = tl.sum(own * share, 0)
-    apart = tl.where(there, own - shifted[None, :], 0.0)
+    apart = tl.where(there, own - shifted[None, :], 0.0)  # pyright: ignore[reportArgumentType] a tensor
     spread = tl.sum(tl.load(spreads + at, mask=there, other=0.0) + apart * apart * number[:, None], 0)
     mean = shifted + first_number(x, channel, channels, plane, IN_ROWS)
     var = spread / num_pixels
