@@ -14,16 +14,19 @@ BENCHMARKS = {
     "input": "training steps fed by the input pipeline against steps on a batch that is there",
     "predict": "the cost model of `twolevel plan`, calibrated here, against measured steps",
     "scaling": "GC-2L and its rivals over ranks, over emulated links, and projected to many ranks",
+    "gpu": "a GPU's first hour: parity, tuning, whole steps, profiles, rooflines, NCCL; goes on where it stopped",
 }
 HELP = """usage: python -m benchmarks [NAME [OPTIONS]]
 
 Without a name: all of them with their defaults, on the CPU and on a GPU where there is one; about half an hour.
 Some ranks of your own, under mpirun or torchrun: python -m benchmarks.exchange
+Not among them: gpu, a GPU's first hour.
 
 {names}
 
 python -m benchmarks NAME --help shows the options of one. Results go to benchmarks/results/."""
 ON_A_GPU = ("layers", "normalise", "step", "input", "scaling")
+ALONE = ("gpu",)  # runs others itself
 
 
 def run_one(name: str, argv: list[str]) -> None:
@@ -32,7 +35,9 @@ def run_one(name: str, argv: list[str]) -> None:
 
 def run_all() -> None:
     """Every benchmark on the CPU, then on a GPU those that have something to do there; says what it skips."""
-    runs = [(name, ["--device", "cpu"] if name in ON_A_GPU else []) for name in BENCHMARKS]
+    runs = [
+        (name, ["--device", "cpu"] if name in ON_A_GPU else []) for name in BENCHMARKS if name not in ALONE
+    ]
 
     import torch
 

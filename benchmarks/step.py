@@ -33,6 +33,7 @@ from benchmarks.peers import COMPILED, GRAPH, NEVER_COMPILED, networks, rank_nam
 from twolevel import models
 from twolevel.errors import UserError, unknown
 from twolevel.nn.structure import memory_format
+from twolevel.ops.replay import replay_of
 from twolevel.settings import Device
 
 WARM_UP = 2  # steps of each peer before the first timed one: memory, choices of algorithms, optimiser state
@@ -129,17 +130,14 @@ class GraphedStep:
 
     def __init__(self, step: Step):
         self.network = step.network
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # as capture asks: the last step before it on a stream of its own
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
+
+        def call() -> None:
             self.loss = step()
 
+        self.replay = replay_of(call)
+
     def __call__(self) -> Tensor:
-        self.graph.replay()
+        self.replay()
         return self.loss
 
 

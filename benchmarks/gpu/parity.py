@@ -41,7 +41,7 @@ def files() -> list[Path]:
 
 def collected(paths: list[Path]) -> list[str]:
     """The tests in some files, by the names that pytest gives them."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", *map(str, paths)]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", *map(str, paths)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     names = [line for line in done.stdout.splitlines() if "::" in line]
     if done.returncode or not names:

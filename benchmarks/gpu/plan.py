@@ -35,8 +35,12 @@ def steps(processes: int | None = None) -> list[Step]:
         _profile("10-4", ("sc", "gc2l", "gc2l" + COMPILED)),
         _profile("10-16", ("gc2l", "gc2l" + COMPILED)),
         _profile("40-4", (rank_name(4), rank_name(4) + COMPILED)),
-        _layers("wrn-28-10", ("4", "16")),
-        _layers("wrn-28-40", ("4",)),
+        Step(
+            "layers-10",
+            "the layers of wrn-28-10 against the roofline",
+            ("benchmarks", "layers", "--device", "cuda", "--models", "wrn-28-10", "--groups", "4", "16"),
+            takes_s=120,
+        ),
         Step("nccl", "two ranks over NCCL", ("benchmarks.gpu.nccl",), takes_s=60, limit_s=180),
     ]
 
@@ -51,7 +55,7 @@ def _tuning(short: str, processes: str) -> Step:
         f"tuning-{short}",
         f"kernels for {NETWORKS[short]}",
         ("benchmarks.gpu.tuning", "--network", NETWORKS[short], "--processes", processes),
-        takes_s=90,
+        takes_s=130,
     )
 
 
@@ -76,12 +80,3 @@ def _profile(short: str, peers: tuple[str, ...]) -> Step:
 def _options(short: str) -> tuple[str, ...]:
     model, groups, *_ = NETWORKS[short].split("/")
     return ("--device", "cuda", "--model", model, "--batch", str(BATCH), "--groups", groups, "--ranks", "4")
-
-
-def _layers(model: str, groups: tuple[str, ...]) -> Step:
-    return Step(
-        f"layers-{model.removeprefix('wrn-28-')}",
-        f"the layers of {model} against the roofline",
-        ("benchmarks", "layers", "--device", "cuda", "--models", model, "--groups", *groups),
-        takes_s=120,
-    )

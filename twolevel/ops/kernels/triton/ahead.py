@@ -6,6 +6,7 @@ Triton keeps what it has compiled in `$TRITON_CACHE_DIR`, or `~/.triton/cache`, 
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import torch
@@ -81,8 +82,14 @@ def compile_ahead(layers: Iterable[Problem], processes: int, *, most: int, preci
     if not todo:
         return []
     context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    failed = []
     with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
-        return [why for found in pool.map(compile_job, *zip(*todo, strict=True)) for why in found]
+        try:
+            for found in pool.map(compile_job, *zip(*todo, strict=True)):
+                failed += found
+        except BrokenProcessPool as error:  # the layers are compiled where they are measured
+            failed.append(f"all that was left: {error}")
+    return failed
 
 
 def compile_job(job: Job, most: int, precision: str) -> list[str]:

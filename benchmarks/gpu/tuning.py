@@ -1,0 +1,117 @@
+"""Tunes the two-level layers of a network for a card: compiles their kernels in parallel, then times their forms.
+
+    python -m benchmarks.gpu.tuning --network wrn-28-10/4 --output FILE
+
+What is the fastest is kept in `$XDG_CACHE_HOME/twolevel`, the kernels in `$TRITON_CACHE_DIR`.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import report
+from benchmarks.kernels import Network
+from benchmarks.peers import one_rank
+from twolevel import models
+from twolevel.nn import TwoLevelConv2d
+from twolevel.ops.dispatch import able_forms, decide
+from twolevel.ops.kernels.triton.ahead import compile_ahead
+from twolevel.ops.kernels.triton.kernel_set import MOST
+from twolevel.ops.problem import Problem
+
+# Of bfloat16 products, which ignore it; and of float32 ones, as cuDNN's are by default.
+PRECISION = "tf32"
+
+
+@dataclass
+class Settings:
+    """Compile and time what can compute the layers of a network."""
+
+    network: str
+    """MODEL/GROUPS, or MODEL/GROUPS/RANKS for what one of so many ranks computes"""
+
+    output: Path
+    """file to write"""
+
+    batch: int = 128
+    """images"""
+
+    processes: int = os.cpu_count() or 1
+    """processes that compile"""
+
+
+def problems(network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> list[Problem]:
+    """The distinct two-level layers of a network in channels_last memory, in order; nothing is computed."""
+    found: dict[Problem, None] = {}
+
+    def note(layer: TwoLevelConv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        problem = replace(layer.problem(inputs[0]), batch=batch, device=device, dtype=dtype)
+        found[replace(problem, channels_last=True)] = None
+
+    size = models.image_size(network.model)
+    with torch.device("meta"):
+        if network.ranks > 1:
+            model = one_rank(network.model, network.groups, network.ranks)
+        else:
+            model = models.create(network.model, conv="gc2l", groups=network.groups)
+        for module in model.modules():
+            if isinstance(module, TwoLevelConv2d):
+                module.register_forward_pre_hook(note)
+        model.eval()(torch.empty(2, 3, size, size))
+    return list(found)
+
+
+def measure(layers: list[Problem], processes: int) -> dict[str, Any]:
+    """Seconds of compiling and of timing, the form of each layer with the times of all, and what cannot be compiled.
+
+    A compiled network takes any form but the dense one, which is timed apart.
+    """
+    began = time.perf_counter()
+    failed = compile_ahead(layers, processes, most=MOST, precision=PRECISION)
+    compiled = time.perf_counter()
+    found = []
+    for layer in layers:
+        able = able_forms(layer)
+        decision = decide(layer, able, may_measure=True)
+        inside = decide(layer, [form for form in able if form.schedule != "dense"], may_measure=True)
+        assert decision is not None and inside is not None
+        found.append(
+            {
+                "layer": layer.title(),
+                "form": str(decision.form),
+                "compiled": str(inside.form),
+                "ms": dict(decision.milliseconds),
+            }
+        )
+        print(f"{layer.title()}: {decision.why()}", flush=True)
+    return {
+        "compile_s": compiled - began,
+        "measure_s": time.perf_counter() - compiled,
+        "layers": found,
+        "cannot_compile": failed,
+    }
+
+
+def main(argv: list[str]) -> None:
+    settings = report.parse(Settings, "gpu", argv)
+    facts = report.machine(report.choose_device("cuda"))
+    torch.backends.cudnn.benchmark = True
+    network = Network.named(settings.network)
+    layers = problems(network, settings.batch, torch.device("cuda", 0), torch.bfloat16)
+    found = measure(layers, settings.processes)
+    report.save(settings.output, "python -m benchmarks.gpu.tuning", facts, asdict(settings), found)
+    for why in found["cannot_compile"]:
+        print(f"cannot be compiled: {why}")
+    print(
+        f"{network}: {len(layers)} layers, compiled in {found['compile_s']:.0f} s by {settings.processes} "
+        f"processes, timed in {found['measure_s']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
