@@ -240,6 +240,59 @@ def test_a_compiled_layer_takes_the_fastest_form_that_is_not_dense(fresh, monkey
     )
 
 
+@pytest.fixture
+def on_a_card(monkeypatch):
+    """A problem on a card; forms "take" what they return."""
+    monkeypatch.setattr(autotune, "_seconds", lambda run, device: run())
+    return dataclasses.replace(problem(), device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_on_a_card_forms_are_timed_without_what_the_host_adds_if_all_can_be_captured(
+    on_a_card, monkeypatch, captured
+):
+    able = able_forms(problem())[:2]
+    kernels, host = dict(zip(able, (1.0, 2.0), strict=True)), dict(zip(able, (9.0, 2.0), strict=True))
+    asked = []
+
+    def replay_all(calls):
+        asked.append([*calls])
+        return {form: lambda form=form: kernels[form] for form in calls} if captured else None
+
+    monkeypatch.setattr(autotune, "replays", replay_all)
+    times = measure(on_a_card, able, lambda one: [lambda form=form: host[form] for form in able])
+    assert times == (kernels if captured else host)
+    assert asked == [able]
+
+
+def test_on_a_card_a_form_that_fails_is_left_out_and_named(on_a_card, monkeypatch, caplog):
+    able = able_forms(problem())[:3]
+
+    def fail():
+        raise RuntimeError("PassManager::run failed")
+
+    def full():
+        raise torch.OutOfMemoryError("2 GiB")
+
+    monkeypatch.setattr(autotune, "replays", lambda calls: None)
+    with caplog.at_level(logging.WARNING, "twolevel.ops"):
+        assert measure(on_a_card, able, lambda one: [fail, full, lambda: 1.0]) == {able[2]: 1.0}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{able[0]} fails for layers of 32 to 32 channels")
+    assert said.endswith("and is left out: PassManager::run failed")
+    with pytest.raises(RuntimeError, match="PassManager"):
+        measure(on_a_card, able[:2], lambda one: [full, fail])
+
+
+def test_on_a_cpu_a_form_that_fails_is_an_error():
+    def fail():
+        raise RuntimeError("a defect")
+
+    able = able_forms(problem())[:2]
+    with pytest.raises(RuntimeError, match="a defect"):
+        measure(problem(), able, lambda one: [lambda: None, fail])
+
+
 def test_dense_is_for_one_rank_alone():
     assert Form("dense", "grouped") in able_forms(problem())
     assert Form("dense", "grouped") not in able_forms(problem(ranks=2))

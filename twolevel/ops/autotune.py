@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from twolevel.ops.kernels import native
+from twolevel.ops.replay import replays
 from twolevel.ops.store import Store, cache_folder
 
 # Below so many multiplications a layer is too small to benchmark: the calls themselves are what takes longest.
@@ -22,6 +23,7 @@ CPU_VALUES = 1 << 22
 # Another form than the first, which is the best estimate, has to be faster by this: the noise of a measurement.
 MARGIN = 0.03
 TURNS = 3
+GPU_RUNS = 3  # between two events: the launch of all but the first is hidden
 
 log = logging.getLogger("twolevel.ops")
 
@@ -132,19 +134,31 @@ def _with_waits(decision: Decision, able: Sequence[Form], waits: Mapping[Form, f
 
 
 def measure(problem: Layer, able: Sequence[Form], runs: Callable[[Layer], list[Run]]) -> dict[Form, float]:
-    """Seconds of forward and backward by form, the least of a few runs. A form that runs out of memory is left out."""
+    """Seconds of forward and backward by form, the least of a few runs. A form that runs out of memory is left out.
+
+    On a GPU so is one that fails, as kernels may that a card has not been tried with, and forms are replayed as CUDA
+    graphs, so that what the host needs to launch their kernels does not choose; unless one cannot be captured.
+    """
     candidates = dict(zip(able, runs(problem), strict=True))
+    on_gpu = problem.device.type == "cuda"
     times: dict[Form, float] = {}
     for turn in range(TURNS + 1):  # one to warm up
         for form, run in [*candidates.items()]:
             try:
                 seconds = _seconds(run, problem.device)
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                full = isinstance(error, torch.OutOfMemoryError)
+                if len(candidates) == 1 or not (full or on_gpu):
+                    raise
+                if not full:
+                    log.warning("%s fails for layers of %s and is left out: %s", form, problem.title(), error)
                 del candidates[form]
                 times.pop(form, None)
                 continue
             if turn:
                 times[form] = min(seconds, times.get(form, seconds))
+        if turn == 0 and on_gpu:
+            candidates = replays(candidates) or candidates
     return times
 
 
@@ -152,10 +166,11 @@ def _seconds(run: Run, device: torch.device) -> float:
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        for _ in range(GPU_RUNS):
+            run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3 / GPU_RUNS
     # With one thread the time that it had a core: other ranks of the machine do not count.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()

@@ -1,10 +1,15 @@
 """Calls as CUDA graphs: a replay takes the time of its kernels, however long the host needs to launch them."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
+Key = TypeVar("Key")
+
+log = logging.getLogger("twolevel.ops")
 
 
 def replay_of(call: Call, stream: torch.cuda.Stream | None = None) -> Call:
@@ -24,3 +29,12 @@ def replay_of(call: Call, stream: torch.cuda.Stream | None = None) -> Call:
             call()
     current.wait_stream(stream)
     return graph.replay
+
+
+def replays(calls: Mapping[Key, Call]) -> dict[Key, Call] | None:
+    """What replays each of them; None where one cannot be captured: the time of a replay compares with no other."""
+    try:
+        return {key: replay_of(call) for key, call in calls.items()}
+    except RuntimeError as error:
+        log.info("no CUDA graph of %s: %s", ", ".join(map(str, calls)), error)
+        return None
