@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from twolevel.ops.normalise_problem import NormaliseProblem
 
 MAPS = (0, 2, 3)
+NOTHING = 1e-30  # added to a variance that includes eps: torch 2.11 refuses 0
 
 
 class Normalisation(NamedTuple):
@@ -122,7 +123,7 @@ class TorchNormaliser(Normaliser):
         return Moments(mean, var, numbers(x))
 
     def apply(self, x: Tensor, by: Normalisation) -> Tensor:
-        v = F.batch_norm(x, by.mean, by.inv_std**-2, by.weight, by.bias, False, 0.0, 0.0)
+        v = F.batch_norm(x, by.mean, by.inv_std**-2, by.weight, by.bias, False, 0.0, NOTHING)
         return v.relu_() if by.relu else v
 
     def sums(self, go: Tensor, x: Tensor, by: Normalisation) -> Tensor:
