@@ -28,13 +28,13 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import layers, offline, report
+from benchmarks.offline import TARGETS
 from twolevel.errors import UserError, unknown
 from twolevel.ops.geometry import Geometry
-from twolevel.ops.kernels.triton import Problem, launches, pick, problem_of
-from twolevel.ops.kernels.triton.configs import Operation
+from twolevel.ops.kernels.triton import Config, Problem, candidates, launches, problem_of
 from twolevel.ops.kernels.triton.launches import Launch
+from twolevel.ops.kernels.triton.problem import Operation
 
-TARGETS = tuple(offline.SHARED_BYTES)
 HEADS = (
     "",
     "a group",
@@ -116,8 +116,8 @@ class Network:
         rank = f", one rank of {self.ranks}" if self.ranks > 1 else ""
         return f"{self.model} G={self.groups}{rank}"
 
-    def kernels(self, shape: layers.Shape, batch: int, dtype: torch.dtype) -> Iterator[Kernel]:
-        """All of one layer, in the configurations that are estimated to be the best."""
+    def kernels(self, shape: layers.Shape, batch: int, dtype: torch.dtype, target: int) -> Iterator[Kernel]:
+        """All of one layer, in the configurations that are estimated to be the best on such a card."""
         groups = self.groups // self.ranks
         inputs, outputs = shape.channels // self.ranks, shape.outputs // self.ranks
         x_shape = (batch, inputs, shape.height, shape.height)
@@ -127,31 +127,24 @@ class Network:
             weight = (outputs, inputs // groups, shape.kernel, shape.kernel)
             return problem_of(x_shape, weight, geometry, groups, dtype, restriction)
 
+        def best(problem: Problem, operation: Operation) -> Config:
+            return candidates(problem, operation, divmod(target, 10))[0]
+
         def forward(name: str, problem: Problem, maps: int = 0) -> Kernel:
-            weight = _strides(problem)
-            restriction = weight if problem.restriction else None
-            config = pick(problem, "forward")
-            return Kernel(name, problem, launches.forward(problem, config, "tf32", weight, restriction, maps))
+            launch = launches.forward(problem, best(problem, "forward"), "tf32", maps)
+            return Kernel(name, problem, launch)
 
         local, alone = problem(outputs), problem(groups)
         yield forward("forward, restriction", problem(outputs, restriction=True))
         yield forward("forward, coarse", local, self.groups) if self.ranks == 1 else forward("forward", local)
         yield forward("restriction", alone)
         for whose, one in (("", local), (" of restriction", alone)):
-            operation: Operation = "input_grad"
-            for launch in launches.input_grad(one, pick(one, operation), "tf32", _strides(one)):
-                taps = f", {launch.constants['TAPS_H']}x{launch.constants['TAPS_W']} taps" * (
-                    shape.stride > 1
-                )
-                yield Kernel(f"input gradient{whose}{taps}", one, launch)
-            operation = "weight_grad"
-            launch, _ = launches.weight_grad(one, pick(one, operation), "tf32")
+            for launch in launches.input_grad(one, best(one, "input_grad"), "tf32"):
+                taps = f"{launch.constants['TAPS_H']}x{launch.constants['TAPS_W']}"
+                phase = f", {taps} taps" if shape.stride > 1 else ""
+                yield Kernel(f"input gradient{whose}{phase}", one, launch)
+            launch, _ = launches.weight_grad(one, best(one, "weight_grad"), "tf32")
             yield Kernel(f"weight gradient{whose}", one, launch)
-
-
-def _strides(problem: Problem) -> tuple[int, int, int]:
-    """Of a weight in channels_last memory."""
-    return problem.taps * problem.group_inputs, 1, problem.group_inputs
 
 
 def measure(settings: Settings) -> dict:
@@ -159,8 +152,8 @@ def measure(settings: Settings) -> dict:
     dtype, found, issued = DTYPES[settings.dtype], [], Counter()
     for network in map(Network.named, settings.networks):
         for shape, times in layers.shapes(network.model).items():
-            for kernel in network.kernels(shape, settings.batch, dtype):
-                for target in settings.targets:
+            for target in settings.targets:
+                for kernel in network.kernels(shape, settings.batch, dtype, target):
                     made = offline.compiled(kernel.launch, dtype, target)
                     found.append(
                         {
@@ -169,7 +162,7 @@ def measure(settings: Settings) -> dict:
                             "times_in_model": times,
                             "operation": kernel.operation,
                             "group": f"{kernel.problem.group_inputs} to {kernel.problem.group_outputs}",
-                            "pack": kernel.problem.pack,
+                            "pack": kernel.launch.constants["PACK"],
                             "target": target,
                             "config": [*kernel.launch.config],
                             "programs": kernel.launch.programs,

@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from twolevel.ops.kernels.triton.estimate import REGISTERS, SHARED_KIB
 from twolevel.ops.kernels.triton.launches import Launch
 
-# What a processor of a card has: NVIDIA, "CUDA C++ Programming Guide", technical specifications by compute capability.
-REGISTERS, WARPS, PROGRAMS = 1 << 16, 64, 32
-SHARED_BYTES = {80: 164 << 10, 90: 228 << 10}
+# What a processor of such a card has: NVIDIA, "CUDA C++ Programming Guide", technical specifications by compute
+# capability.
+TARGETS = (80, 90)
+WARPS, PROGRAMS = 64, 32
 SYSTEM_SHARED_BYTES = 1 << 10  # of every program
 REGISTERS_AT_ONCE = 256  # a warp's registers come in such blocks
 
@@ -87,7 +89,7 @@ class Compiled(NamedTuple):
         of_a_warp = -(-32 * self.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
         return min(
             REGISTERS // (of_a_warp * warps),
-            SHARED_BYTES[self.target] // (self.shared_bytes + SYSTEM_SHARED_BYTES),
+            (SHARED_KIB[divmod(self.target, 10)] << 10) // (self.shared_bytes + SYSTEM_SHARED_BYTES),
             WARPS // warps,
             PROGRAMS,
         )

@@ -77,7 +77,7 @@ def test_a_processor_holds_what_its_scarcest_resource_allows():
 
 def test_kernels_of_a_layer_are_those_of_every_schedule():
     shape = layers.Shape(64, 64, 3, 1, 8)
-    one = [*kernels.Network.named("wrn-10-1/4").kernels(shape, 2, torch.bfloat16)]
+    one = [*kernels.Network.named("wrn-10-1/4").kernels(shape, 2, torch.bfloat16, 90)]
     assert [kernel.operation for kernel in one] == [
         "forward, restriction",
         "forward, coarse",
@@ -87,12 +87,14 @@ def test_kernels_of_a_layer_are_those_of_every_schedule():
         "input gradient of restriction",
         "weight gradient of restriction",
     ]
-    rank = [*kernels.Network.named("wrn-10-1/4/2").kernels(shape, 2, torch.bfloat16)]
+    rank = [*kernels.Network.named("wrn-10-1/4/2").kernels(shape, 2, torch.bfloat16, 90)]
     assert [kernel.operation for kernel in rank][1] == "forward"
     assert {kernel.problem.groups for kernel in one} == {4}
     assert {kernel.problem.groups for kernel in rank} == {2}
     assert {kernel.problem.inputs for kernel in rank} == {32}
-    strided = kernels.Network.named("wrn-10-1/4").kernels(layers.Shape(64, 64, 3, 2, 8), 2, torch.bfloat16)
+    strided = kernels.Network.named("wrn-10-1/4").kernels(
+        layers.Shape(64, 64, 3, 2, 8), 2, torch.bfloat16, 90
+    )
     taps = [kernel.operation for kernel in strided if kernel.operation.startswith("input gradient,")]
     assert taps == [f"input gradient, {taps} taps" for taps in ("1x1", "1x2", "2x1", "2x2")]
 
@@ -117,7 +119,7 @@ def test_a_card_that_is_there_is_the_target_unless_offline_is_asked_for(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert kernels.Settings().targets == (80,)
-    assert kernels.Settings(offline=True).targets == kernels.TARGETS
+    assert kernels.Settings(offline=True).targets == offline.TARGETS
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(UserError, match=r"nothing is known of compute capability 7.5 here; use --offline"):
         kernels.Settings()

@@ -51,9 +51,15 @@ CASES = {
     "packs with a ragged last": (7, 3, 4, (3, 3), (1, 1), (1, 1), (1, 1), (4, 4), 2),
     "narrow in, wide out": (4, 1, 40, (1, 1), (1, 1), (1, 1), (1, 1), (3, 3), 1),
     "wide in, narrow out": (4, 40, 1, (2, 3), (1, 1), (0, 1), (1, 1), (3, 4), 1),
+    "ten channels": (6, 10, 10, (3, 3), (1, 1), (1, 1), (1, 1), (5, 7), 2),
+    "ten channels, stride 2": (4, 10, 20, (3, 3), (2, 2), (1, 1), (1, 1), (6, 9), 1),
+    "ten channels, pointwise stride 2": (5, 10, 20, (1, 1), (2, 2), (0, 0), (1, 1), (7, 4), 2),
+    "a tile of two taps": (1, 24, 24, (3, 3), (1, 1), (1, 1), (1, 1), (4, 6), 1),
+    "whole tiles": (2, 32, 32, (3, 3), (1, 1), (1, 1), (1, 1), (8, 4), 1),
+    "an image wider than its kernel's padding": (2, 5, 6, (1, 5), (1, 2), (0, 2), (1, 1), (3, 9), 2),
 }
 # The interpreter is slow, and its kernels are the same code in both dtypes.
-HALF = ["plain", "stride 2", "depthwise"] if CHILD else CASES
+HALF = ["plain", "stride 2", "depthwise", "ten channels"] if CHILD else CASES
 RUNS = [(dtype, case) for dtype in DTYPES for case in (CASES if dtype == torch.float32 else HALF)]
 
 
@@ -110,12 +116,15 @@ def test_gradients_are_those_of_autograd(case, dtype):
     gx = grouped.input_grad(gy, weight, x.shape, geometry, groups, config=SMALL)
     gw = grouped.weight_grad(gy, x, weight.shape, geometry, groups, config=SMALL)
     assert gx.is_contiguous(memory_format=torch.channels_last)
+    assert gw.dtype == torch.float32  # whatever the operands are
     assert_close(gx, expected_x)
     assert_close(gw, expected_weight)
 
 
 @ran_here
-@pytest.mark.parametrize("case", ["plain", "stride 2", "depthwise", "packs with a ragged last"])
+@pytest.mark.parametrize(
+    "case", ["plain", "stride 2", "depthwise", "packs with a ragged last", "ten channels", "whole tiles"]
+)
 def test_restriction_rides_along(case):
     x, weight, _, geometry, groups = tensors(case, torch.float32)
     restriction = torch.randn_like(weight[:groups])
@@ -195,6 +204,11 @@ def test_weight_may_be_channels_last_and_x_may_have_one_channel():
     assert_close(grouped.forward(x, last(weight), geometry, groups), expected)
     gx = grouped.input_grad(gy, last(weight), x.shape, geometry, groups)
     assert torch.equal(gx, grouped.input_grad(gy, weight, x.shape, geometry, groups))
+    shifted = torch.empty(weight.numel() + 1, device=DEVICE)[1:].view(weight.shape).copy_(weight)
+    assert shifted.data_ptr() % 16  # the kernel would read whole copies of 16 bytes
+    assert torch.equal(
+        grouped.forward(x, shifted, geometry, groups), grouped.forward(x, weight, geometry, groups)
+    )
     one = x[:, :1].contiguous()
     expected = F.conv2d(one.double(), weight[:, :1].double(), None, *geometry)
     assert_close(grouped.forward(one, weight[:, :1].contiguous(), geometry, 1), expected)
@@ -239,6 +253,7 @@ def test_inputs_that_cannot_be_read_are_named():
         "float64": lambda: grouped.forward(x.double(), weight.double(), geometry, groups),
         "coarse is given without z": lambda: grouped.forward(x, weight, geometry, groups, coarse=coarse),
         "z has shape": lambda: grouped.forward(x, weight, geometry, groups, coarse=coarse, z=z[:, :1]),
+        "more than 15 taps": lambda: grouped.forward(x, weight.repeat(1, 1, 6, 1), geometry, groups),
         "does not fit": lambda: grouped.forward(x, weight, Geometry(dilation=(5, 5)), groups),
         "unknown precision": lambda: grouped.forward(x, weight, geometry, groups, precision="tf16"),
         "block_in=24": lambda: grouped.forward(x, weight, geometry, groups, config=(32, 16, 24, 4, 2)),
@@ -258,10 +273,10 @@ def layer_of(x, weight, geometry, groups) -> Problem:
 
 
 def test_narrow_groups_are_packed_until_a_tile_is_full():
-    def pack(groups, inputs, outputs, restriction=False):
+    def pack(groups, inputs, outputs, restriction=False, operation="forward"):
         shapes = (1, groups * inputs, 4, 4), (groups * outputs, inputs, 3, 3)
         geometry = Geometry(padding=(1, 1))
-        return grouped.problem_of(*shapes, geometry, groups, torch.float16, restriction).pack
+        return grouped.problem_of(*shapes, geometry, groups, torch.float16, restriction).pack(operation)
 
     assert pack(16, 1, 1) == 16
     assert pack(16, 4, 4) == 4
@@ -270,6 +285,21 @@ def test_narrow_groups_are_packed_until_a_tile_is_full():
     assert pack(2, 1, 1) == 2
     # Three outputs and the restriction of four groups are the sixteen columns of a tile.
     assert pack(16, 4, 3, restriction=True) == 4
+    assert pack(16, 1, 4, operation="input_grad") == pack(16, 4, 1) == 4
+
+
+def test_groups_that_begin_where_little_can_be_copied_at_a_time_are_packed():
+    """Ten channels are 20 bytes: of two groups every copy is of 8 bytes, of four of 16."""
+
+    def pack(inputs, operation):
+        shapes = (1, 16 * inputs, 8, 8), (16 * inputs, inputs, 3, 3)
+        return grouped.problem_of(*shapes, Geometry(padding=(1, 1)), 16, torch.bfloat16).pack(operation)
+
+    assert pack(10, "forward") == pack(10, "input_grad") == 2
+    assert pack(10, "weight_grad") == 4  # 40 of the 64 rows that are multiplied at once
+    assert pack(20, "forward") == 1
+    assert pack(20, "weight_grad") == 2
+    assert pack(40, "forward") == pack(40, "weight_grad") == 1
 
 
 @pytest.mark.parametrize("operation", grouped.OPERATIONS)
@@ -282,9 +312,13 @@ def test_estimate_has_no_tile_of_twice_the_channels(operation, width):
         assert grouped.pick(problem, operation, override=config) == config
     best = grouped.pick(problem, operation)
     assert best in grouped.CONFIGS
-    side = problem.pack * width
-    assert -(-side // best.block_out) * best.block_out < 2 * max(16, side)
-    assert -(-side // best.block_in) * best.block_in < 2 * max(16, side)
+    inputs = outputs = problem.pack(operation) * width
+    if operation == "input_grad":  # every tap has outputs or inputs of its own
+        outputs *= problem.taps
+    else:
+        inputs *= problem.taps
+    assert -(-outputs // best.block_out) * best.block_out < 2 * max(16, outputs)
+    assert -(-inputs // best.block_in) * best.block_in < 2 * max(16, inputs)
 
 
 def test_choices_are_kept_on_disk_for_their_problem_and_card_alone(tmp_path, monkeypatch):
@@ -347,40 +381,3 @@ except ValueError as error:
     assert child.returncode == 0, child.stderr
     assert child.stdout.splitlines()[0] == "False"
     assert "Triton is not installed" in child.stdout
-
-
-@parent_alone
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("kernel", ["gather_product", "tap_product"])
-def test_kernels_compile_to_tensor_core_instructions(kernel, capability, tmp_path, monkeypatch):
-    """Triton compiles for a card that is not there; what the interpreter lets pass, the compiler may not."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from twolevel.ops.kernels.triton import kernels
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(kernels, kernel)
-    constants = {"KERNEL_W": 3, "C": 4, "D": 3, "PACK": 4, "PRECISION": "ieee"}
-    if kernel == "gather_product":
-        constants |= {"TAPS_H": 3, "TAPS_W": 3, "HAS_R": 1, "HAS_COARSE": 1}
-        constants |= {"BLOCK_ROW": 64, "BLOCK_COLUMN": 16, "BLOCK_K": 16}
-    else:
-        constants |= {"TAPS": 9, "BLOCK_PIXELS": 64, "BLOCK_OUT": 16, "BLOCK_IN": 16}
-    tensors = {"x", "w", "out", "r", "z_out", "coarse", "z_in", "gy"}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else "*bf16"
-        if name in tensors
-        else "*fp32"
-        if name == "partials"
-        else "i32"
-        for name in function.arg_names
-    }
-    compiled = triton.compile(
-        ASTSource(function, signature, constants), target=GPUTarget("cuda", capability, 32)
-    )
-    assert any(product in compiled.asm["ptx"] for product in ("mma.sync", "wgmma.mma"))
-    assert compiled.asm["cubin"]

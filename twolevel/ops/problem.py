@@ -98,6 +98,13 @@ class Problem:
         return x, random(*self.local_shape), restriction, random(self.outputs, self.groups * self.ranks, 1, 1)
 
 
+def batch_class(batch: int) -> int:
+    """The power of two that is not below it: what was measured for a batch holds for those of its class, so that a
+    smaller last batch is not measured anew.
+    """
+    return 1 << max(0, batch - 1).bit_length()
+
+
 def _odd(x: Tensor, *weights: Tensor) -> str:
     for tensor in (x, *weights):
         if type(tensor) not in PLAIN:

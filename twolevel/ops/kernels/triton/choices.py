@@ -11,8 +11,9 @@ from torch import Tensor
 from twolevel.errors import UserError, unknown
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.triton import grouped
-from twolevel.ops.kernels.triton.configs import OPERATIONS, Config, Operation, candidates
-from twolevel.ops.kernels.triton.problem import Problem, problem_of
+from twolevel.ops.kernels.triton.configs import OPERATIONS, Config
+from twolevel.ops.kernels.triton.estimate import candidates
+from twolevel.ops.kernels.triton.problem import Operation, Problem, problem_of
 from twolevel.ops.store import Store, cache_folder
 
 FILE = "grouped_convolution.json"
@@ -84,7 +85,8 @@ def tune(
     problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
     run = _runner(operation, problem, x, weight, restriction, precision)
     times = {}
-    for config in candidates(problem, operation)[:most]:
+    capability = torch.cuda.get_device_capability(x.device)
+    for config in candidates(problem, operation, capability)[:most]:
         try:
             times[config] = do_bench(lambda config=config: run(config), return_mode="median")
         except OutOfResources:

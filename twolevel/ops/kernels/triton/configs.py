@@ -1,13 +1,14 @@
-"""How a kernel tiles its work: the configurations there are, and the choice without a measurement."""
+"""How a kernel tiles its work: the configurations there are, and what each makes of a problem."""
 
-from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
-from twolevel.errors import UserError, unknown
-from twolevel.ops.kernels.triton.problem import TILE, Problem
+from twolevel.errors import UserError
+from twolevel.ops.kernels.triton.problem import TILE, Operation, Problem
 
-Operation = Literal["forward", "input_grad", "weight_grad"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)
+# The weight gradient is split over pixels into about so many programs. It is a constant, and not a count of the
+# card's processors, so that the order of the sum does not depend on the card.
+SPLIT_PROGRAMS = 512
 
 
 class Config(NamedTuple):
@@ -26,23 +27,36 @@ class Config(NamedTuple):
 CONFIGS: tuple[Config, ...] = tuple(
     Config(*config)
     for config in [
+        (128, 256, 64, 8, 3),
+        (256, 128, 64, 8, 3),
+        (128, 64, 256, 8, 3),
+        (256, 64, 128, 8, 3),
+        (64, 128, 256, 8, 3),
+        (32, 128, 256, 8, 3),
+        (16, 64, 256, 4, 4),
+        (256, 64, 32, 8, 3),
+        (256, 32, 64, 8, 3),
         (128, 128, 64, 8, 3),
         (128, 64, 128, 8, 3),
+        (64, 128, 128, 8, 3),
+        (64, 64, 128, 4, 3),
         (128, 128, 32, 8, 3),
         (128, 32, 128, 8, 3),
         (128, 64, 64, 4, 3),
-        (64, 128, 128, 8, 2),
-        (64, 128, 64, 4, 3),
-        (64, 64, 128, 4, 3),
+        (256, 32, 32, 4, 3),
+        (256, 16, 32, 4, 3),
+        (256, 16, 16, 4, 4),
         (128, 64, 32, 4, 4),
         (128, 32, 64, 4, 4),
+        (128, 16, 128, 4, 4),
+        (64, 16, 256, 4, 3),
         (64, 64, 64, 4, 4),
         (128, 32, 32, 4, 4),
         (64, 64, 32, 4, 4),
         (64, 32, 64, 4, 4),
         (64, 32, 32, 4, 4),
-        (128, 64, 16, 4, 4),
         (128, 16, 64, 4, 4),
+        (128, 64, 16, 4, 4),
         (128, 32, 16, 4, 4),
         (128, 16, 32, 4, 4),
         (128, 16, 16, 4, 4),
@@ -52,54 +66,48 @@ CONFIGS: tuple[Config, ...] = tuple(
     ]
 )
 
-# Shared memory of a program: Ampere cards other than the A100 have 99 KiB.
-SHARED_BYTES = 96 * 1024
-# Programs below which a large card has idle processors; an H100 has 132.
-ENOUGH_PROGRAMS = 256
+
+class Sides(NamedTuple):
+    """Of a tile: the two of the result, and the one that is summed over."""
+
+    rows: int
+    columns: int
+    depth: int
+
+
+def sides(config: Config, operation: Operation) -> Sides:
+    pixels, out, inp = config[:3]
+    if operation == "forward":
+        return Sides(pixels, out, inp)
+    return Sides(pixels, inp, out) if operation == "input_grad" else Sides(out, inp, pixels)
 
 
 def tiles(problem: Problem, config: Config, operation: Operation) -> tuple[int, int, int]:
-    """(pixel tiles, output tiles, input tiles) of one pack of groups."""
-    columns = problem.pack * (problem.group_outputs + (problem.restriction and operation == "forward"))
-    rows = problem.pixels
+    """(pixel tiles, output tiles, input tiles) of one pack of groups; every tap has inputs or outputs of its own."""
+    pack = problem.pack(operation)
+    outputs = pack * (problem.group_outputs + (problem.restriction and operation == "forward"))
+    inputs = pack * problem.group_inputs
+    pixels = problem.pixels
     if operation == "input_grad":
-        rows = problem.batch * problem.height * problem.width
-    inputs = problem.pack * problem.group_inputs
-    return -(-rows // config.block_pixels), -(-columns // config.block_out), -(-inputs // config.block_in)
+        pixels = problem.batch * problem.height * problem.width
+        outputs *= problem.taps
+    else:
+        inputs *= problem.taps
+    sides = zip((pixels, outputs, inputs), config, strict=False)
+    pixel_tiles, out_tiles, in_tiles = (-(-side // block) for side, block in sides)
+    return pixel_tiles, out_tiles, in_tiles
 
 
-def candidates(problem: Problem, operation: Operation) -> list[Config]:
-    """The configurations that fit a card, the most promising first; no card was asked, this is an estimate.
-
-    Padded multiplications, each weighted by the loads it needs, and by how far the programs fill a card.
-    """
-    fitting = [config for config in CONFIGS if _shared_bytes(problem, config, operation) <= SHARED_BYTES]
-    return sorted(fitting, key=lambda config: _cost(problem, config, operation))
-
-
-def pick(
-    problem: Problem,
-    operation: Operation,
-    override: Config | None = None,
-    measured: Config | None = None,
-) -> Config:
-    """The configuration to run: the override, else the measured one, else the best estimate.
-
-    Raises UserError for an operation that is not one of OPERATIONS and for an override that no kernel can run.
-    """
-    if operation not in OPERATIONS:
-        raise unknown("operation", operation, OPERATIONS)
-    if override is not None:
-        return _checked(Config(*override))
-    return measured or _estimate(problem, operation)
+def splits(problem: Problem, config: Config) -> int:
+    """Into how many ranges of pixels a weight gradient is split, at least one."""
+    pixel_tiles, out_tiles, in_tiles = tiles(problem, config, "weight_grad")
+    size = problem.outputs * problem.taps * problem.group_inputs
+    programs = out_tiles * in_tiles * problem.packs("weight_grad")
+    return max(1, min(SPLIT_PROGRAMS // programs, pixel_tiles, (2**31 - 1) // max(1, size)))
 
 
-@lru_cache(maxsize=1024)  # of a pure function, which every call of every layer asks for
-def _estimate(problem: Problem, operation: Operation) -> Config:
-    return candidates(problem, operation)[0]
-
-
-def _checked(config: Config) -> Config:
+def checked(config: Config) -> Config:
+    """The configuration. Raises UserError for one that no kernel can run."""
     for name, size in zip(config._fields[:3], config, strict=False):
         if size < TILE or size & (size - 1):
             raise UserError(f"{name}={size} is not a power of two of at least {TILE}; use 16, 32, 64 or 128")
@@ -108,27 +116,3 @@ def _checked(config: Config) -> Config:
     if config.num_stages < 1:
         raise UserError(f"num_stages={config.num_stages} is less than 1; use 1 to 5")
     return config
-
-
-def _shared_bytes(problem: Problem, config: Config, operation: Operation) -> int:
-    """Bytes of the two operands of a product, once for every stage of the pipeline."""
-    pixels, out, inp = config[:3]
-    # The contracted side, then the two sides of the result.
-    k, rows, columns = {
-        "forward": (inp, pixels, out),
-        "input_grad": (out, pixels, inp),
-        "weight_grad": (pixels, out, inp),
-    }[operation]
-    return k * (rows + columns) * problem.dtype.itemsize * config.num_stages
-
-
-def _cost(problem: Problem, config: Config, operation: Operation) -> float:
-    rows, outs, ins = tiles(problem, config, operation)
-    pixels, out, inp = config[:3]
-    padded = rows * pixels * outs * out * ins * inp
-    sides = {"forward": (pixels, out), "input_grad": (pixels, inp), "weight_grad": (out, inp)}[operation]
-    loads = sum(TILE / side for side in sides)
-    if operation == "weight_grad":  # it is split over pixels until it fills the card
-        return padded * (1 + loads)
-    programs = problem.packs * rows * (outs if operation == "forward" else ins)
-    return padded * (1 + loads) * max(1.0, ENOUGH_PROGRAMS / max(1, programs))

@@ -1,7 +1,7 @@
 """Group convolution in channels_last memory: forward with restriction and coarse term, and both gradients.
 
     y_g  = A_g * x_g (+ C_g z)        z_g = r_g * x_g        sums in float32, results in the dtype of x
-    gx_g = A_g^T * gy_g               gA_g[o, i, tap] = sum over pixels of gy_g[o] x_g[i] at the tap
+    gx_g = A_g^T * gy_g               gA_g[o, i, tap] = sum over pixels of gy_g[o] x_g[i] at the tap, left in float32
 
 Run on CUDA cards from Ampere on, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before the import).
 The functions record nothing for autograd; `GroupedConv2d` does. Packed groups (`Problem.pack`) share a product whose
@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 from twolevel.errors import UserError
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.triton import launches
-from twolevel.ops.kernels.triton.configs import Config, pick
+from twolevel.ops.kernels.triton.configs import Config
+from twolevel.ops.kernels.triton.estimate import pick
 from twolevel.ops.kernels.triton.launch import check_device, run
 from twolevel.ops.kernels.triton.problem import (
+    COPY_BYTES,
     check_image,
     check_tensor,
     problem_of,
-    weight_strides,
 )
 from twolevel.ops.problem import Problem as Layer
 
@@ -95,16 +96,13 @@ def forward(
     config = pick(problem, "forward", config)
     y = _image(x, problem.outputs, problem.out_size)
     own = None if restriction is None else x.new_empty(groups, x.shape[0], *problem.out_size)
-    strides = weight_strides("weight", weight)
-    r_strides = None if restriction is None else weight_strides("restriction", restriction)
-    launch = launches.forward(problem, config, precision, strides, r_strides, 0 if z is None else len(z))
     run(
-        launch,
+        launches.forward(problem, config, precision, 0 if z is None else len(z)),
         x,
         x=x,
-        w=weight,
+        w=_last(weight),
         out=y,
-        r=_or(restriction, x),
+        r=x if restriction is None else _last(restriction),
         z_out=_or(own, y),
         coarse=_or(coarse, x),
         z_in=_or(z, x),
@@ -131,7 +129,8 @@ def input_grad(
     check_tensor("weight", weight, weight.shape, gy)
     config = pick(problem, "input_grad", config)
     gx = _image(gy, problem.inputs, (problem.height, problem.width))
-    for launch in launches.input_grad(problem, config, precision, weight_strides("weight", weight)):
+    weight = _last(weight)
+    for launch in launches.input_grad(problem, config, precision):
         run(launch, gy, x=gy, w=weight, out=gx, r=gy, z_out=gx, coarse=gy, z_in=gy)
     return gx
 
@@ -146,7 +145,7 @@ def weight_grad(
     config: Config | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """The gradient of the weight `[m, n/G, kh, kw]`, channels_last, from gy and x, both channels_last.
+    """The gradient of the weight `[m, n/G, kh, kw]`, float32 and channels_last, from gy and x, both channels_last.
 
     Ranges of pixels are summed apart in float32 and then together, without atomics: the same input and
     configuration give the same bits. Raises UserError for a tensor that the kernel cannot read.
@@ -155,11 +154,11 @@ def weight_grad(
     check_image("x", x, x.shape, x)
     check_image("gy", gy, (problem.batch, problem.outputs, *problem.out_size), x)
     config = pick(problem, "weight_grad", config)
-    launch, splits = launches.weight_grad(problem, config, precision)
-    shape = (splits, problem.outputs, *problem.kernel, problem.group_inputs)
+    launch, ranges = launches.weight_grad(problem, config, precision)
+    shape = (ranges, problem.outputs, *problem.kernel, problem.group_inputs)
     partials = x.new_empty(shape, dtype=torch.float32)
     run(launch, x, x=x, gy=gy, partials=partials)
-    return partials.sum(0).to(x.dtype).permute(0, 3, 1, 2)
+    return partials.sum(0).permute(0, 3, 1, 2)
 
 
 def unsupported(layer: Layer) -> str | None:
@@ -189,12 +188,18 @@ class GroupedConv2d(torch.autograd.Function):
         gy = gy.contiguous(memory_format=torch.channels_last)
         gx = input_grad(gy, weight, x.shape, *ctx.arguments) if ctx.needs_input_grad[0] else None
         gw = weight_grad(gy, x, weight.shape, *ctx.arguments) if ctx.needs_input_grad[1] else None
-        return gx, gw, None, None
+        return gx, None if gw is None else gw.to(weight.dtype), None, None
 
 
 def _image(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     shape = (like.shape[0], channels, *size)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _last(weight: Tensor) -> Tensor:
+    """A weight as the kernels read it, tap by tap and 16 bytes at a time: no copy of one that is channels_last."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return weight if weight.data_ptr() % COPY_BYTES == 0 else weight.clone()
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.torch import TorchKernels
 from twolevel.ops.kernels.triton import grouped
 from twolevel.ops.kernels.triton.choices import Choices, tune
-from twolevel.ops.kernels.triton.configs import Config, Operation
-from twolevel.ops.kernels.triton.problem import problem_of
+from twolevel.ops.kernels.triton.configs import Config
+from twolevel.ops.kernels.triton.problem import Operation, problem_of
 from twolevel.ops.problem import Problem
 
 # Configurations tried for an operation of a layer: each takes a second or two to compile.
@@ -78,7 +78,7 @@ class TritonKernels(TorchKernels):
             config = self._config("weight_grad", x, weight, geometry, groups)
             gw = grouped.weight_grad(
                 gy, x, weight.shape, geometry, groups, config=config, precision=_precision()
-            )
+            ).to(weight.dtype)
         return gx, gw
 
     def local_and_restriction(

@@ -13,7 +13,7 @@ from twolevel.ops.kernels.triton.launches import Launch
 # "ieee" multiplies float32 exactly; "tf32" rounds it to 10 bits for the tensor cores. Other dtypes ignore it.
 PRECISIONS = ("ieee", "tf32")
 # Arguments of the kernels that bound their loops.
-BOUNDS = ("num_maps", "pixels_per_split")
+BOUNDS = ("pixels_per_split",)
 
 
 def run(launch: Launch, like: Tensor, **tensors: Tensor) -> None:

@@ -1,18 +1,12 @@
 """What the operations launch, from sizes alone: no tensor, no card and no Triton are needed to say it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
-from twolevel.ops.kernels.triton.configs import Config, tiles
+from twolevel.ops.kernels.triton.configs import Config, splits, tiles
 from twolevel.ops.kernels.triton.problem import Problem, round_up
-
-# The weight gradient is split over pixels into about so many programs. It is a constant, and not a count of the
-# card's processors, so that the order of the sum does not depend on the card.
-SPLIT_PROGRAMS = 512
-
-Strides = tuple[int, int, int]
-"""Of the (row, channel, tap) of a weight."""
 
 
 class Launch(NamedTuple):
@@ -24,59 +18,47 @@ class Launch(NamedTuple):
     """Tiles that a program multiplies, one after the other."""
     config: Config
     sizes: dict[str, int]
-    """Arguments of the compiled kernel."""
+    """Arguments of the compiled kernel: what depends on the number of images, so that a smaller last batch compiles
+    nothing anew."""
     constants: dict[str, int | str]
     """What it is compiled for."""
 
 
-def forward(
-    problem: Problem,
-    config: Config,
-    precision: str,
-    weight: Strides,
-    restriction: Strides | None = None,
-    maps: int = 0,
-) -> Launch:
-    """y, with a restriction also z; `maps` representatives add the coarse term."""
+@lru_cache(maxsize=1024)  # of pure functions, which every call of every layer asks for
+def forward(problem: Problem, config: Config, precision: str, maps: int = 0) -> Launch:
+    """y, and z where the problem has a restriction; `maps` representatives add the coarse term."""
     pixel_tiles, out_tiles, in_tiles = tiles(problem, config, "forward")
-    (sh, sw), (ph, pw), (dh, dw) = problem.geometry
-    row, channel, tap = weight
-    out_height, out_width = problem.out_size
+    row = problem.taps * problem.group_inputs
     return Launch(
         "gather_product",
-        pixel_tiles * out_tiles * problem.packs,
-        problem.taps * in_tiles,
+        pixel_tiles * out_tiles * problem.packs("forward"),
+        in_tiles,
         config,
+        {"num_rows": problem.pixels},
         {
-            "num_rows": problem.pixels,
-            "row_height": out_height,
-            "row_width": out_width,
-            **_images("x", problem.height, problem.width, problem.inputs),
-            **_images("out", out_height, out_width, problem.outputs),
-            "num_groups": problem.groups,
-            **_pair("x_scale", sh, sw),
-            **_pair("x_start", -ph, -pw),
-            **_pair("x_step", dh, dw),
-            **_pair("tap_start", 0, 0),
-            **_pair("tap_step", 1, 1),
-            **_pair("out_scale", 1, 1),
-            **_pair("out_start", 0, 0),
-            "w_group": problem.group_outputs * row,
-            "w_column": row,
-            "w_channel": channel,
-            "w_tap": tap,
-            **_restriction(restriction),
-            "num_maps": maps,
-        },
-        {
-            "TAPS_H": problem.kernel[0],
-            "TAPS_W": problem.kernel[1],
+            **_pair("ROW", "HEIGHT", "WIDTH", problem.out_size),
+            **_images("X", (problem.height, problem.width), problem.inputs),
+            **_images("OUT", problem.out_size, problem.outputs),
+            "NUM_GROUPS": problem.groups,
+            **_sides("X_SCALE", problem.geometry.stride),
+            **_sides("X_START", [-padding for padding in problem.geometry.padding]),
+            **_sides("X_STEP", problem.geometry.dilation),
+            **_sides("TAP_START", (0, 0)),
+            **_sides("TAP_STEP", (1, 1)),
+            **_sides("OUT_SCALE", (1, 1)),
+            **_sides("OUT_START", (0, 0)),
+            "W_GROUP": problem.group_outputs * row,
+            "W_COLUMN": row,
+            "W_CHANNEL": 1,
+            "W_TAP": problem.group_inputs,
+            **_sides("TAPS", problem.kernel),
             "KERNEL_W": problem.kernel[1],
             "C": problem.group_inputs,
             "D": problem.group_outputs,
-            "PACK": problem.pack,
-            "HAS_R": int(restriction is not None),
-            "HAS_COARSE": int(maps > 0),
+            "PACK": problem.pack("forward"),
+            "HAS_R": int(problem.restriction),
+            "R_BYTES": problem.copy_bytes(row),
+            "NUM_MAPS": maps,
             "PRECISION": precision,
             "BLOCK_ROW": config.block_pixels,
             "BLOCK_COLUMN": config.block_out,
@@ -85,96 +67,95 @@ def forward(
     )
 
 
-def input_grad(problem: Problem, config: Config, precision: str, weight: Strides) -> Iterator[Launch]:
+@lru_cache(maxsize=1024)
+def input_grad(problem: Problem, config: Config, precision: str) -> tuple[Launch, ...]:
     """The gradient of x: pixels of x whose places agree modulo the stride meet the same taps, so each such phase is
     one launch that skips taps that contribute nothing.
     """
-    row, channel, tap = weight
-    _, out_tiles, in_tiles = tiles(problem, config, "input_grad")
-    for phase_h in phases(problem, 0):
-        for phase_w in phases(problem, 1):
-            rows = problem.batch * phase_h.size * phase_w.size
-            yield Launch(
-                "gather_product",
-                -(-rows // config.block_pixels) * in_tiles * problem.packs,
-                phase_h.taps * phase_w.taps * out_tiles,
-                config,
-                {
-                    "num_rows": rows,
-                    "row_height": phase_h.size,
-                    "row_width": phase_w.size,
-                    **_images("x", *problem.out_size, problem.outputs),
-                    **_images("out", problem.height, problem.width, problem.inputs),
-                    "num_groups": problem.groups,
-                    **_pair("x_scale", 1, 1),
-                    **_pair("x_start", phase_h.start, phase_w.start),
-                    **_pair("x_step", phase_h.step, phase_w.step),
-                    **_pair("tap_start", phase_h.tap_start, phase_w.tap_start),
-                    **_pair("tap_step", phase_h.tap_step, phase_w.tap_step),
-                    **_pair("out_scale", *problem.geometry.stride),
-                    **_pair("out_start", phase_h.place, phase_w.place),
-                    "w_group": problem.group_outputs * row,
-                    "w_column": channel,
-                    "w_channel": row,
-                    "w_tap": tap,
-                    **_restriction(None),
-                    "num_maps": 0,
-                },
-                {
-                    "TAPS_H": phase_h.taps if phase_w.taps else 0,
-                    "TAPS_W": max(1, phase_w.taps),
-                    "KERNEL_W": problem.kernel[1],
-                    "C": problem.group_outputs,
-                    "D": problem.group_inputs,
-                    "PACK": problem.pack,
-                    "HAS_R": 0,
-                    "HAS_COARSE": 0,
-                    "PRECISION": precision,
-                    "BLOCK_ROW": config.block_pixels,
-                    "BLOCK_COLUMN": config.block_in,
-                    "BLOCK_K": config.block_out,
-                },
-            )
+    return tuple(
+        _of_phase(problem, config, precision, phase_h, phase_w)
+        for phase_h in phases(problem, 0)
+        for phase_w in phases(problem, 1)
+    )
 
 
+def _of_phase(problem: Problem, config: Config, precision: str, phase_h: "Phase", phase_w: "Phase") -> Launch:
+    both = (phase_h, phase_w)
+    rows = problem.batch * phase_h.size * phase_w.size
+    column_tiles, pack = tiles(problem, config, "input_grad")[2], problem.pack("input_grad")
+    taps = phase_h.taps * phase_w.taps
+    row = problem.taps * problem.group_inputs
+    return Launch(
+        "gather_product",
+        -(-rows // config.block_pixels) * column_tiles * problem.packs("input_grad"),
+        -(-taps * pack * problem.group_outputs // config.block_out),
+        config,
+        {"num_rows": rows},
+        {
+            **_pair("ROW", "HEIGHT", "WIDTH", [phase.size for phase in both]),
+            **_images("X", problem.out_size, problem.outputs),
+            **_images("OUT", (problem.height, problem.width), problem.inputs),
+            "NUM_GROUPS": problem.groups,
+            **_sides("X_SCALE", (1, 1)),
+            **_sides("X_START", [phase.start for phase in both]),
+            **_sides("X_STEP", [phase.step for phase in both]),
+            **_sides("TAP_START", [phase.tap_start for phase in both]),
+            **_sides("TAP_STEP", [phase.tap_step for phase in both]),
+            **_sides("OUT_SCALE", problem.geometry.stride),
+            **_sides("OUT_START", [phase.place for phase in both]),
+            "W_GROUP": problem.group_outputs * row,
+            "W_COLUMN": 1,
+            "W_CHANNEL": row,
+            "W_TAP": problem.group_inputs,
+            "TAPS_H": phase_h.taps if taps else 0,
+            "TAPS_W": max(1, phase_w.taps),
+            "KERNEL_W": problem.kernel[1],
+            "C": problem.group_outputs,
+            "D": problem.group_inputs,
+            "PACK": pack,
+            "HAS_R": 0,
+            "R_BYTES": 1,
+            "NUM_MAPS": 0,
+            "PRECISION": precision,
+            "BLOCK_ROW": config.block_pixels,
+            "BLOCK_COLUMN": config.block_in,
+            "BLOCK_K": config.block_out,
+        },
+    )
+
+
+@lru_cache(maxsize=1024)
 def weight_grad(problem: Problem, config: Config, precision: str) -> tuple[Launch, int]:
     """The launch, and the number of partial sums it leaves: ranges of pixels are summed apart."""
-    pixel_tiles, out_tiles, in_tiles = tiles(problem, config, "weight_grad")
-    programs = out_tiles * in_tiles * problem.packs * problem.taps
-    size = problem.outputs * problem.taps * problem.group_inputs
-    splits = max(1, min(SPLIT_PROGRAMS // programs, pixel_tiles, (2**31 - 1) // max(1, size)))
-    per_split = round_up(-(-problem.pixels // splits), config.block_pixels)
-    splits = max(1, -(-problem.pixels // max(1, per_split)))  # rounding up may leave the last ranges empty
-    out_height, out_width = problem.out_size
+    _, out_tiles, in_tiles = tiles(problem, config, "weight_grad")
+    per_split = round_up(-(-problem.pixels // splits(problem, config)), config.block_pixels)
+    ranges = max(1, -(-problem.pixels // max(1, per_split)))  # rounding up may leave the last ranges empty
     launch = Launch(
         "tap_product",
-        programs * splits,
+        out_tiles * in_tiles * problem.packs("weight_grad") * ranges,
         per_split // config.block_pixels,
         config,
+        {"num_pixels": problem.pixels, "pixels_per_split": per_split},
         {
-            "num_pixels": problem.pixels,
-            **_images("", out_height, out_width),
-            "gy_channels": problem.outputs,
-            **_images("x", problem.height, problem.width, problem.inputs),
-            "num_groups": problem.groups,
-            **_pair("stride", *problem.geometry.stride),
-            **_pair("padding", *problem.geometry.padding),
-            **_pair("dilation", *problem.geometry.dilation),
-            "pixels_per_split": per_split,
-        },
-        {
+            **_pair("", "HEIGHT", "WIDTH", problem.out_size),
+            "GY_CHANNELS": problem.outputs,
+            **_images("X", (problem.height, problem.width), problem.inputs),
+            "NUM_GROUPS": problem.groups,
+            **_sides("STRIDE", problem.geometry.stride),
+            **_sides("PADDING", problem.geometry.padding),
+            **_sides("DILATION", problem.geometry.dilation),
             "TAPS": problem.taps,
             "KERNEL_W": problem.kernel[1],
             "C": problem.group_inputs,
             "D": problem.group_outputs,
-            "PACK": problem.pack,
+            "PACK": problem.pack("weight_grad"),
             "PRECISION": precision,
             "BLOCK_PIXELS": config.block_pixels,
             "BLOCK_OUT": config.block_out,
             "BLOCK_IN": config.block_in,
         },
     )
-    return launch, splits
+    return launch, ranges
 
 
 class Phase(NamedTuple):
@@ -211,15 +192,14 @@ def phases(problem: Problem, axis: int) -> Iterator[Phase]:
         )
 
 
-def _images(name: str, height: int, width: int, channels: int | None = None) -> dict[str, int]:
+def _pair(name: str, first: str, second: str, values: Sequence[int]) -> dict[str, int]:
     prefix = f"{name}_" if name else ""
-    sizes = {f"{prefix}height": height, f"{prefix}width": width}
-    return sizes if channels is None else sizes | {f"{prefix}channels": channels}
+    return {f"{prefix}{first}": values[0], f"{prefix}{second}": values[1]}
 
 
-def _pair(name: str, height: int, width: int) -> dict[str, int]:
-    return {f"{name}_h": height, f"{name}_w": width}
+def _sides(name: str, values: Sequence[int]) -> dict[str, int]:
+    return _pair(name, "H", "W", values)
 
 
-def _restriction(strides: Strides | None) -> dict[str, int]:
-    return dict(zip(("r_group", "r_channel", "r_tap"), strides or (0, 0, 0), strict=True))
+def _images(name: str, size: Sequence[int], channels: int) -> dict[str, int]:
+    return _pair(name, "HEIGHT", "WIDTH", size) | {f"{name}_CHANNELS": channels}

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from twolevel.ops.geometry import Geometry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The smallest side of a tensor-core tile that `tl.dot` takes in every one of these dtypes.
 TILE = 16
+# The least rows of a product by four warps at once (Hopper's wgmma).
+WARPGROUP_TILE = 64
+# The widest copy from global memory by one thread.
+COPY_BYTES = 16
+# A copy costs about six instructions of the kernels (counted, benchmarks kernels), and in the time that a processor
+# takes for them it multiplies so often: 137 times on an H100, 68 on an A100.
+PRODUCTS_OF_A_COPY = 100
+
+# Of a side of a kernel: the kernels keep a bit for each.
+MOST_TAPS = 15
+
+Operation = Literal["forward", "input_grad", "weight_grad"]
 
 
 @dataclass(frozen=True)
@@ -65,23 +78,34 @@ class Problem:
     def group_outputs(self) -> int:
         return self.outputs // self.groups
 
-    @cached_property
-    def pack(self) -> int:
-        """How many groups share a tile: the number with the least padded work a group, the smallest of equals.
+    def pack(self, operation: Operation) -> int:
+        """How many groups share a tile: the number with the least work a group, the smallest of equals.
 
-        A tile of p groups multiplies p^2 blocks, of which p are wanted, so only groups narrower than TILE gain.
+        A tile of p groups multiplies p^2 blocks, of which p are wanted. That pays for groups that are narrower than a
+        tile, and for those that begin where only a few bytes can be copied at a time.
         """
-        columns = self.group_outputs + self.restriction
+        inputs, outputs = self.group_inputs, self.group_outputs
+        if operation == "forward":
+            with_taps, other, read, tile = inputs, outputs + self.restriction, (inputs,), TILE
+        elif operation == "input_grad":
+            with_taps, other, read, tile = outputs, inputs, (outputs,), TILE
+        else:
+            with_taps, other, read, tile = inputs, outputs, (inputs, outputs), WARPGROUP_TILE
 
         def work(p: int) -> float:
-            return round_up(p * columns, TILE) * round_up(p * self.group_inputs, TILE) / p
+            products = round_up(p * other, tile) * round_up(self.taps * p * with_taps, TILE) / p
+            copies = sum(side * self.dtype.itemsize / self.copy_bytes(p * side) for side in read)
+            return products + PRODUCTS_OF_A_COPY * self.taps * copies
 
         return min(range(1, min(self.groups, TILE) + 1), key=work)
 
-    @property
-    def packs(self) -> int:
+    def packs(self, operation: Operation) -> int:
         """Tiles of groups: groups / pack, rounded up."""
-        return -(-self.groups // self.pack)
+        return -(-self.groups // self.pack(operation))
+
+    def copy_bytes(self, channels: int) -> int:
+        """The widest copy by one thread where every so many channels something begins."""
+        return math.gcd(COPY_BYTES, channels * self.dtype.itemsize)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -111,6 +135,8 @@ def problem_of(
     geometry = Geometry(*geometry)
     if min(geometry.stride) < 1 or min(geometry.dilation) < 1 or min(geometry.padding) < 0:
         raise UserError(f"{geometry}: stride and dilation must be at least 1, padding at least 0")
+    if max(kernel) > MOST_TAPS:
+        raise UserError(f"a kernel of {tuple(kernel)} has more than {MOST_TAPS} taps a side")
     problem = Problem(
         batch, inputs, outputs, groups, height, width, (kernel[0], kernel[1]), geometry, dtype, restriction
     )
@@ -141,13 +167,3 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor
     for what in ("dtype", "device"):
         if getattr(tensor, what) != getattr(like, what):
             raise UserError(f"{name} has {what} {getattr(tensor, what)}; it must be {getattr(like, what)}")
-
-
-def weight_strides(name: str, weight: Tensor) -> tuple[int, int, int]:
-    """Strides of (row, channel, tap) of a weight `[rows, channels, kh, kw]`, contiguous or channels_last."""
-    _, channels, kh, kw = weight.shape
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        return kh * kw * channels, 1, channels
-    if weight.is_contiguous():
-        return kh * kw * channels, kh * kw, 1
-    raise UserError(f"{name} has strides {weight.stride()}; it must be contiguous or channels_last")
