@@ -12,7 +12,7 @@ from twolevel.errors import UserError
 from twolevel.ops import Geometry, autotune, dispatch, schedules, two_level_conv2d
 from twolevel.ops.autotune import Form, Measurements, line, measure
 from twolevel.ops.dispatch import able_forms, decide, plan_for, runs
-from twolevel.ops.kernels import native
+from twolevel.ops.kernels import native, triton
 from twolevel.ops.problem import Problem
 from twolevel.ops.store import Store
 
@@ -94,6 +94,20 @@ def test_a_choice_of_another_kind_is_measured_again(tmp_path, clock, kept):
     file.write_text(json.dumps({line(one, able): kept}))
     assert find(Measurements(Store(file)), one, able) == able[2]
     assert len(clock) == 1
+
+
+def test_a_measurement_on_a_gpu_is_of_its_card_cudnn_triton_and_kernels(monkeypatch):
+    one = dataclasses.replace(problem(), device=torch.device("cuda"))
+    facts = {"card": "H100", "cudnn": 91000, "triton": "triton 3.6.0 kernels 0123abcd"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cudnn"])
+    monkeypatch.setattr(triton, "version", lambda: facts["triton"])
+    lines = [line(one, [Form("fused", "triton")])]
+    assert all(str(fact) in lines[0] for fact in facts.values())
+    for other in ({"card": "H200"}, {"cudnn": 92400}, {"triton": "triton 3.6.0 kernels 89abcdef"}):
+        facts |= other
+        lines.append(line(one, [Form("fused", "triton")]))
+    assert len({*lines}) == len(lines)
 
 
 def test_ranks_that_measure_at_once_go_on_with_what_the_first_has_kept(tmp_path, clock, monkeypatch):

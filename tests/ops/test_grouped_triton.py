@@ -339,6 +339,26 @@ def test_choices_are_kept_on_disk_for_their_problem_and_card_alone(tmp_path, mon
     assert grouped.pick(problem, "forward", measured=read.get("forward", problem, "card A")) == SMALL
 
 
+def test_choices_are_of_these_kernels_and_this_triton_alone(monkeypatch):
+    problem, other = (
+        grouped.problem_of((batch, 32, 8, 8), (32, 16, 3, 3), Geometry(), 2, torch.float16)
+        for batch in (128, 80)
+    )
+    key = choices.key("forward", problem, "card A")
+    assert key.endswith(choices.version())
+    assert choices.key("forward", other, "card A") == key  # a smaller last batch is not measured anew
+    found = {choices.version()}
+    choices.version.cache_clear()
+    monkeypatch.setattr(choices.importlib.metadata, "version", lambda name: "3.99")
+    assert "triton 3.99 kernels " in choices.version()
+    found.add(choices.version())
+    choices.version.cache_clear()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"other kernels")
+    found.add(choices.version())
+    choices.version.cache_clear()
+    assert len(found) == 3
+
+
 @pytest.mark.parametrize("damage", ["", "[1]", '{"KEY": 3}', '{"KEY": ["wide"]}', '{"KEY": null}'])
 def test_damaged_choices_are_as_none(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from twolevel.ops.kernels import native
+from twolevel.ops.kernels import native, triton
+from twolevel.ops.problem import batch_class
 from twolevel.ops.replay import replays
 from twolevel.ops.store import Store, cache_folder
 
@@ -192,14 +193,15 @@ def _valid(kept: Any, able: Sequence[Form]) -> dict[str, Any] | None:
 
 def line(problem: Sizes, able: Sequence[Form]) -> str:
     """Everything that a measurement depends on: the layer, its batch, the machine and the candidates."""
-    batch = 1 << max(0, problem.batch - 1).bit_length()  # last batches are not measured anew
     if problem.device.type == "cuda":
         device = torch.cuda.get_device_name(problem.device)
+        kernels = f"cudnn {torch.backends.cudnn.version()} {triton.version()}"
     else:
         device = f"{_processor()}, {torch.get_num_threads()} threads"
+        kernels = native.version()
     candidates = " ".join("/".join(form) for form in able)
-    versions = f"torch {torch.__version__} {native.version()}"
-    return f"{batch} images, {problem.title()} | {device} | {versions} | {candidates}"
+    versions = f"torch {torch.__version__} {kernels}"
+    return f"{batch_class(problem.batch)} images, {problem.title()} | {device} | {versions} | {candidates}"
 
 
 @cache

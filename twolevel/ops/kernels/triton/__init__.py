@@ -1,6 +1,6 @@
 """Group convolution and batch norm by Triton kernels; imported without Triton, it supports nothing and says so."""
 
-from twolevel.ops.kernels.triton.choices import Choices, tune
+from twolevel.ops.kernels.triton.choices import Choices, tune, version
 from twolevel.ops.kernels.triton.configs import CONFIGS, OPERATIONS, Config
 from twolevel.ops.kernels.triton.estimate import candidates, pick
 from twolevel.ops.kernels.triton.grouped import GroupedConv2d, forward, input_grad, unsupported, weight_grad
@@ -24,5 +24,6 @@ __all__ = [
     "problem_of",
     "tune",
     "unsupported",
+    "version",
     "weight_grad",
 ]

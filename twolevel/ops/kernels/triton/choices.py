@@ -1,5 +1,6 @@
 """Measured configurations, kept on disk: what was the fastest for an operation, a problem, a card and a Triton."""
 
+import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from functools import cache
@@ -14,6 +15,7 @@ from twolevel.ops.kernels.triton import grouped
 from twolevel.ops.kernels.triton.configs import OPERATIONS, Config
 from twolevel.ops.kernels.triton.estimate import candidates
 from twolevel.ops.kernels.triton.problem import Operation, Problem, problem_of
+from twolevel.ops.problem import batch_class
 from twolevel.ops.store import Store, cache_folder
 
 FILE = "grouped_convolution.json"
@@ -21,15 +23,24 @@ FILE = "grouped_convolution.json"
 
 def key(operation: Operation, problem: Problem, card: str, precision: str = "ieee") -> str:
     """Everything that a measurement depends on, in one line."""
-    sizes = (problem.batch, problem.inputs, problem.outputs, problem.groups, problem.height, problem.width)
+    batch = batch_class(problem.batch)
+    sizes = (batch, problem.inputs, problem.outputs, problem.groups, problem.height, problem.width)
     kernel = f"{'x'.join(map(str, sizes))} kernel {problem.kernel} {tuple(map(tuple, problem.geometry))}"
     z = " with restriction" if problem.restriction else ""
-    return f"{operation} | {kernel}{z} | {problem.dtype} {precision} | {card} | triton {_version()}"
+    return f"{operation} | {kernel}{z} | {problem.dtype} {precision} | {card} | {version()}"
 
 
 @cache
-def _version() -> str:
-    return importlib.metadata.version("triton")  # reads files
+def version() -> str:
+    """Triton's version and a digest of these files: by another Triton, or of other kernels, nothing is known."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return f"triton {triton} kernels {digest.hexdigest()[:8]}"
 
 
 class Choices:
