@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from twolevel.ops.kernels.triton import grouped
-from twolevel.ops.kernels.triton.configs import Config, Operation, candidates
-from twolevel.ops.kernels.triton.problem import problem_of
+from twolevel.ops.kernels.triton.configs import Config
+from twolevel.ops.kernels.triton.estimate import candidates
+from twolevel.ops.kernels.triton.problem import Operation, problem_of
 from twolevel.ops.problem import Problem
 
 
@@ -58,7 +59,10 @@ class Job(NamedTuple):
             return grouped.weight_grad(gy, x, own.shape, layer.geometry, groups, **how)
 
         problem = problem_of(x.shape, own.shape, layer.geometry, groups, x.dtype, self.joined)
-        return [lambda config=config: run(config) for config in candidates(problem, self.operation)[:most]]
+        on_card = layer.device.type == "cuda"
+        capability = torch.cuda.get_device_capability(layer.device) if on_card else None
+        configs = candidates(problem, self.operation, capability)[:most]
+        return [lambda config=config: run(config) for config in configs]
 
 
 def jobs(layer: Problem) -> list[Job]:
