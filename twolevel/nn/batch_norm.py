@@ -14,9 +14,6 @@ from twolevel.ops.normalise_dispatch import SETS, normaliser_for
 from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import PLAIN
 
-# torch has no other way to ask whether a module has hooks.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose statistics in training are those of all ranks' images: x `[B, C, H, W]`.
@@ -47,12 +44,22 @@ def batch_norm_relu_and_input(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, 
     in_place = True
     if not torch.compiler.is_compiling() and type(x) in PLAIN and x.dim() == 4:
         _tell_watch(norm, x, relu=True)
-        in_place = not any(vars(norm)[hooks] for hooks in HOOKS)  # hooks may keep what they see
+        in_place = not _has_hooks(norm)  # they may keep what they see
         if in_place and _takes_batch(norm, x):
             done = _normalise(norm, x, relu=True)
             if done is not None:
                 return done
     return F.relu(norm(x), inplace=in_place), x
+
+
+def _has_hooks(norm: nn.BatchNorm2d) -> bool:
+    own = vars(norm)  # torch has no other way to ask
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def _takes_batch(norm: nn.BatchNorm2d, x: Tensor) -> bool:

@@ -46,7 +46,8 @@ def normaliser_for(
     """
     key = (
         *(x.shape, x.dtype, x.device, type(x), memory_of(x)),
-        *((t.dtype, t.device, type(t)) if t is not None else None for t in (weight, bias)),
+        None if weight is None else (weight.dtype, weight.device, type(weight)),
+        None if bias is None else (bias.dtype, bias.device, type(bias)),
         *(relu, replicas, kernels, torch.get_num_threads()),
     )
     found = _chosen.get(key)

@@ -48,7 +48,7 @@ class NativeNormaliser(TorchNormaliser):
     def moments(self, x: Tensor) -> Moments:
         maps, parts, sets = _shared_out(x)
         found = torch.empty(sets, 2, x.shape[1], dtype=torch.float64)
-        _run("norm_moments", maps, parts, x.data_ptr(), found=found)
+        _run("twolevel_norm_moments", maps, parts, x.data_ptr(), found=found)
         (means, spreads), count = found.unbind(1), numbers(x)
         if sets == 1:
             return Moments(means[0].float(), (spreads[0] / count).float(), count)
@@ -59,13 +59,13 @@ class NativeNormaliser(TorchNormaliser):
     def apply(self, x: Tensor, by: Normalisation) -> Tensor:
         maps, parts, _ = _shared_out(x, by)
         o = torch.empty_like(x)
-        _run("norm_apply", maps, parts, x.data_ptr(), o.data_ptr())
+        _run("twolevel_norm_apply", maps, parts, x.data_ptr(), o.data_ptr())
         return o
 
     def sums(self, go: Tensor, x: Tensor, by: Normalisation) -> Tensor:
         maps, parts, sets = _shared_out(x, by)
         go, found = in_memory_of(x, go), x.new_empty(sets, 2, x.shape[1])
-        _run("norm_sums", maps, parts, go.data_ptr(), x.data_ptr(), found=found)
+        _run("twolevel_norm_sums", maps, parts, go.data_ptr(), x.data_ptr(), found=found)
         return call.total(found)
 
     def input_grad(
@@ -75,7 +75,7 @@ class NativeNormaliser(TorchNormaliser):
         go, more = in_memory_of(x, go), None if more is None else in_memory_of(x, more)
         gx, means = torch.empty_like(x), means.contiguous()
         _run(
-            "norm_input_grad",
+            "twolevel_norm_input_grad",
             maps,
             parts,
             *(go.data_ptr(), x.data_ptr(), call.pointer(more), means.data_ptr(), gx.data_ptr()),
@@ -95,11 +95,12 @@ class NativeNormaliser(TorchNormaliser):
         by = Normalisation(x.new_empty(channels), x.new_empty(channels), weight, bias, relu)
         maps, parts, sets = _shared_out(x, by)
         mean, var, rate = running or (None, None, 0.0)
-        if sets > 1 or isinstance(rate, Tensor) or not _can_write(channels, mean, var):
+        writes = _can_write(channels, mean) and _can_write(channels, var)
+        if sets > 1 or isinstance(rate, Tensor) or not writes:
             return super().forward(x, weight, bias, eps, relu, running)
         o = torch.empty_like(x)
         pointers = call.pointer(mean), call.pointer(var), x.data_ptr(), o.data_ptr()
-        _run("norm_forward", maps, parts, eps, rate, *pointers)
+        _run("twolevel_norm_forward", maps, parts, eps, rate, *pointers)
         return o, by
 
     def backward(
@@ -111,7 +112,7 @@ class NativeNormaliser(TorchNormaliser):
         go, more = in_memory_of(x, go), None if more is None else in_memory_of(x, more)
         gx, sums = torch.empty_like(x), x.new_empty(2, x.shape[1])
         _run(
-            "norm_backward",
+            "twolevel_norm_backward",
             maps,
             parts,
             *(go.data_ptr(), x.data_ptr(), call.pointer(more), sums.data_ptr(), gx.data_ptr()),
@@ -131,17 +132,17 @@ def _shared_out(x: Tensor, by: Normalisation | None = None) -> tuple[Maps, Parts
     maps = Maps(batch, channels, pixels, rows)
     if by is not None:
         mean, inv_std, weight, bias, maps.relu = by
-        assert all(t is None or t.numel() == channels for t in (weight, bias))
+        assert weight is None or weight.numel() == channels
+        assert bias is None or bias.numel() == channels
         maps.mean, maps.inv_std = mean.data_ptr(), inv_std.data_ptr()
         maps.weight, maps.bias = call.pointer(weight), call.pointer(bias)
     parts = call.parts_of(batch * pixels if rows else channels, x.numel())
     return maps, parts, len(parts) if rows else 1
 
 
-def _can_write(channels: int, *tensors: Tensor | None) -> bool:
-    return all(
-        t is None or (t.dtype == torch.float32 and t.numel() == channels and t.is_contiguous())
-        for t in tensors
+def _can_write(channels: int, running: Tensor | None) -> bool:
+    return running is None or (
+        running.dtype == torch.float32 and running.numel() == channels and running.is_contiguous()
     )
 
 
@@ -149,7 +150,7 @@ def _run(
     name: str, maps: Maps, parts: Parts, *arguments: float | int | None, found: Tensor | None = None
 ) -> None:
     """Call a kernel; `found` is where each part puts its set of sums, or its part of the one that there is."""
-    function, at = call.function(f"twolevel_{name}"), byref(maps)
+    function, at = call.function(name), byref(maps)
     if found is None:
         call.share_out(lambda part, begin, end: function(at, *arguments, begin, end), parts)
         return
