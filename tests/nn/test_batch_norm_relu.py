@@ -180,6 +180,34 @@ def test_tensors_without_memory_stay_without():
     assert batch_norm_relu(meta, images().to("meta")).device.type == "meta"
 
 
+class Normed(nn.Module):
+    def __init__(self, compute):
+        super().__init__()
+        self.norm, self.compute = norm_of(track_running_stats=False), compute
+
+    def forward(self, x):
+        return self.compute(self.norm, x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, for jvp
+def test_transforms_of_torch_func_go_through(called):
+    """Of the input, of the parameters, and forward mode."""
+
+    def derivatives(compute):
+        module, x = Normed(compute), images()
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+        def loss(parameters, x):
+            return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+        of_parameters, of_x = torch.func.grad(loss, (0, 1))(parameters, x)
+        tangent = torch.func.jvp(lambda x: loss(parameters, x), (x,), (x.cos(),))
+        return *torch.func.grad(loss)(parameters, x).values(), *of_parameters.values(), of_x, *tangent
+
+    torch.testing.assert_close(derivatives(batch_norm_relu_and_input), derivatives(composed), rtol=0, atol=0)
+    assert not called
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_types_under_autocast_are_those_of_torch(dtype):
     conv, norm = nn.Conv2d(C, C, 1), norm_of(kernels="auto")

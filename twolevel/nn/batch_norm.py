@@ -71,7 +71,19 @@ def _takes_batch(norm: nn.BatchNorm2d, x: Tensor) -> bool:
         and x.shape[1] == norm.num_features
         and x.numel() > x.shape[1]  # torch refuses one number a channel
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] it is documented
+        and _have_memory(x, norm.weight, norm.bias)
     )
+
+
+def _have_memory(*tensors: Tensor | None) -> bool:
+    """Whether these are not what torch.func puts in the place of tensors, which looks like them."""
+    try:
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _normalise(norm: nn.BatchNorm2d, x: Tensor, *, relu: bool) -> tuple[Tensor, Tensor] | None:
