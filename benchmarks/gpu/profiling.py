@@ -5,10 +5,12 @@
 Takes the options of `benchmarks step`. Kernels are sorted into kinds by their names, which is a guess.
 """
 
+import importlib.util
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +22,9 @@ from benchmarks.step import Settings, ready
 
 STEPS = 5
 SHOWN = 20
-# The first that fits a kernel's name.
+OURS = "our Triton kernels"
+# Of the kernels that are not ours: the first that fits a kernel's name.
 KINDS = (
-    ("our Triton kernels", r"^(gather_product|tap_product|normalise|statistics|coarse|restriction)"),
     ("copies, casts, layouts", r"nchw.*nhwc|nhwc.*nchw|copy|Memcpy|Memset|CatArray|transpose"),
     ("fused by the compiler", r"^triton_"),
     ("batch norm", r"batch_?norm|bn_fw|bn_bw"),
@@ -43,8 +45,23 @@ class Span(NamedTuple):
     end: float
 
 
+@cache
+def our_kernels() -> frozenset[str]:
+    """The names of the package's own Triton kernels; none where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return frozenset()
+    from triton.runtime.jit import KernelInterface
+
+    from twolevel.ops.kernels.triton import kernels, normalise_kernels
+
+    functions = vars(kernels) | vars(normalise_kernels)
+    return frozenset(name for name, value in functions.items() if isinstance(value, KernelInterface))
+
+
 def kind(name: str) -> str:
     """What a kernel of this name is for."""
+    if name in our_kernels():
+        return OURS
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.I)), "other")
 
 

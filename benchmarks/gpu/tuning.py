@@ -1,4 +1,4 @@
-"""Tunes the two-level layers of a network for a card: compiles their kernels in parallel, then times their forms.
+"""Tunes the layers of a network for a card: compiles kernels of convolutions in parallel, then times all forms.
 
     python -m benchmarks.gpu.tuning --network wrn-28-10/4 --output FILE
 
@@ -13,19 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks import report
 from benchmarks.kernels import Network
 from benchmarks.peers import one_rank
 from twolevel import models
 from twolevel.nn import TwoLevelConv2d
-from twolevel.ops.dispatch import able_forms, decide
+from twolevel.nn.batch_norm import watched_norms
+from twolevel.ops import dispatch, normalise_dispatch
+from twolevel.ops.autotune import Decision
 from twolevel.ops.kernels.triton.ahead import compile_ahead
 from twolevel.ops.kernels.triton.kernel_set import MOST
+from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import Problem
 
 # Of bfloat16 products, which ignore it; and of float32 ones, as cuDNN's are by default.
 PRECISION = "tf32"
+Sizes = Problem | NormaliseProblem
 
 
 @dataclass
@@ -45,13 +50,16 @@ class Settings:
     """processes that compile"""
 
 
-def problems(network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> list[Problem]:
-    """The distinct two-level layers of a network in channels_last memory, in order; nothing is computed."""
-    found: dict[Problem, None] = {}
+def problems(network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> list[Sizes]:
+    """The distinct layers of a network that have several forms, in channels_last memory; nothing is computed."""
+    found: dict[Sizes, None] = {}
+    here = {"batch": batch, "device": device, "dtype": dtype}
 
-    def note(layer: TwoLevelConv2d, inputs: tuple[torch.Tensor, ...]) -> None:
-        problem = replace(layer.problem(inputs[0]), batch=batch, device=device, dtype=dtype)
-        found[replace(problem, channels_last=True)] = None
+    def before_convolution(layer: TwoLevelConv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        found[replace(layer.problem(inputs[0]), channels_last=True, **here)] = None
+
+    def before_norm(_: nn.BatchNorm2d, problem: NormaliseProblem) -> None:
+        found[replace(problem, memory="channels_last", odd="", **here)] = None
 
     size = models.image_size(network.model)
     with torch.device("meta"):
@@ -61,32 +69,24 @@ def problems(network: Network, batch: int, device: torch.device, dtype: torch.dt
             model = models.create(network.model, conv="gc2l", groups=network.groups)
         for module in model.modules():
             if isinstance(module, TwoLevelConv2d):
-                module.register_forward_pre_hook(note)
-        model.eval()(torch.empty(2, 3, size, size))
+                module.register_forward_pre_hook(before_convolution)
+        with watched_norms(before_norm):
+            model.eval()(torch.empty(2, 3, size, size))
     return list(found)
 
 
-def measure(layers: list[Problem], processes: int) -> dict[str, Any]:
-    """Seconds of compiling and of timing, the form of each layer with the times of all, and what cannot be compiled.
-
-    A compiled network takes any form but the dense one, which is timed apart.
-    """
+def measure(layers: list[Sizes], processes: int) -> dict[str, Any]:
+    """Seconds of compiling and of timing, the form of each layer with the times of all, and what cannot be compiled."""
     began = time.perf_counter()
-    failed = compile_ahead(layers, processes, most=MOST, precision=PRECISION)
+    convolutions = [layer for layer in layers if isinstance(layer, Problem)]
+    failed = compile_ahead(convolutions, processes, most=MOST, precision=PRECISION)
     compiled = time.perf_counter()
     found = []
     for layer in layers:
-        able = able_forms(layer)
-        decision = decide(layer, able, may_measure=True)
-        inside = decide(layer, [form for form in able if form.schedule != "dense"], may_measure=True)
-        assert decision is not None and inside is not None
+        decision, inside = decided(layer)
+        times = dict(decision.milliseconds)
         found.append(
-            {
-                "layer": layer.title(),
-                "form": str(decision.form),
-                "compiled": str(inside.form),
-                "ms": dict(decision.milliseconds),
-            }
+            {"layer": layer.title(), "form": str(decision.form), "compiled": str(inside.form), "ms": times}
         )
         print(f"{layer.title()}: {decision.why()}", flush=True)
     return {
@@ -95,6 +95,20 @@ def measure(layers: list[Problem], processes: int) -> dict[str, Any]:
         "layers": found,
         "cannot_compile": failed,
     }
+
+
+def decided(layer: Sizes) -> tuple[Decision, Decision]:
+    """The form of a layer, and that in a compiled network: of a convolution any but dense, which is timed apart."""
+    if isinstance(layer, NormaliseProblem):
+        decision = normalise_dispatch.decide(layer, normalise_dispatch.able_forms(layer), may_measure=True)
+        inside = decision
+    else:
+        able = dispatch.able_forms(layer)
+        decision = dispatch.decide(layer, able, may_measure=True)
+        able = [form for form in able if form.schedule != "dense"]
+        inside = dispatch.decide(layer, able, may_measure=True)
+    assert decision is not None and inside is not None
+    return decision, inside
 
 
 def main(argv: list[str]) -> None:

@@ -9,6 +9,8 @@ import torch
 from benchmarks.gpu import nccl, parity, profiling, tuning
 from benchmarks.gpu.profiling import Span
 from benchmarks.kernels import Network
+from twolevel.ops.normalise_problem import NormaliseProblem
+from twolevel.ops.problem import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +64,16 @@ def test_outcomes_are_counted_and_a_process_that_dies_loses_its_tests(tmp_path, 
 @pytest.mark.parametrize(("name", "ranks"), [("wrn-10-1/4", 1), ("wrn-10-1/4/4", 4)])
 def test_the_layers_that_are_tuned_are_those_that_a_network_computes(name, ranks):
     layers = tuning.problems(Network.named(name), 8, torch.device("cpu"), torch.float32)
-    assert len(set(layers)) == len(layers) > 4
-    for layer in layers:
+    assert len(set(layers)) == len(layers)
+    convolutions = [layer for layer in layers if isinstance(layer, Problem)]
+    norms = [layer for layer in layers if isinstance(layer, NormaliseProblem)]
+    assert len(convolutions) > 4 and len(norms) > 2
+    for layer in convolutions:
         assert (layer.batch, layer.ranks, layer.channels_last) == (8, ranks, True)
         assert layer.groups == 4 // ranks and layer.dtype == torch.float32
+    for norm in norms:
+        assert (norm.batch, norm.memory, norm.relu, norm.odd) == (8, "channels_last", True, "")
+    assert max(norm.channels for norm in norms) == 64 // ranks
 
 
 def test_every_layer_that_is_tuned_gets_a_form(tmp_path, monkeypatch):
@@ -81,10 +89,15 @@ def test_every_layer_that_is_tuned_gets_a_form(tmp_path, monkeypatch):
 # ---- profiles ----
 
 
+def test_our_kernels_are_told_from_others_by_their_names():
+    pytest.importorskip("triton")
+    assert {"gather_product", "tap_product", "join_moments"} <= profiling.our_kernels()
+    assert profiling.kind("gather_product") == profiling.OURS
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("gather_product", "our Triton kernels"),
         ("triton_poi_fused_add_3", "fused by the compiler"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolutions"),
         ("cutlass_tensorop_bf16_s16816dgrad_optimized", "convolutions"),
