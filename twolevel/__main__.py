@@ -1,3 +1,4 @@
 from twolevel.cli import entry
 
-entry()
+if __name__ == "__main__":  # processes that compile kernels import this file too
+    entry()

@@ -23,13 +23,10 @@ from twolevel.nn import TwoLevelConv2d
 from twolevel.nn.batch_norm import watched_norms
 from twolevel.ops import dispatch, normalise_dispatch
 from twolevel.ops.autotune import Decision
-from twolevel.ops.kernels.triton.ahead import compile_ahead
-from twolevel.ops.kernels.triton.kernel_set import MOST
+from twolevel.ops.kernels.triton import TritonKernels
 from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import Problem
 
-# Of bfloat16 products, which ignore it; and of float32 ones, as cuDNN's are by default.
-PRECISION = "tf32"
 Sizes = Problem | NormaliseProblem
 
 
@@ -79,7 +76,7 @@ def measure(layers: list[Sizes], processes: int) -> dict[str, Any]:
     """Seconds of compiling and of timing, the form of each layer with the times of all, and what cannot be compiled."""
     began = time.perf_counter()
     convolutions = [layer for layer in layers if isinstance(layer, Problem)]
-    failed = compile_ahead(convolutions, processes, most=MOST, precision=PRECISION)
+    failed = TritonKernels().compile_ahead(convolutions, processes)
     compiled = time.perf_counter()
     found = []
     for layer in layers:

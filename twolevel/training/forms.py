@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from twolevel.distributed.agreement import all_gather
+from twolevel.distributed.environment import usable_cores
 from twolevel.distributed.strategies import Placed
+from twolevel.launchers import discover
 from twolevel.nn import TwoLevelConv2d
 from twolevel.nn.batch_norm import kernels_asked_for, watched_norms
 from twolevel.ops import dispatch, normalise_dispatch
 from twolevel.ops.autotune import Decision, Form
 from twolevel.ops.exchange import Exchange
+from twolevel.ops.kernels.triton import TritonKernels
 from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import Problem
 from twolevel.streams import stream
@@ -54,6 +57,7 @@ def fix_forms(
     exchange_s = _exchange_seconds(
         [layer for layer in problems if titles[layer] not in recorded], problems, placed
     )
+    _compile_ahead(problems, recorded, placed.device)
     able: dict[str, list[Form]] = {}
     for layer, problem in problems.items():
         title = titles[layer]
@@ -92,6 +96,32 @@ def _problems(placed: Placed, batch: int, image_shape: tuple[int, int, int]) -> 
         for hook in hooks:
             hook.remove()
     return problems
+
+
+def _compile_ahead(problems: dict[nn.Module, Sizes], recorded: dict[str, str], device: torch.device) -> None:
+    """On a GPU, compile what is about to be measured by all cores of this rank, each rank of a machine its share.
+
+    A layer that another rank compiles late is compiled here where it is measured.
+    """
+    if device.type != "cuda":
+        return
+    unknown = [
+        problem
+        for layer, problem in problems.items()
+        if isinstance(problem, Problem) and problem.title() not in recorded and _is_unknown(layer, problem)
+    ]
+    ranks = discover()
+    share = [*dict.fromkeys(unknown)][ranks.local_rank :: ranks.local_world_size]
+    processes = max(1, len(usable_cores()) // ranks.local_world_size)
+    for why in TritonKernels().compile_ahead(share, processes):
+        warnings.warn(f"a kernel cannot be compiled: {why}", stacklevel=2)
+
+
+def _is_unknown(layer: nn.Module, problem: Problem) -> bool:
+    """Whether Triton's kernels are going to be measured for this layer."""
+    able = _able(layer, problem, exchange_known=True)
+    by_triton = any(form.kernels == "triton" for form in able)
+    return by_triton and dispatch.decide(problem, able, may_measure=False) is None
 
 
 def _exchange_seconds(

@@ -1,11 +1,13 @@
 """The Triton kernels as a set, each in the configuration measured on its card."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.torch import TorchKernels
-from twolevel.ops.kernels.triton import grouped
+from twolevel.ops.kernels.triton import ahead, grouped
 from twolevel.ops.kernels.triton.choices import Choices, tune
 from twolevel.ops.kernels.triton.configs import Config
 from twolevel.ops.kernels.triton.problem import Operation, problem_of
@@ -138,6 +140,10 @@ class TritonKernels(TorchKernels):
             precision=precision,
         )
         return next(iter(times))
+
+    def compile_ahead(self, layers: Iterable[Problem], processes: int) -> list[str]:
+        """Compile in so many processes what is measured for these layers; returns what cannot be compiled, and why."""
+        return ahead.compile_ahead(layers, processes, most=MOST, precision=_precision())
 
 
 def _precision() -> str:
