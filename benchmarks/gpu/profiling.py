@@ -68,7 +68,7 @@ def kind(name: str) -> str:
 def profiled(call: Callable[[], object], steps: int, *, on_gpu: bool) -> list[Span]:
     """The kernels of some calls; on the CPU, torch's operations."""
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
         for _ in range(steps):
             call()
         if on_gpu:
