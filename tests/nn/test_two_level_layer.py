@@ -146,6 +146,28 @@ def test_traces_whole(schedule):
     torch.testing.assert_close(got, wanted, **CLOSE)
 
 
+def test_a_compiled_layer_is_one_operation():
+    """Where its form is chosen, and not three convolutions, which are for what is exported."""
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(layer(kernel_size=3), fullgraph=True, backend=backend)(image())
+    torch.compiler.reset()
+    assert "twolevel.two_level_conv2d.default" in seen and not any("conv2d of" in name for name in seen)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_is_of_operations_that_every_run_time_knows(strict):
+    conv, x = layer(kernel_size=3), image().detach()
+    exported = torch.export.export(conv, (x,), strict=strict)
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert targets == {"aten.conv2d.default", "aten.add.Tensor"}
+    torch.testing.assert_close(exported.module()(x), conv(x), **CLOSE)
+
+
 @pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++")),
     reason="the compiler of torch.compile needs a C++ compiler",

@@ -32,7 +32,7 @@ def two_level_conv2d(
     `dense` (one rank only: the structured dense weight). Kernels: see `twolevel.ops.dispatch`. What is left `auto` is
     chosen by measurement. Raises UserError for what cannot compute these tensors here.
     """
-    if torch.compiler.is_exporting() and exchange.ranks == 1:  # by operations that every run time knows
+    if torch.compiler.is_compiling() and exchange.ranks == 1 and _is_exporting():  # what every run time knows
         return F.conv2d(x, local, None, *geometry, len(restriction)) + F.conv2d(
             F.conv2d(x, restriction, None, *geometry, len(restriction)), coarse
         )
@@ -48,6 +48,12 @@ def two_level_conv2d(
     if plan.schedule is None:
         return schedules.dense(x, *weights, geometry)
     return _TwoLevel.apply(x, *weights, geometry, exchange, plan.schedule)
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """Whether torch.export traces; asked outside of the trace, in which torch 2.11 always says yes."""
+    return torch.compiler.is_exporting()
 
 
 class _TwoLevel(torch.autograd.Function):
