@@ -10,8 +10,8 @@
     nccl        two ranks over NCCL, on one card where it can
 
 FOLDER holds everything: results, what was printed, and in FOLDER/cache/ the kernels and what was measured of them.
-Copy it to another machine with the same card to go on there; without cache/triton and cache/inductor it is small,
-and kernels are compiled again, in parallel.
+Copy it to another machine with the same card to go on there. Without cache/triton and cache/inductor it is small, and
+kernels are compiled again where they are used, or in parallel by --again tuning-10-4.
 """
 
 import signal

@@ -55,7 +55,7 @@ def _tuning(short: str, processes: str) -> Step:
         f"tuning-{short}",
         f"kernels for {NETWORKS[short]}",
         ("benchmarks.gpu.tuning", "--network", NETWORKS[short], "--processes", processes),
-        takes_s=130,
+        takes_s=110,
     )
 
 
