@@ -48,7 +48,6 @@ class Maps(ctypes.Structure):
 
 
 _ARGUMENTS = {
-    "twolevel_lanes": [],
     "twolevel_forward": [POINTER(Layer), POINTER(Tensors), *[c_int64] * 2],
     "twolevel_backward": [POINTER(Layer), POINTER(Tensors), *[c_void_p] * 3, *[c_int64] * 2],
     "twolevel_norm_moments": [POINTER(Maps), *[c_void_p] * 2, *[c_int64] * 2],

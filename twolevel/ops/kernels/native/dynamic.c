@@ -48,12 +48,13 @@ static void pool(const layer *l, const float *x, const activation *a, float *sum
             vec sum[4] = {{0}};
             int64_t i = 0;
             for (; i + 4 * LANES <= pixels; i += 4 * LANES)
-                UNROLL for (int v = 0; v < 4; v++) sum[v] += relu(load(x + i + v * LANES) * a->sign[c] + a->shift[c]);
-            for (; i + LANES <= pixels; i += LANES) sum[0] += relu(load(x + i) * a->sign[c] + a->shift[c]);
+                UNROLL for (int v = 0; v < 4; v++)
+                    sum[v] += rectified(load(x + i + v * LANES) * a->sign[c] + a->shift[c]);
+            for (; i + LANES <= pixels; i += LANES) sum[0] += rectified(load(x + i) * a->sign[c] + a->shift[c]);
             sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
             float total = 0;
             for (int v = 0; v < LANES; v++) total += sum[0][v];
-            for (; i < pixels; i++) total += relu1(x[i] * a->sign[c] + a->shift[c]);
+            for (; i < pixels; i++) total += rectified1(x[i] * a->sign[c] + a->shift[c]);
             sums[c] = total;
         }
         return;
@@ -64,19 +65,19 @@ static void pool(const layer *l, const float *x, const activation *a, float *sum
         for (int64_t i = 0; i < pixels; i++)
             UNROLL for (int v = 0; v < 4; v++) {
                 const int64_t at = c + v * LANES;
-                sum[v] += relu(load(x + i * channels + at) * load(a->sign + at) + load(a->shift + at));
+                sum[v] += rectified(load(x + i * channels + at) * load(a->sign + at) + load(a->shift + at));
             }
         UNROLL for (int v = 0; v < 4; v++) store(sums + c + v * LANES, sum[v]);
     }
     for (; c + LANES <= channels; c += LANES) {
         vec sum = {0};
         for (int64_t i = 0; i < pixels; i++)
-            sum += relu(load(x + i * channels + c) * load(a->sign + c) + load(a->shift + c));
+            sum += rectified(load(x + i * channels + c) * load(a->sign + c) + load(a->shift + c));
         store(sums + c, sum);
     }
     for (; c < channels; c++) {
         float sum = 0;
-        for (int64_t i = 0; i < pixels; i++) sum += relu1(x[i * channels + c] * a->sign[c] + a->shift[c]);
+        for (int64_t i = 0; i < pixels; i++) sum += rectified1(x[i * channels + c] * a->sign[c] + a->shift[c]);
         sums[c] = sum;
     }
 }
@@ -165,12 +166,12 @@ static int choose(const dynamic *d, const float *x, const float *floats, int64_t
         for (int64_t h = 0; h < heads; h++) {
             int64_t fired = 0;
             for (int64_t r = 0; r < hidden; r++) {
-                const float unit = relu1(units[h * hidden + r]);
+                const float unit = rectified1(units[h * hidden + r]);
                 active[fired] = unit / pixels, rows[fired] = r, fired += unit != 0;
             }
             memcpy(g, of.offset + h * n, 4 * n);
             add_rows(active, rows, fired, of.excite + h * hidden * n, n, g);
-            for (int64_t c = 0; c < n; c++) g[c] = relu1(g[c]);
+            for (int64_t c = 0; c < n; c++) g[c] = rectified1(g[c]);
             const choice to = choice_at(kept, n, b * heads + h);
             *to.number = d->kept < 0 ? choose_above(g, n, *of.threshold, to.channels)
                                      : choose_largest(g, n, d->kept, keys, to.channels);
@@ -210,8 +211,8 @@ int twolevel_dynamic(const dynamic *d, const float *x, const float *floats, int6
     int status = a.failed ? -1 : kept ? 0 : choose(d, x, floats, chosen, begin / height, end / height, &a);
     for (int64_t o = 0; o < l->outputs && !status; o++) order[o] = o % heads * outputs + o / heads;
     const convolution c = {
-        .shape = l, .order = order, .by_output = d->by_output, .first_tap = d->first_tap, .by_tap = d->by_tap, .before = of.before,
-        .bias = of.bias, .relu = d->relu,
+        .shape = l, .order = order, .by_output = d->by_output, .first_tap = d->first_tap, .by_tap = d->by_tap,
+        .before = of.before, .bias = of.bias, .relu = d->relu,
     };
     for (int64_t at = begin, stop; at < end && !status; at = stop) {
         const int64_t image = at / height;

@@ -77,9 +77,6 @@ static void write_image(forward *f, int64_t b) {
     if (f->planar) image_of_planes(image, to, f->out, l->outputs);
 }
 
-/* Numbers in a vector. */
-int twolevel_lanes(void) { return LANES; }
-
 /* `own` from x and the restriction; y from x, A, C and z: from what there is of A and C, without A added to it. */
 int twolevel_forward(const layer *l, const tensors *t, int64_t begin, int64_t end) {
     arena a = open_arena();

@@ -85,6 +85,19 @@ static int prepare(plan *p, const convolution *c, int64_t widest, int64_t wanted
 
 /* ---- Gather ---- */
 
+/* to[i] = from[i * stride], or max(0, sign from[i * stride] + shift) factor. Whole vectors where memory up to `from_end`
+   and `to_end` allows, so what follows in `to` must be written later. */
+INLINE void copy_row(const float *from, const float *from_end, int64_t stride, int64_t number, float sign, float shift,
+                     float factor, int active, float *to, const float *to_end) {
+    int64_t i = 0;
+    if (stride == 1)
+        for (; i < number && from + i + LANES <= from_end && to + i + LANES <= to_end; i += LANES) {
+            const vec v = load(from + i);
+            store(to + i, active ? rectified(v * sign + shift) * factor : v);
+        }
+    for (; i < number; i++) to[i] = active ? rectified1(from[i * stride] * sign + shift) * factor : from[i * stride];
+}
+
 /* The planes of one channel: rows `first` .. of the result read them. */
 INLINE void gather_channel(const plan *p, int64_t channel, float factor, int64_t first, int64_t rows, int active,
                            float *to) {
@@ -151,7 +164,7 @@ INLINE void tile(const plan *p, const group *g, int64_t o, int64_t at, int numbe
     float *out = p->result + (g->first + o) * p->line + at;
     UNROLL for (int r = 0; r < number; r++)
         UNROLL for (int v = 0; v < vectors; v++)
-            store(out + r * p->line + v * LANES, p->c->relu ? relu(sum[r][v]) : sum[r][v]);
+            store(out + r * p->line + v * LANES, p->c->relu ? rectified(sum[r][v]) : sum[r][v]);
 }
 
 INLINE void tiles(const plan *p, const group *g, int64_t at, int vectors) {

@@ -36,16 +36,4 @@ typedef struct {
 int gathered_rows(const convolution *c, const group *groups, int64_t number, const float *x, float *y, int64_t begin,
                   int64_t end);
 
-/* A value of several uses, which GCC otherwise reads from memory for every one. */
-INLINE vec once(vec v) {
-#if defined(__AVX512F__)
-    __asm__("" : "+v"(v));
-#elif defined(__x86_64__)
-    __asm__("" : "+x"(v));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(v));
-#endif
-    return v;
-}
-
 #endif

@@ -31,20 +31,13 @@ INLINE void ask_for(const float *p) { __builtin_prefetch(p, 0, 2); }
 /* The next LANES numbers; `others` in the lanes where there are fewer. */
 INLINE vec load_upto(const float *p, int64_t left, vec others) {
     if (left >= LANES) return load(p);
-    float lanes[LANES];
-    store(lanes, others);
-    if (left > 0) memcpy(lanes, p, 4 * left);
-    return load(lanes);
+    if (left > 0) memcpy(&others, p, 4 * left);
+    return others;
 }
 
 INLINE void store_upto(float *p, int64_t left, vec v) {
-    if (left >= LANES) {
-        store(p, v);
-        return;
-    }
-    float lanes[LANES];
-    store(lanes, v);
-    memcpy(p, lanes, 4 * left);
+    if (left >= LANES) store(p, v);
+    else store_part(p, v, left);
 }
 
 INLINE double sum_of_lanes(vec v) {

@@ -15,8 +15,6 @@ typedef struct {
     vec mean, scale, bias, slope, offset;
 } affine_vec;
 
-typedef int32_t lane_mask __attribute__((vector_size(4 * LANES)));
-
 INLINE affine_vec load_affine(const affine *a, int64_t at) {
     return (affine_vec){load(a->mean + at), load(a->scale + at), load(a->bias + at), load(a->slope + at),
                         load(a->offset + at)};
@@ -30,10 +28,7 @@ INLINE affine_vec splat_affine(const affine *a, int64_t at) {
 /* One expression, so that backward finds the same numbers above 0 as forward. */
 INLINE vec normalised(vec x, affine_vec a) { return (x - a.mean) * a.scale + a.bias; }
 
-/* ReLU as torch has it: NaN and -0 stay. */
-INLINE vec rectified(vec v) { return (vec)((lane_mask)v & ~(v < (vec){0})); }
-
-/* Its gradient: g where v is above 0 or NaN, else 0. */
-INLINE vec passed(vec g, vec v) { return (vec)((lane_mask)g & ~(v <= (vec){0})); }
+/* The gradient of `rectified`: g where v is above 0 or NaN, else 0. */
+INLINE vec passed(vec g, vec v) { return (vec)((lanes_vec)g & ~(v <= (vec){0})); }
 
 #endif

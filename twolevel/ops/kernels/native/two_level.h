@@ -9,28 +9,14 @@
 #ifndef TWOLEVEL_TWO_LEVEL_H
 #define TWOLEVEL_TWO_LEVEL_H
 
+#include "pixels.h"
 #include "planes.h"
 #include "products.h"
 
 /* ---- Between an image [pixels, channels] and planes [channels, pixels] ---- */
 
 static void planes_of_image(float *to, const float *image, int64_t pixels, int64_t channels) {
-    for (int64_t p = 0; p < pixels; p += LANES)
-        for (int64_t c = 0; c < channels; c += LANES) {
-            const int64_t high = min64(LANES, pixels - p), wide = min64(LANES, channels - c);
-            vec u[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) {
-                const float *from = image + (p + i) * channels + c;
-                u[i] = i >= high ? (vec){0} : wide == LANES ? load(from) : load_part(from, wide);
-            }
-            transpose_sum(u, 0);
-            UNROLL for (int i = 0; i < LANES; i++) {
-                if (i >= wide) break;
-                float *at = to + (c + i) * pixels + p;
-                if (high == LANES) store(at, u[i]);
-                else store_part(at, u[i], high);
-            }
-        }
+    separate(image, pixels, channels, to, pixels);
 }
 
 static void image_of_planes(float *image, const float *from, int64_t pixels, int64_t channels) {

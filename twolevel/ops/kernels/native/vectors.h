@@ -37,9 +37,8 @@ typedef int32_t lanes_vec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vec load(const float *p) { return *(const unaligned_vec *)p; }
-/* The same for a value of several uses: GCC otherwise reads it anew for every one. */
-INLINE vec load_once(const float *p) {
-    vec v = load(p);
+/* A value of several uses, which GCC otherwise reads from memory for every one. */
+INLINE vec once(vec v) {
 #if defined(__AVX512F__)
     __asm__("" : "+v"(v));
 #elif defined(__x86_64__)
@@ -49,6 +48,7 @@ INLINE vec load_once(const float *p) {
 #endif
     return v;
 }
+INLINE vec load_once(const float *p) { return once(load(p)); }
 /* A number about which the compiler is to know nothing. */
 #define OPAQUE(number) __asm__("" : "+r"(number))
 INLINE void store(float *p, vec v) { *(unaligned_vec *)p = v; }
@@ -128,19 +128,6 @@ INLINE void transpose_sum(vec u[LANES], int log_sum) {
     }
 }
 
-/* The transpose of that: from vectors c, multiples of 2^log_sum, of values for all pixels, u [pixels][channels] with
-   each value in 2^log_sum neighbouring channels. */
-INLINE void transpose_copy(vec u[LANES], int log_sum) {
-    UNROLL for (int k = LOG_LANES - 1; k >= 0; k--) {
-        const int bit = 1 << k, absent = k < log_sum ? bit - 1 : (1 << log_sum) - 1;
-        UNROLL for (int i = 0; i < LANES; i++) {
-            if (i & (bit | absent)) continue;
-            const vec a = u[i], b = k < log_sum ? a : u[i | bit];
-            u[i] = even(a, b, k), u[i | bit] = odd(a, b, k);
-        }
-    }
-}
-
 /* Numbers of part of a vector, which is filled by zeros; nothing beyond them is touched. 0 < number <= LANES. */
 #if defined(__AVX512F__)
 INLINE vec load_part(const float *p, int64_t number) {
@@ -157,6 +144,16 @@ INLINE vec load_part(const float *p, int64_t number) {
 }
 INLINE void store_part(float *p, vec v, int64_t number) { memcpy(p, &v, 4 * number); }
 #endif
+
+/* max(0, v); of NaN and -0 these, as torch has it. */
+INLINE vec rectified(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps((vec){0}, v);
+#else
+    return (vec)((lanes_vec)v & ~(lanes_vec)(v < 0));
+#endif
+}
+INLINE float rectified1(float f) { return f < 0 ? 0 : f; }
 
 /* Memory that is needed soon, and how much of it is asked for at a time: a few lines after every tile are lost less
    often than many at once, and come while there is enough to do. */
