@@ -31,8 +31,7 @@ INLINE void ask_for(const float *p) { __builtin_prefetch(p, 0, 2); }
 /* The next LANES numbers; `others` in the lanes where there are fewer. */
 INLINE vec load_upto(const float *p, int64_t left, vec others) {
     if (left >= LANES) return load(p);
-    if (left > 0) memcpy(&others, p, 4 * left);
-    return others;
+    return left > 0 ? load_over(others, p, left) : others;
 }
 
 INLINE void store_upto(float *p, int64_t left, vec v) {

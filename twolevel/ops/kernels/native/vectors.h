@@ -128,22 +128,22 @@ INLINE void transpose_sum(vec u[LANES], int log_sum) {
     }
 }
 
-/* Numbers of part of a vector, which is filled by zeros; nothing beyond them is touched. 0 < number <= LANES. */
+/* Numbers of part of a vector, and `others` in the other lanes; nothing beyond them is touched. 0 < number <= LANES. */
 #if defined(__AVX512F__)
-INLINE vec load_part(const float *p, int64_t number) {
-    return (vec)_mm512_maskz_loadu_ps((__mmask16)(0xffff >> (LANES - number)), p);
+INLINE vec load_over(vec others, const float *p, int64_t number) {
+    return (vec)_mm512_mask_loadu_ps((__m512)others, (__mmask16)(0xffff >> (LANES - number)), p);
 }
 INLINE void store_part(float *p, vec v, int64_t number) {
     _mm512_mask_storeu_ps(p, (__mmask16)(0xffff >> (LANES - number)), (__m512)v);
 }
 #else
-INLINE vec load_part(const float *p, int64_t number) {
-    vec v = {0};
-    memcpy(&v, p, 4 * number);
-    return v;
+INLINE vec load_over(vec others, const float *p, int64_t number) {
+    memcpy(&others, p, 4 * number);
+    return others;
 }
 INLINE void store_part(float *p, vec v, int64_t number) { memcpy(p, &v, 4 * number); }
 #endif
+INLINE vec load_part(const float *p, int64_t number) { return load_over((vec){0}, p, number); }
 
 /* max(0, v); of NaN and -0 these, as torch has it. */
 INLINE vec rectified(vec v) {
