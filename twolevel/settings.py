@@ -43,7 +43,12 @@ DEVICES: tuple[str, ...] = get_args(Device)
 Precision = Literal["float32", "bf16", "float64"]
 PlanPrecision = Literal["float32", "bf16"]
 
-LRSchedule = Literal["multistep", "cosine"]
+LRSchedule = Literal["multistep", "cosine", "linear"]
+
+# Where the settings of an optimiser come from that are not given; its rule for weights; how images are mirrored.
+RecipeName = Literal["paper", "fast"]
+Update = Literal["momentum", "nesterov", "muon"]
+Flip = Literal["random", "alternating"]
 
 # Which weights of a run: as trained, or their exponential moving average.
 WeightsOf = Literal["model", "ema"]

@@ -64,7 +64,7 @@ def fresh(tmp_path, monkeypatch) -> Path:
         ("--timeout inf", "timeout=inf is invalid; use a finite number"),
         ("--timeout -1", "timeout=-1.0 is invalid; use a positive number of seconds, at most 1e+09"),
         ("--data-parallel 0", "data_parallel=0 is invalid; use 1 or more"),
-        ("--learning-rate fast", "Error parsing --learning-rate: could not convert string to float: 'fast'"),
+        ("--learning-rate fast", "Error parsing --learning-rate: expected FLOAT, not 'fast'"),
         ("--lerning-rate 0.1", "Unrecognized options: --lerning-rate, 0.1; did you mean --learning-rate?"),
         ("--precision half", "'half'"),
         ("--cuda-graph", "cuda_graph=True needs a GPU, and ranks compute on the cpu; leave it out"),

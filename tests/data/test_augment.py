@@ -6,6 +6,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from twolevel.data.augment import Normalise, crop_and_flip, draw_crops, draw_resized_crop
+from twolevel.data.memory import LabelledImages, TrainInMemory
+from twolevel.data.order import Order
 
 
 def random_images(*shape: int) -> torch.Tensor:
@@ -71,3 +73,22 @@ def test_normalise_is_torchvisions_in_channels_last(dtype, tolerance):
     assert result.dtype == dtype
     assert result.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(result, expected, rtol=0, atol=tolerance, check_stride=False)
+
+
+def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
+    order = Order(num_images=64, batch_size=64, seed=3)
+    # Pixels whose left half is bright; crops of 4 pixels do not hide which half that is.
+    pixels = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    pixels[..., :16] = 255
+    data = LabelledImages(pixels, torch.arange(64))
+    plain = Normalise((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"), torch.float32)
+    split = TrainInMemory(data, plain, order, augment=True, flip="alternating")
+
+    def mirrored(epoch: int) -> torch.Tensor:
+        images, labels = next(iter(split.batches(epoch)))
+        right_is_brighter = images[..., 16:].sum((1, 2, 3)) > images[..., :16].sum((1, 2, 3))
+        return right_is_brighter[labels.argsort()]
+
+    first, second, third = map(mirrored, range(3))
+    assert torch.equal(first, ~second) and torch.equal(first, third)
+    assert 16 < first.sum() < 48  # 32 of a fair coin; these are four standard deviations

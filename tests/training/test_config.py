@@ -29,6 +29,41 @@ def test_imagenet_gets_its_own():
     assert (rule.epochs, rule.lr_milestones, rule.weight_decay) == (90, (30, 60), 1e-4)
 
 
+def test_dgc_gets_its_papers():
+    rules = [
+        TrainConfig(data=DataConfig(data=data), model=ModelConfig(model=model, conv="dgc"))
+        for data, model in (("cifar10", "condensenet-50"), ("imagenet", "mobilenetv2"))
+    ]
+    assert [rule.data.batch_size for rule in rules] == [64, 256]
+    assert [rule.optimiser.learning_rate for rule in rules] == [0.1, 0.05]
+    for rule in rules:
+        assert (rule.optimiser.update, rule.optimiser.lr_schedule) == ("nesterov", "cosine")
+        assert (rule.optimiser.lr_milestones, rule.optimiser.weight_decay) == (None, 1e-4)
+
+
+def test_the_fast_recipe_is_a_start_that_settings_change():
+    fast = TrainConfig(optimiser=OptimiserConfig(recipe="fast"))
+    assert (fast.optimiser.update, fast.optimiser.lr_schedule, fast.data.flip) == (
+        "muon",
+        "linear",
+        "alternating",
+    )
+    changed = OptimiserConfig(recipe="fast", update="nesterov", lr_schedule="multistep", lr_milestones=(3,))
+    rule = TrainConfig(data=DataConfig(flip="random"), optimiser=changed)
+    assert (rule.optimiser.lr_matrices, rule.optimiser.lr_milestones, rule.data.flip) == (
+        None,
+        (3,),
+        "random",
+    )
+
+
+def test_a_file_from_before_updates_had_names_is_read():
+    sections = TrainConfig().to_dict()
+    sections["optimiser"] |= {"nesterov": True}
+    del sections["optimiser"]["update"]
+    assert TrainConfig.from_dict(sections).optimiser.update == "nesterov"
+
+
 def test_what_is_given_is_kept():
     given = OptimiserConfig(epochs=7, lr_milestones=(2,), weight_decay=0.0)
     rule = TrainConfig(optimiser=given).optimiser
@@ -55,8 +90,25 @@ def test_setting_names_are_unique_across_sections():
     [
         (lambda: OptimiserConfig(learning_rate=0), "learning_rate=0 is invalid; use a positive number"),
         (lambda: OptimiserConfig(momentum=1.0), "momentum=1.0"),
-        (lambda: OptimiserConfig(momentum=0, nesterov=True), "nesterov=True"),
+        (lambda: OptimiserConfig(momentum=0, update="nesterov"), "update=nesterov"),
         (lambda: OptimiserConfig(ema_decay=1.5), "ema_decay=1.5"),
+        (lambda: OptimiserConfig(update="nesterov", lr_matrices=0.1), "lr_matrices=0.1 is of update=muon"),
+        (
+            lambda: TrainConfig(optimiser=OptimiserConfig(update="muon")),
+            "update=muon needs --lr-matrices",
+        ),
+        (
+            lambda: TrainConfig(optimiser=OptimiserConfig(recipe="fast", lr_schedule="multistep")),
+            "needs --lr-milestones",
+        ),
+        (
+            lambda: TrainConfig(data=DataConfig(data="imagenet"), optimiser=OptimiserConfig(recipe="fast")),
+            "recipe=fast is of WRN and ResNet on CIFAR, not of wrn-28-10 on imagenet",
+        ),
+        (
+            lambda: DataConfig(data="imagenet", flip="alternating"),
+            "flip=alternating is not for data=imagenet",
+        ),
         (lambda: OptimiserConfig(accumulate=0), "accumulate=0"),
         (lambda: OptimiserConfig(precise_batch_norm=-1), "precise_batch_norm=-1"),
         (lambda: OptimiserConfig(lr_milestones=(5, 3)), "lr_milestones"),

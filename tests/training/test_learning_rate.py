@@ -2,12 +2,12 @@
 
 import pytest
 
-from twolevel.training.config import OptimiserConfig
+from twolevel.training.config import OptimiserConfig, TrainConfig
 from twolevel.training.optimiser import learning_rate
 
 
 def rates(epochs=4, steps=10, **options) -> list[float]:
-    config = OptimiserConfig(epochs=epochs, **options)
+    config = TrainConfig(optimiser=OptimiserConfig(epochs=epochs, **options)).optimiser
     return [learning_rate(config, step, steps) for step in range(epochs * steps)]
 
 

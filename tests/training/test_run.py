@@ -122,7 +122,10 @@ def test_parts_one_after_the_other_learn_what_replicas_learn(pool, tiny, tmp_pat
     [
         ["--precision", "bf16"],
         ["--no-decay-norm"],
-        ["--nesterov"],
+        ["--update", "nesterov"],
+        ["--update", "muon", "--lr-matrices", "0.02"],
+        ["--lr-schedule", "linear", "--warmup-epochs", "0.5"],
+        ["--lr-coarse", "0.5"],
         ["--conv", "gc"],
         ["--conv", "sc", "--groups", "1"],
     ],

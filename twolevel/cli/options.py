@@ -51,5 +51,10 @@ def _one_line(box: str) -> str:
     near = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(paragraphs[1:]))
     if near:
         text += f"; did you mean {near[1]}?"
+    text = re.sub(
+        r"no type matching \{None\}\|(\S+) could be instantiated from \['(.*)'\]\.?",
+        r"expected \1, not '\2'",
+        text,
+    )
     # "Error parsing data: ..." names the section of the configuration, which a user need not know.
     return re.sub(r"^Error parsing \w+: ", "", text)

@@ -8,7 +8,7 @@ import tyro
 
 from twolevel.data.registry import DATA_SETS, DataSet, list_of_names
 from twolevel.errors import UserError, unknown
-from twolevel.settings import FIXED, FREE
+from twolevel.settings import FIXED, FREE, Flip
 
 # Settings that some data sets alone use.
 NOT_OF_ALL = ("data_root", "download", "workers", "image_size")
@@ -32,11 +32,14 @@ class DataConfig:
     download: bool = field(default=False, metadata=FREE)
     """fetch CIFAR into data_root where it is missing or damaged"""
 
-    batch_size: int = field(default=128, metadata=FIXED)
-    """images a step, over all data-parallel ranks together"""
+    batch_size: int | None = field(default=None, metadata=FIXED)
+    """images a step, over all data-parallel ranks together; by the recipe unless given, most often 128"""
 
     augment: bool = True
     """random crops and flips of the training images"""
+
+    flip: Flip | None = None
+    """mirror training images at random, or each one every other epoch (alternating); by the recipe unless given"""
 
     workers: int = field(default=4, metadata=FREE)
     """processes of each rank that decode ImageNet images; 0 decodes in the rank itself"""
@@ -49,16 +52,25 @@ class DataConfig:
             raise unknown("data set", self.data, DATA_SETS)
         self.data_root = Path(self.data_root).expanduser()
         for name, least in (("batch_size", 1), ("workers", 0), ("image_size", 1)):
-            value = getattr(self, name)
+            value = self.batch if name == "batch_size" else getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{name}={value!r} is invalid; use an integer of {least} or more")
         if self.download and self.data_set.no_download:
             raise UserError(f"download=True: {self.data_set.no_download}")
+        if self.flip == "alternating" and not self.data_set.in_memory:
+            raise UserError(
+                f"flip=alternating is not for data={self.data}, which is read image by image; use random"
+            )
 
     @property
     def data_set(self) -> DataSet:
         """What is known of the data set before it is read."""
         return DATA_SETS[self.data]
+
+    @property
+    def batch(self) -> int:
+        """Images a step; as published for the data set unless given."""
+        return self.data_set.recipe.batch_size if self.batch_size is None else self.batch_size
 
     @property
     def num_classes(self) -> int:

@@ -44,7 +44,7 @@ def load(config: DataConfig, view: View) -> Data:
     """
     classes = verify(config.data_root)
     train, test = (ImageFiles(config.data_root / split, config.image_size) for split in ("train", "val"))
-    order = Order(len(train), config.batch_size, view.seed, view.data_rank, view.data_size)
+    order = Order(len(train), config.batch, view.seed, view.data_rank, view.data_size)
     normalise = Normalise(*MEAN_STD, view.device, view.dtype)
     return Data(
         train=TrainFolder(train, normalise, view.device, config.workers, order, config.augment),

@@ -10,6 +10,7 @@ from twolevel.data.augment import Normalise, crop_and_flip, draw_crops
 from twolevel.data.config import DataConfig
 from twolevel.data.order import Order, share
 from twolevel.data.split import Data, View
+from twolevel.settings import Flip
 from twolevel.streams import stream
 
 
@@ -29,13 +30,22 @@ class LabelledImages:
 
 
 class TrainInMemory:
-    """A `TrainSplit` of images on the device."""
+    """A `TrainSplit` of images on the device.
 
-    def __init__(self, data: LabelledImages, normalise: Normalise, order: Order, augment: bool) -> None:
+    `flip` "alternating" mirrors each image every other epoch, half of them in the even ones: two epochs show every
+    image both ways, where random flips would show half of them the same way twice (Jordan, arXiv 2404.00498).
+    """
+
+    def __init__(
+        self, data: LabelledImages, normalise: Normalise, order: Order, augment: bool, flip: Flip = "random"
+    ) -> None:
         self.data = data
         self.normalise = normalise
         self.order = order
         self.augment = augment
+        self.mirrored = None  # in even epochs: which images
+        if flip == "alternating":
+            self.mirrored = torch.randint(0, 2, (len(data),), generator=stream("flips", order.seed))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -51,6 +61,8 @@ class TrainInMemory:
                 # Drawn for the global batch, then cut: an image's crop does not depend on the ranks.
                 generator = stream("crops", order.seed, epoch, position)
                 crops = draw_crops(order.batch_size, generator)[:, order.rows]
+                if self.mirrored is not None:
+                    crops[2] = self.mirrored[index] ^ (epoch & 1)
                 index, dy, dx, flip = self._to_device(torch.cat((index[None], crops)))
                 images = crop_and_flip(self.data.images.index_select(0, index), dy, dx, flip)
             else:
@@ -97,10 +109,10 @@ def in_memory(
     Raises:
         UserError: a batch is more than the training images, or does not divide over the ranks.
     """
-    order = Order(len(train), config.batch_size, view.seed, view.data_rank, view.data_size)
+    order = Order(len(train), config.batch, view.seed, view.data_rank, view.data_size)
     normalise = Normalise(mean, std, view.device, view.dtype)
     return Data(
-        train=TrainInMemory(train.to(view.device), normalise, order, config.augment),
+        train=TrainInMemory(train.to(view.device), normalise, order, config.augment, config.flip or "random"),
         test=EvalInMemory(test.to(view.device), normalise, view.data_rank, view.data_size),
         num_classes=len(classes),
         classes=classes,

@@ -9,16 +9,26 @@ The module has two functions, and the line of DATA_SETS says what is known befor
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from twolevel.settings import Flip, LRSchedule, Update
+
 CIFAR_CITATION = 'Alex Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of SGD that were published for a data set; a run has them unless others are given."""
+    """Settings that a run has unless others are given."""
 
     epochs: int
-    lr_milestones: tuple[int, ...]
     weight_decay: float
+    batch_size: int = 128
+    update: Update = "momentum"
+    learning_rate: float = 0.1
+    lr_matrices: float | None = None
+    lr_schedule: LRSchedule = "multistep"
+    lr_milestones: tuple[int, ...] | None = None
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    flip: Flip = "random"
 
 
 # Lee, Park, Lee, "Two-level Group Convolution", section 4; the digits of the decay are not in the paper and are the
@@ -43,7 +53,10 @@ class DataSet:
     image_size: int | None = None
     """height and width of an image; None: as image_size asks"""
     uses: tuple[str, ...] = ("data_root",)
+    in_memory: bool = True
+    """on the device of a rank, as bytes"""
     recipe: Recipe = CIFAR_RECIPE
+    """as published for it"""
     no_download: str = ""
     """what to do instead of downloading it, where a user may expect that"""
     citation: str = ""
@@ -76,6 +89,7 @@ DATA_SETS: Mapping[str, DataSet] = {
     "imagenet": DataSet(
         module="imagenet",
         uses=("data_root", "workers", "image_size"),
+        in_memory=False,
         recipe=IMAGENET_RECIPE,
         no_download="imagenet has to be asked for at image-net.org; "
         "put its train/ and val/ under data_root and leave download out",

@@ -57,7 +57,7 @@ class GraphedStep:
 
     def set_rate(self, rate: float) -> None:
         for group in self.step.optimiser.param_groups:
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate * group["scale"])
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.calls += 1

@@ -22,7 +22,7 @@ from twolevel.training.epoch import Epochs
 from twolevel.training.forms import ChosenForms, fix_forms
 from twolevel.training.graphed import GraphedStep, check_capturable
 from twolevel.training.metrics import MetricsLog
-from twolevel.training.optimiser import make_sgd
+from twolevel.training.optimiser import make_optimiser
 from twolevel.training.output import claim
 from twolevel.training.precise_batch_norm import check_number
 from twolevel.training.preflight import check_kernels, check_resumable, warn_of_ignored
@@ -67,7 +67,7 @@ class Trainer:
         self.data: Data = context.load_data(config.data, run.seed, dtype)
         check_number(optimiser.precise_batch_norm, self.data.train)
         self.strategy = context.strategy(run.precision)
-        self.strategy.check_batch(config.data.batch_size, optimiser.accumulate)
+        self.strategy.check_batch(config.data.batch, optimiser.accumulate)
         options = config.model.create_options() | {"num_classes": self.data.num_classes}
         sync = config.mesh.sync_batch_norm
         self.placed = context.build(
@@ -101,7 +101,7 @@ class Trainer:
             return written["config"]["run"].get("forms", {})
 
     def _choose_forms(self, recorded: dict[str, str]) -> ChosenForms:
-        images = self.config.data.batch_size // self.context.mesh["data"].size()
+        images = self.config.data.batch // self.context.mesh["data"].size()
         batch = images // self.config.optimiser.accumulate // self.strategy.microbatches
         with waiting("choosing kernels", shown=self.context.first):
             return fix_forms(self.placed, batch, self.data.image_shape, recorded)
@@ -110,9 +110,9 @@ class Trainer:
         decay, ema = self.config.optimiser.ema_decay, None
         if decay is not None:
             ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        sgd = make_sgd(model, self.config.optimiser)
+        updates = make_optimiser(model, self.config.optimiser)
         steps = self.data.train.steps_per_epoch
-        return TrainState(self.config, model, sgd, self.context.mesh, steps, self.data.num_classes, ema)
+        return TrainState(self.config, model, updates, self.context.mesh, steps, self.data.num_classes, ema)
 
     def run(self) -> dict[str, Any] | None:
         """Run all epochs that are left; returns the record of the last one, None if no epoch ends."""

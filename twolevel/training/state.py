@@ -32,7 +32,7 @@ class TrainState:
 
     config: TrainConfig
     model: nn.Module
-    optimiser: torch.optim.SGD
+    optimiser: torch.optim.Optimizer
     mesh: DeviceMesh
     steps_per_epoch: int
     num_classes: int

@@ -9,17 +9,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from twolevel import models
+from twolevel.data.registry import CIFAR_RECIPE
 from twolevel.distributed.agreement import together
 from twolevel.distributed.strategies import Placed
 from twolevel.distributed.strategies.base import autocast
 from twolevel.settings import Carrier, Parallel
 from twolevel.training.config import MeshConfig, OptimiserConfig
+from twolevel.training.config.recipes import fill_in
 from twolevel.training.context import strategy_for
 from twolevel.training.evaluate import batch_sums
-from twolevel.training.optimiser import make_sgd
+from twolevel.training.optimiser import make_optimiser
 from twolevel.training.rules import Rule
-
-WEIGHT_DECAY = 5e-4  # of the published recipe for CIFAR (Zagoruyko and Komodakis, 2016)
 
 
 class TrainStep:
@@ -42,7 +42,7 @@ class TrainStep:
     def set_rate(self, rate: float) -> None:
         """The learning rate of the steps to come."""
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
@@ -56,7 +56,7 @@ class TrainStep:
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of one part of a batch, with what the training rules add to it."""
         with autocast(self.placed.device, self.placed.strategy.precision):
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing or 0.0)
             total = loss
             for rule in self.rules:
                 total = rule.loss(total)
@@ -105,7 +105,6 @@ def make_step(
         network = models.create(model, conv=conv, groups=groups, num_classes=num_classes)
     placed = strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm, compile=compile)
     placed.model.train()
-    settings = optimiser or OptimiserConfig()
-    if settings.weight_decay is None:
-        settings = replace(settings, weight_decay=WEIGHT_DECAY)
-    return TrainStep(placed, make_sgd(placed.model, settings), settings)
+    settings = replace(optimiser or OptimiserConfig())
+    fill_in(settings, CIFAR_RECIPE)
+    return TrainStep(placed, make_optimiser(placed.model, settings), settings)

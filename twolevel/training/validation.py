@@ -4,7 +4,7 @@ import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from twolevel.errors import UserError
 
@@ -59,7 +59,7 @@ def _fits(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is one of a field's type."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if get_origin(kind) is UnionType:
+    if get_origin(kind) in (UnionType, Union):
         return any(_fits(value, one) for one in get_args(kind))
     if get_origin(kind) is dict:
         of, to = get_args(kind)
@@ -78,4 +78,8 @@ def _fits(value: Any, kind: Any) -> bool:
 def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is Union:
+        return " or ".join(map(_words, get_args(kind)))
+    if kind is NoneType:
+        return "null"
     return getattr(kind, "__name__", str(kind)).replace(" | None", " or null")

@@ -1,8 +1,8 @@
 """A training run as nested dataclasses, whose fields are the options of `twolevel train` (imports no torch).
 
 Each section is a file. Each field is followed by its help text, and its metadata says what a resumed run may do to it
-(`twolevel.settings`). Fields that default to None take the published recipe's value for the data set; `TrainConfig`
-fills them in, so that the `config.json` of a run holds them all.
+(`twolevel.settings`). Fields that default to None take the value of the recipe (`recipes.py`); `TrainConfig` fills
+them in, so that the `config.json` of a run holds them all.
 """
 
 import json
@@ -15,9 +15,10 @@ from twolevel.errors import UserError
 from twolevel.training.config.mesh import MeshConfig
 from twolevel.training.config.model import ModelConfig
 from twolevel.training.config.optimiser import OptimiserConfig
+from twolevel.training.config.recipes import fill_in, recipe_of
 from twolevel.training.config.rules import RuleConfig
 from twolevel.training.config.run import RunConfig
-from twolevel.training.validation import check_least, from_dict
+from twolevel.training.validation import from_dict
 
 __all__ = ["MeshConfig", "ModelConfig", "OptimiserConfig", "RuleConfig", "RunConfig", "TrainConfig"]
 
@@ -34,17 +35,14 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        for name, value in asdict(self.data.data_set.recipe).items():
-            belongs = name != "lr_milestones" or self.optimiser.lr_schedule == "multistep"
-            if getattr(self.optimiser, name) is None and belongs:
-                setattr(self.optimiser, name, value)
+        recipe = recipe_of(self.optimiser.recipe, self.data, self.model.model, self.model.conv)
+        fill_in(self.data, recipe)
+        fill_in(self.optimiser, recipe)
         if self.run.output is None:
             self.run.output = Path(
                 "runs", f"{self.model.model}-{self.model.conv}-{self.model.groups}-{self.data.data}"
             )
-        check_least(self.optimiser, 0, "weight_decay")
-        if self.optimiser.warmup_epochs > self.epochs:
-            raise UserError(f"warmup_epochs={self.optimiser.warmup_epochs} is more than epochs={self.epochs}")
+        self.optimiser.check_together()
         self.mesh.check_conv(self.model.conv)
         if self.mesh.parallel == "fsdp" and self.optimiser.ema_decay is not None:
             raise UserError(
@@ -52,9 +50,9 @@ class TrainConfig:
                 "on a rank; leave it out or use --data-parallel"
             )
         parts = self.mesh.data_parallel * self.optimiser.accumulate
-        if self.data.batch_size % parts:
+        if self.data.batch % parts:
             raise UserError(
-                f"batch_size={self.data.batch_size} does not divide by data_parallel={self.mesh.data_parallel} x "
+                f"batch_size={self.data.batch} does not divide by data_parallel={self.mesh.data_parallel} x "
                 f"accumulate={self.optimiser.accumulate}; use a multiple of {parts}"
             )
 
@@ -96,4 +94,11 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, sections: dict[str, Any], origin: str = "config") -> Self:
         """The inverse of `to_dict`. Raises UserError for a section or setting that does not exist."""
+        optimiser = sections.get("optimiser") if isinstance(sections, dict) else None
+        if isinstance(optimiser, dict) and isinstance(
+            optimiser.get("nesterov"), bool
+        ):  # of runs before `update`
+            update = "nesterov" if optimiser["nesterov"] else "momentum"
+            rest = {name: value for name, value in optimiser.items() if name != "nesterov"}
+            sections = sections | {"optimiser": {"update": update} | rest}
         return from_dict(cls, sections, origin)

@@ -1,24 +1,39 @@
-"""Settings of SGD and of what is done to loss and gradients."""
+"""Settings of the optimiser and of what is done to loss and gradients."""
 
 from dataclasses import dataclass
 
 from twolevel.errors import UserError
-from twolevel.settings import LRSchedule
+from twolevel.settings import LRSchedule, RecipeName, Update
 from twolevel.training.validation import check, check_finite, check_least
 
 
 @dataclass
 class OptimiserConfig:
-    """SGD, its schedule, and what is done to loss and gradients."""
+    """The optimiser, its schedule, and what is done to loss and gradients; by the recipe what is not given."""
+
+    recipe: RecipeName = "paper"
+    """gives what is not given: paper, as published for data set and convolution; fast, few epochs of WRN on CIFAR"""
 
     epochs: int | None = None
     """passes over the training set; 200 on CIFAR, 90 on ImageNet"""
 
-    learning_rate: float = 0.1
-    """learning rate after the warm-up"""
+    update: Update | None = None
+    """SGD with momentum, or Nesterov's; muon: likewise, but steps of kernels are orthogonalised, each group's alone"""
 
-    lr_schedule: LRSchedule = "multistep"
-    """multistep: times lr_gamma at each milestone, by epoch; cosine: to 0 at the end, by step"""
+    learning_rate: float | None = None
+    """learning rate after the warm-up; of muon that of SGD's part"""
+
+    lr_matrices: float | None = None
+    """muon: learning rate of the kernels after the warm-up"""
+
+    lr_restriction: float = 1.0
+    """gc2l: the restriction's learning rate as a multiple of that of its other kernels"""
+
+    lr_coarse: float = 1.0
+    """gc2l: the coarse term's, likewise"""
+
+    lr_schedule: LRSchedule | None = None
+    """multistep: times lr_gamma at each milestone, by epoch; cosine, linear: to 0 at the end, by step"""
 
     lr_milestones: tuple[int, ...] | None = None
     """epochs after which the rate drops; 60 120 160 on CIFAR, 30 60 on ImageNet"""
@@ -26,14 +41,11 @@ class OptimiserConfig:
     lr_gamma: float = 0.1
     """factor of each drop"""
 
-    warmup_epochs: float = 0.0
+    warmup_epochs: float | None = None
     """epochs over which the rate rises linearly from 0"""
 
     momentum: float = 0.9
     """momentum of SGD"""
-
-    nesterov: bool = False
-    """Nesterov's form of the momentum"""
 
     weight_decay: float | None = None
     """L2 penalty; 5e-4 on CIFAR, 1e-4 on ImageNet"""
@@ -41,7 +53,7 @@ class OptimiserConfig:
     decay_norm: bool = True
     """apply the weight decay to batch norm and biases too"""
 
-    label_smoothing: float = 0.0
+    label_smoothing: float | None = None
     """share of the target that is spread over all classes"""
 
     accumulate: int = 1
@@ -60,20 +72,39 @@ class OptimiserConfig:
         check_finite(self)
         check_least(self, 1, "epochs", "accumulate")
         check_least(self, 0, "precise_batch_norm")
-        check(self, "learning_rate", self.learning_rate > 0, "a positive number")
-        check(self, "lr_gamma", self.lr_gamma > 0, "a positive number")
-        check(self, "warmup_epochs", self.warmup_epochs >= 0, "0 or more")
+        for name in ("learning_rate", "lr_matrices", "lr_restriction", "lr_coarse", "lr_gamma"):
+            value = getattr(self, name)
+            check(self, name, value is None or value > 0, "a positive number")
+        check_least(self, 0, "warmup_epochs")
         check(self, "momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
-        check(self, "nesterov", not self.nesterov or self.momentum > 0, "momentum above 0")
-        check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1")
+        check(self, "update", self.update in (None, "momentum") or self.momentum > 0, "momentum above 0")
+        smoothing = self.label_smoothing
+        check(self, "label_smoothing", smoothing is None or 0 <= smoothing < 1, "a number from 0 to below 1")
         check(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number")
         check(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number between 0 and 1")
+        if self.update not in (None, "muon") and self.lr_matrices is not None:
+            raise UserError(
+                f"lr_matrices={self.lr_matrices} is of update=muon, not of {self.update}; leave it out"
+            )
         if self.lr_milestones is not None:
             self.lr_milestones = tuple(self.lr_milestones)
-            if self.lr_schedule == "cosine":
+            if self.lr_schedule in ("cosine", "linear"):
                 raise UserError(
-                    "lr_milestones belong to lr_schedule=multistep; leave them out with cosine (--lr-milestones None)"
+                    f"lr_milestones belong to lr_schedule=multistep; leave them out with {self.lr_schedule} "
+                    "(--lr-milestones None)"
                 )
             rising = [*self.lr_milestones] == sorted(self.lr_milestones)
             positive = all(milestone >= 1 for milestone in self.lr_milestones)
             check(self, "lr_milestones", rising and positive, "a rising list of epochs from 1 on")
+
+    def check_together(self) -> None:
+        """Raise UserError where settings that the recipe has completed do not fit each other."""
+        assert self.epochs is not None and self.warmup_epochs is not None
+        self.__post_init__()
+        check_least(self, 0, "weight_decay")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"warmup_epochs={self.warmup_epochs} is more than epochs={self.epochs}")
+        if self.lr_schedule == "multistep" and self.lr_milestones is None:
+            raise UserError("lr_schedule=multistep needs --lr-milestones, which this recipe has not")
+        if self.update == "muon" and self.lr_matrices is None:
+            raise UserError("update=muon needs --lr-matrices, the learning rate of the kernels, such as 0.05")
