@@ -16,9 +16,6 @@ LANES = 16
 
 Form = Literal["product", "transposed", "transposed_last", "forward", "forward_last"]
 
-# oneDNN's kernels for contiguous images take 16 channels at a time, and other numbers of them slowly.
-LANES = 16
-
 
 def possible_forms(kernel_size: tuple[int, int], geometry: Geometry) -> tuple[Form, ...]:
     """The ways in which this convolution can be computed.
