@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -83,6 +84,22 @@ def test_a_run_is_repeated_bit_for_bit_where_other_forms_are_faster(pool, tmp_pa
     one, other, new = (weights(pool, output) for output in (first, again, anew))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not all(torch.equal(one[name], new[name]) for name in one)
+
+
+def counted(*words):
+    """As `trained`, and how many exchanges were timed."""
+    with mock.patch("twolevel.training.forms._exchange", return_value=1.0) as timed:
+        return trained(*words), timed.call_count
+
+
+@pytest.mark.parametrize(("schedule", "timed"), [("auto", True), ("overlapped", False), ("fused", False)])
+def test_an_exchange_is_timed_only_where_the_schedule_is_to_be_chosen(pool, tmp_path, schedule, timed):
+    argv = [*SAMPLE, "--schedule", schedule, "--max-steps", 1, "--output", tmp_path / "run"]
+    for outcome, exchanges in pool.run(
+        counted, "first", str(tmp_path / "cache"), *map(str, argv), ranks=2, init=False
+    ):
+        assert outcome.code == 0, outcome.err
+        assert (exchanges > 0) == timed
 
 
 def test_a_run_goes_on_with_its_forms_on_a_machine_where_others_are_faster(pool, tmp_path):

@@ -127,12 +127,17 @@ def _is_unknown(layer: nn.Module, problem: Problem) -> bool:
 def _exchange_seconds(
     layers: list[nn.Module], problems: dict[nn.Module, Sizes], placed: Placed
 ) -> dict[str, float]:
-    """Of an exchange forward and backward, the least of a few, on the slowest rank: by title of the layer."""
+    """Of an exchange forward and backward, the least of a few, on the slowest rank: by title of the layer.
+
+    It decides between schedules alone, so that layers whose schedule is given are left out.
+    """
     seconds: dict[str, float] = {}
     for layer in layers:
         problem = problems[layer]
         title = problem.title()
-        if isinstance(layer, TwoLevelConv2d) and layer.exchange.ranks > 1 and title not in seconds:
+        if not isinstance(layer, TwoLevelConv2d) or layer.schedule != "auto":
+            continue
+        if layer.exchange.ranks > 1 and title not in seconds:
             assert isinstance(problem, Problem)
             own = torch.zeros(
                 problem.groups, problem.batch, *problem.output, dtype=problem.dtype, device=problem.device
