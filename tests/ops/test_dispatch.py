@@ -66,7 +66,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(autotune, "SMALL_MACS", 0)
     autotune.measurements.cache_clear()
-    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(dispatch, "_plans", autotune.Plans())
     yield
     autotune.measurements.cache_clear()
 
@@ -188,7 +188,7 @@ def test_whatever_a_plan_depends_on_makes_another(fresh, clock, change):
 
 
 def test_plans_of_ever_other_sizes_do_not_fill_the_memory(fresh, clock, monkeypatch):
-    monkeypatch.setattr(dispatch, "MOST_PLANS", 3)
+    monkeypatch.setattr(autotune, "MOST_PLANS", 3)
     x, *weights, geometry = layer(batch=9)
     for batch in range(1, 9):
         plan_for(x[:batch], *weights, geometry, 1, "auto", "grouped", may_measure=True)

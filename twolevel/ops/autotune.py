@@ -25,6 +25,7 @@ CPU_VALUES = 1 << 22
 MARGIN = 0.03
 TURNS = 3
 GPU_RUNS = 3  # between two events: the launch of all but the first is hidden
+MOST_PLANS = 4096  # where every image has another size; each takes about a kilobyte
 
 log = logging.getLogger("twolevel.ops")
 
@@ -70,12 +71,25 @@ class Sizes(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def odd(self) -> str: ...
+
     def title(self) -> str:
         """All that its time depends on but the batch and the machine."""
         ...
 
 
 Layer = TypeVar("Layer", bound=Sizes)
+Chosen = TypeVar("Chosen")
+
+
+class Plans(dict[tuple, Chosen]):
+    """What was chosen by tensor sizes; emptied where it would grow beyond MOST_PLANS."""
+
+    def __setitem__(self, key: tuple, chosen: Chosen) -> None:
+        if len(self) >= MOST_PLANS:
+            self.clear()
+        super().__setitem__(key, chosen)
 
 
 class Measurements:
@@ -104,6 +118,21 @@ class Measurements:
 def measurements() -> Measurements:
     """The store of this user."""
     return Measurements(Store(cache_folder() / "forms.json"))
+
+
+def form_now(
+    problem: Sizes, able: Sequence[Form], decide: Callable[..., Decision | None], *, may_measure: bool
+) -> tuple[Form, bool]:
+    """The form that computes a layer now, and whether it is settled.
+
+    It is what `decide(problem, able, may_measure=...)` finds; where that is None, the best estimate, not settled.
+    While a CUDA graph is captured nothing is measured.
+    """
+    if problem.odd:  # a measurement is of plain tensors: others compute nothing, or something else
+        able = able[:1]
+    capturing = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    decision = decide(problem, able, may_measure=may_measure and not capturing)
+    return (able[0], False) if decision is None else (decision.form, True)
 
 
 def decide(

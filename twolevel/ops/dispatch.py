@@ -22,7 +22,7 @@ from torch import Tensor
 
 from twolevel.errors import UserError, unknown
 from twolevel.ops import autotune, schedules
-from twolevel.ops.autotune import Decision, Form, Run
+from twolevel.ops.autotune import Decision, Form, Plans, Run
 from twolevel.ops.exchange import LOCAL, Copies, Exchange
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.base import KernelSet
@@ -41,7 +41,6 @@ KERNEL_SETS: tuple[KernelSet, ...] = (
 )
 # Added to a set's estimate: before any measurement hiding the exchange is the best guess.
 ESTIMATE = {"overlapped": 0, "fused": 10, "dense": 20}
-MOST_PLANS = 4096  # where every image has another size; each takes about a kilobyte
 
 log = logging.getLogger("twolevel.ops")
 
@@ -53,7 +52,7 @@ class Plan(NamedTuple):
     schedule: schedules.Schedule | None
 
 
-_plans: dict[tuple, Plan] = {}
+_plans: Plans[Plan] = Plans()
 
 
 def plan_for(
@@ -89,16 +88,10 @@ def plan_for(
         able = able_forms(problem, schedule, kernels)
         if schedule == "auto" and not may_be_dense:
             able = [form for form in able if form.schedule != "dense"]
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if problem.odd:  # a measurement is of plain tensors: others compute nothing, or something else
-            able = able[:1]
-        decision = decide(problem, able, may_measure=may_measure and not capturing)
-        if decision is None:
-            return _plan(able[0])
-        plan = _plan(decision.form)
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        form, settled = autotune.form_now(problem, able, decide, may_measure=may_measure)
+        plan = _plan(form)
+        if settled:
+            _plans[key] = plan
     return plan
 
 

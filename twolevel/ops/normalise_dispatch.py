@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
 from twolevel.ops import autotune
-from twolevel.ops.autotune import Decision, Form, Run
-from twolevel.ops.dispatch import MOST_PLANS
+from twolevel.ops.autotune import Decision, Form, Plans, Run
 from twolevel.ops.kernels.native import NativeNormaliser
 from twolevel.ops.kernels.normalise import Normaliser, TorchNormaliser
 from twolevel.ops.kernels.triton import TritonNormaliser
@@ -27,7 +26,7 @@ SETS: dict[str, Normaliser] = {
 }
 SCHEDULE = "normalise"  # there is one: the first word of a form
 
-_chosen: dict[tuple, Normaliser] = {}
+_chosen: Plans[Normaliser] = Plans()
 
 
 def normaliser_for(
@@ -54,16 +53,10 @@ def normaliser_for(
     if found is None:
         problem = NormaliseProblem.of(x, weight, bias, relu, replicas)
         able = able_forms(problem, kernels)
-        if problem.odd:  # a measurement is of plain tensors: others compute nothing, or something else
-            able = able[:1]
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        decision = decide(problem, able, may_measure=may_measure and not capturing)
-        if decision is None:
-            return SETS[able[0].kernels]
-        found = SETS[decision.form.kernels]
-        if len(_chosen) >= MOST_PLANS:
-            _chosen.clear()
-        _chosen[key] = found
+        form, settled = autotune.form_now(problem, able, decide, may_measure=may_measure)
+        found = SETS[form.kernels]
+        if settled:
+            _chosen[key] = found
     return found
 
 
