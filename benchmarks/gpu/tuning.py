@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import report
 from benchmarks.kernels import Network
 from benchmarks.peers import one_rank
 from twolevel import models
-from twolevel.nn import TwoLevelConv2d
-from twolevel.nn.batch_norm import watched_norms
+from twolevel.nn.problems import LayerProblem, layer_problems
 from twolevel.ops import dispatch, normalise_dispatch
 from twolevel.ops.autotune import Decision
 from twolevel.ops.kernels.triton import TritonKernels
 from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import Problem
-
-Sizes = Problem | NormaliseProblem
 
 
 @dataclass
@@ -47,16 +43,14 @@ class Settings:
     """processes that compile"""
 
 
-def problems(network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> list[Sizes]:
+def problems(network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> list[LayerProblem]:
     """The distinct layers of a network that have several forms, in channels_last memory; nothing is computed."""
-    found: dict[Sizes, None] = {}
     here = {"batch": batch, "device": device, "dtype": dtype}
 
-    def before_convolution(layer: TwoLevelConv2d, inputs: tuple[torch.Tensor, ...]) -> None:
-        found[replace(layer.problem(inputs[0]), channels_last=True, **here)] = None
-
-    def before_norm(_: nn.BatchNorm2d, problem: NormaliseProblem) -> None:
-        found[replace(problem, memory="channels_last", odd="", **here)] = None
+    def on_card(problem: LayerProblem) -> LayerProblem:
+        if isinstance(problem, Problem):
+            return replace(problem, channels_last=True, **here)
+        return replace(problem, memory="channels_last", odd="", **here)
 
     size = models.image_size(network.model)
     with torch.device("meta"):
@@ -64,15 +58,12 @@ def problems(network: Network, batch: int, device: torch.device, dtype: torch.dt
             model = one_rank(network.model, network.groups, network.ranks)
         else:
             model = models.create(network.model, conv="gc2l", groups=network.groups)
-        for module in model.modules():
-            if isinstance(module, TwoLevelConv2d):
-                module.register_forward_pre_hook(before_convolution)
-        with watched_norms(before_norm):
+        with layer_problems(model) as found:
             model.eval()(torch.empty(2, 3, size, size))
-    return list(found)
+    return list(dict.fromkeys(map(on_card, found.values())))
 
 
-def measure(layers: list[Sizes], processes: int) -> dict[str, Any]:
+def measure(layers: list[LayerProblem], processes: int) -> dict[str, Any]:
     """Seconds of compiling and of timing, the form of each layer with the times of all, and what cannot be compiled."""
     began = time.perf_counter()
     convolutions = [layer for layer in layers if isinstance(layer, Problem)]
@@ -94,7 +85,7 @@ def measure(layers: list[Sizes], processes: int) -> dict[str, Any]:
     }
 
 
-def decided(layer: Sizes) -> tuple[Decision, Decision]:
+def decided(layer: LayerProblem) -> tuple[Decision, Decision]:
     """The form of a layer, and that in a compiled network: of a convolution any but dense, which is timed apart."""
     if isinstance(layer, NormaliseProblem):
         decision = normalise_dispatch.decide(layer, normalise_dispatch.able_forms(layer), may_measure=True)

@@ -19,7 +19,8 @@ from twolevel.distributed.environment import usable_cores
 from twolevel.distributed.strategies import Placed
 from twolevel.launchers import discover
 from twolevel.nn import TwoLevelConv2d
-from twolevel.nn.batch_norm import kernels_asked_for, watched_norms
+from twolevel.nn.batch_norm import kernels_asked_for
+from twolevel.nn.problems import LayerProblem, layer_problems
 from twolevel.ops import dispatch, normalise_dispatch
 from twolevel.ops.autotune import Decision, Form
 from twolevel.ops.exchange import Exchange
@@ -28,7 +29,6 @@ from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import Problem
 from twolevel.streams import stream
 
-Sizes = Problem | NormaliseProblem
 EXCHANGES = 4  # in a measurement
 
 
@@ -52,7 +52,8 @@ def fix_forms(
     Every rank must call this. Warns of what is recorded and cannot be computed here.
     """
     chosen, began = ChosenForms(), time.perf_counter()
-    problems = _problems(placed, batch, image_shape)
+    with layer_problems(placed.model) as problems:
+        _forward(placed, batch, image_shape)
     titles = {layer: problem.title() for layer, problem in problems.items()}
     exchange_s = _exchange_seconds(
         [layer for layer in problems if titles[layer] not in recorded], problems, placed
@@ -80,25 +81,9 @@ def fix_forms(
     return chosen
 
 
-def _problems(placed: Placed, batch: int, image_shape: tuple[int, int, int]) -> dict[nn.Module, Sizes]:
-    """The sizes of every such layer of this rank's part of a network."""
-    problems: dict[nn.Module, Sizes] = {}
-
-    def before_forward(layer: TwoLevelConv2d, inputs: tuple[Tensor, ...]) -> None:
-        problems[layer] = layer.problem(inputs[0])
-
-    convolutions = [module for module in placed.model.modules() if isinstance(module, TwoLevelConv2d)]
-    hooks = [layer.register_forward_pre_hook(before_forward) for layer in convolutions]
-    try:
-        with watched_norms(problems.__setitem__):
-            _forward(placed, batch, image_shape)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return problems
-
-
-def _compile_ahead(problems: dict[nn.Module, Sizes], recorded: dict[str, str], device: torch.device) -> None:
+def _compile_ahead(
+    problems: dict[nn.Module, LayerProblem], recorded: dict[str, str], device: torch.device
+) -> None:
     """On a GPU, compile what is about to be measured by all cores of this rank, each rank of a machine its share.
 
     A layer that another rank compiles late is compiled here where it is measured.
@@ -125,7 +110,7 @@ def _is_unknown(layer: nn.Module, problem: Problem) -> bool:
 
 
 def _exchange_seconds(
-    layers: list[nn.Module], problems: dict[nn.Module, Sizes], placed: Placed
+    layers: list[nn.Module], problems: dict[nn.Module, LayerProblem], placed: Placed
 ) -> dict[str, float]:
     """Of an exchange forward and backward, the least of a few, on the slowest rank: by title of the layer.
 
@@ -158,7 +143,7 @@ def _exchange(exchange: Exchange, own: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def _able(layer: nn.Module, problem: Sizes, exchange_known: bool) -> list[Form]:
+def _able(layer: nn.Module, problem: LayerProblem, exchange_known: bool) -> list[Form]:
     if isinstance(layer, TwoLevelConv2d):
         assert isinstance(problem, Problem)
         return dispatch.able_forms(problem, layer.schedule, layer.kernels, exchange_known=exchange_known)
@@ -174,7 +159,7 @@ def _set(layer: nn.Module, form: Form) -> None:
 
 
 def _decide(
-    problem: Sizes, able: list[Form], recorded: str | None, exchange_s: float
+    problem: LayerProblem, able: list[Form], recorded: str | None, exchange_s: float
 ) -> tuple[Decision, str]:
     """The form, and why that one."""
     if recorded is not None and Form(*recorded.split()) in able:
