@@ -34,6 +34,9 @@ class EvaluateConfig:
     workers: int | None = None
     """processes that decode ImageNet images; those of the run unless given"""
 
+    mirrored: bool = False
+    """also test with the mean of the outputs for each image and its mirror image"""
+
     precision: Precision = "float32"
     """bf16 is autocast"""
 
@@ -51,12 +54,14 @@ def run(argv: list[str]) -> None:
         data=config.data,
         data_root=config.data_root,
         workers=config.workers,
+        mirrored=config.mirrored,
         precision=config.precision,
         mesh=config.mesh,
     )
     if tested is not None:
-        loss, error, images, not_finite = tested
+        loss, error, images, not_finite, mirrored_error = tested
         number = f"{images:,} images" + (f", {not_finite:,} of them not finite" if not_finite else "")
+        both = "" if mirrored_error is None else f"  with mirror images {100 - mirrored_error:.2f} %"
         print(
-            f"test loss {loss_text(loss, 4)}  error {error:.2f} %  accuracy {100 - error:.2f} %  ({number})"
+            f"test loss {loss_text(loss, 4)}  error {error:.2f} %  accuracy {100 - error:.2f} %{both}  ({number})"
         )

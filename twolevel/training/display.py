@@ -73,12 +73,12 @@ class Display:
             self.say(f"{epoch}  {step}  {text}  {left / 60:.1f} min left")
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        ema = f" (EMA {100 - record['ema_test_error']:.2f} %)" if "ema_test_error" in record else ""
+        names = {"test_mirrored_error": "with mirror images", "ema_test_error": "EMA"}
+        others = [f"{name} {100 - record[key]:.2f} %" for key, name in names.items() if key in record]
+        others = f" ({', '.join(others)})" if others else ""
         epoch = f"epoch {record['epoch']}/{epochs}  "
         train = f"train loss {record['train_loss']:.3f}  accuracy {100 - record['train_error']:.2f} %  "
-        test = (
-            f"test loss {loss_text(record['test_loss'])}  accuracy {100 - record['test_error']:.2f} %{ema}  "
-        )
+        test = f"test loss {loss_text(record['test_loss'])}  accuracy {100 - record['test_error']:.2f} %{others}  "
         rate, speed = f"lr {record['learning_rate']:.4g}", f"{record['images_per_second']:,.0f} images/s"
         if self.wide:
             self.say(f"{epoch}{train}{test}{rate}  {speed}")

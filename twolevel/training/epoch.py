@@ -184,7 +184,8 @@ class Epochs:
             recompute_statistics(
                 self.placed, network, self.data.train, epoch=epoch, number=number, pause=pause
             )
-        tested = evaluate(self.placed, self.data.test, network, pause=pause_in_test)
+        mirrored = self.config.run.mirrored_test
+        tested = evaluate(self.placed, self.data.test, network, mirrored=mirrored, pause=pause_in_test)
         if tested.not_finite == tested.images:
             raise UserError(
                 f"no output of the network is finite for any of {tested.images} test images after step "

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 EPOCH_COLUMNS = ["epoch", "step", "train_loss", "train_error", "test_loss", "test_error", "test_not_finite"]
-EPOCH_COLUMNS += ["ema_test_error", "ema_test_not_finite", "learning_rate", "images_per_second", "seconds"]
+EPOCH_COLUMNS += ["test_mirrored_error", "ema_test_error", "ema_test_mirrored_error", "ema_test_not_finite"]
+EPOCH_COLUMNS += ["learning_rate", "images_per_second", "seconds"]
 
 
 class MetricsLog:

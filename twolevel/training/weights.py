@@ -114,6 +114,7 @@ def evaluate_weights(
     data: str | None = None,
     data_root: Path | None = None,
     workers: int | None = None,
+    mirrored: bool = False,
     precision: str = "float32",
     mesh: MeshConfig,
 ) -> Tested | None:
@@ -121,7 +122,8 @@ def evaluate_weights(
 
     The data set is the one they were trained on, unless what is given says otherwise.
     """
-    context = join(mesh, {"path": str(path), "weights": which, "data": data, "precision": precision})
+    asked = {"weights": which, "data": data, "mirrored": mirrored, "precision": precision}
+    context = join(mesh, {"path": str(path)} | asked)
     try:
         with together(context.device):
             weights = Weights.find(path, which)
@@ -140,7 +142,7 @@ def evaluate_weights(
         strategy = context.strategy(precision)
         placed = context.build(strategy, weights.options, 0, images.image_shape)
         weights.load_into(placed.model, context.mesh)
-        tested = evaluate(placed, images.test)
+        tested = evaluate(placed, images.test, mirrored=mirrored)
         return tested if context.first else None
     finally:
         context.close()

@@ -42,6 +42,9 @@ class RunConfig:
     keep_checkpoints: int = field(default=2, metadata=FREE)
     """newest checkpoints to keep"""
 
+    mirrored_test: bool = field(default=False, metadata=FREE)
+    """also test with the mean of the outputs for each image and its mirror image; a test then takes twice the time"""
+
     log_steps: int = field(default=20, metadata=FREE)
     """steps between two records of loss and accuracy; reading them waits for the device"""
 
