@@ -79,16 +79,16 @@ def slowest(seconds: list[float]) -> list[float]:
 
 def timed(calls: dict[str, Callable[[], object]], turns: int, axis: MeshAxis) -> dict[str, list[float]]:
     """Seconds by turn; the ranks meet, over `axis`, before every call."""
-    taken = {name: [] for name in calls}
     word = torch.zeros(1)
-    for turn in range(WARM_UP + turns):
-        for name, call in calls.items():
-            axis.all_reduce_(word)
-            begin = time.perf_counter()
-            call()
-            if turn >= WARM_UP:
-                taken[name].append(time.perf_counter() - begin)
-    return {name: slowest(seconds) for name, seconds in taken.items()}
+
+    def seconds(call: Callable[[], object]) -> float:
+        axis.all_reduce_(word)
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    taken = report.take_turns(calls, turns, seconds, warm_up=WARM_UP)
+    return {name: slowest(times) for name, times in taken.items()}
 
 
 def pair(name: str, begin: Callable, tensor: Tensor, work: Callable[[], object]) -> dict[str, Callable]:

@@ -14,6 +14,7 @@ it has in it whatever the GPU waited for.
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,13 +129,8 @@ def measure(settings: Settings) -> dict:
     torch.backends.cudnn.benchmark = True
     report.steady_memory()
     seconds = report.stopwatch(settings.device, settings.threads)
-    steps = peers(settings)
-    taken = {name: [] for name in steps}
-    for turn in range(WARM_UP + settings.turns):
-        for name, step in steps.items():
-            time = seconds(step, settings.steps)
-            if turn >= WARM_UP:
-                taken[name].append(time)
+    of_block = partial(seconds, repeats=settings.steps)
+    taken = report.take_turns(peers(settings), settings.turns, of_block, warm_up=WARM_UP)
     found = {name: report.summary(blocks) for name, blocks in taken.items()}
     alone = epoch_of_batches(settings, seconds)
     fed, fixed = (found[name]["median_ms"] for name in ("fed", "fixed"))

@@ -16,13 +16,14 @@ tensors stay in a cache can beat its roof.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import report
-from benchmarks.roofline import Roofline, measure_roofline
+from benchmarks import report, roofline
+from benchmarks.roofline import Roofline
 from benchmarks.stock import StockTwoLevelConv2d
 from twolevel import models
 from twolevel.errors import UserError
@@ -32,7 +33,6 @@ from twolevel.ops.replay import replay_of
 from twolevel.settings import Device
 
 PASSES = ("forward", "input gradient", "weight gradient")
-GPU_REPEATS = 20  # replays between two events, so that the launch of one hides behind another
 
 
 @dataclass
@@ -175,8 +175,8 @@ def _replayed(name: str, call: Callable[[], object], stream: torch.cuda.Stream) 
 
 
 def measure_shape(
-    shape: Shape, settings: Settings, seconds: Callable[..., float], roofline: Roofline
-) -> list:
+    shape: Shape, settings: Settings, seconds: Callable[..., float], machine: Roofline
+) -> list[dict]:
     """Milliseconds of every pass of every peer of one shape."""
     options = {"device": settings.device, "dtype": settings.dtype}
     images = torch.randn(settings.batch, shape.channels, shape.height, shape.height, **options)
@@ -187,26 +187,12 @@ def measure_shape(
         memory = {"memory_format": memory_format(layer, settings.device)}
         made = ready(layer.to(**options, **memory), images.to(**memory))
         calls |= {(*key, name): call for name, call in made.items()}
-    repeats = GPU_REPEATS if settings.device == "cuda" else 1
-    taken = {key: [] for key in calls}
-    for _ in range(settings.turns):
-        for key, call in calls.items():
-            taken[key].append(seconds(call, repeats))
+    repeated = partial(seconds, repeats=roofline.REPEATS[settings.device])
     found = []
-    for (name, groups, of_pass), times in taken.items():
+    for (name, groups, of_pass), times in report.take_turns(calls, settings.turns, repeated).items():
         weights = sum(weight.numel() for weight in layers[name, groups].parameters())
-        roof = 1e3 * roofline.seconds(shape, weights, settings)
-        timed = report.summary(times)
-        found.append(
-            {
-                "peer": name,
-                "groups": groups,
-                "pass": of_pass,
-                **timed,
-                "roof_ms": roof,
-                "of_roof": roof / timed["median_ms"],
-            }
-        )
+        timed = roofline.under_roof(times, machine.seconds(shape, weights, settings))
+        found.append({"peer": name, "groups": groups, "pass": of_pass, **timed})
     return found
 
 
@@ -217,19 +203,11 @@ def measure(settings: Settings) -> dict:
     torch.backends.cudnn.benchmark = True
     report.steady_memory()
     seconds = report.stopwatch(settings.device, settings.threads)
-    roofline = measure_roofline(settings, seconds)
-    found = [
-        {
-            "model": name,
-            **asdict(shape),
-            "label": str(shape),
-            "times_in_model": times,
-            "peers": measure_shape(shape, settings, seconds, roofline),
-        }
-        for name in settings.models
-        for shape, times in shapes(name).items()
-    ]
-    return {"roofline": asdict(roofline), "convolutions": found}
+    machine = roofline.measure_roofline(settings, seconds)
+    found = roofline.measure_shapes(
+        settings.models, shapes, lambda shape: measure_shape(shape, settings, seconds, machine)
+    )
+    return {"roofline": asdict(machine), "convolutions": found}
 
 
 def peer_name(peer: dict) -> str:
@@ -264,32 +242,12 @@ def _all_ms(found: dict, of_pass: str) -> list[list[float]]:
     ]
 
 
-def draw(found: dict, settings: Settings, path: Path) -> None:
-    """Times by pass, peer and convolution; a black line is the roof of that bar."""
-    panels, marks = {}, {}
-    for of_pass in PASSES:
-        for into, value in ((panels, "median_ms"), (marks, "roof_ms")):
-            series = into.setdefault(of_pass, {})
-            for convolution in found["convolutions"]:
-                for peer in convolution["peers"]:
-                    if peer["pass"] == of_pass:
-                        series.setdefault(peer_name(peer), []).append(peer[value])
-    report.bars(
-        panels,
-        [c["label"].replace(" ", "\n") for c in found["convolutions"]],
-        path,
-        title=f"{', '.join(settings.models)}, batch {settings.batch}, {settings.device} (black: roof)",
-        unit="ms",
-        marks=marks,
-        log=True,
-    )
-
-
 def main(argv: list[str]) -> None:
     settings = report.parse(Settings, "layers", argv)
     facts = report.machine(settings.device)
     found = measure(settings)
-    print(f"{', '.join(settings.models)}, batch {settings.batch}, {settings.device}, {settings.turns} turns")
+    title = f"{', '.join(settings.models)}, batch {settings.batch}, {settings.device}"
+    print(f"{title}, {settings.turns} turns")
     print(table(found))
     report.write("layers", argv, settings, facts, found)
-    draw(found, settings, settings.output.with_suffix(".png"))
+    roofline.draw(found["convolutions"], peer_name, settings.output.with_suffix(".png"), title)

@@ -16,13 +16,14 @@ memory the second pass over a channel does.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import layers, report, roofline
+from benchmarks import report, roofline
 from twolevel import models
 from twolevel.errors import UserError
 from twolevel.models.wide_resnet import WideResNet
@@ -131,7 +132,7 @@ def passes(
 
 def measure_shape(
     shape: Shape, settings: Settings, seconds: Callable[..., float], bytes_per_second: float
-) -> list:
+) -> list[dict]:
     """Milliseconds of every pass of every peer in every memory format."""
     calls = {}
     for memory, memory_format in FORMATS.items():
@@ -144,25 +145,11 @@ def measure_shape(
             for of_pass, call in passes(peer, shape, x, go, more).items():
                 call()  # allocates, and compiles
                 calls[memory, peer, of_pass] = call
-    repeats = layers.GPU_REPEATS if settings.device == "cuda" else 1
-    taken = {key: [] for key in calls}
-    for _ in range(settings.turns):
-        for key, call in calls.items():
-            taken[key].append(seconds(call, repeats))
+    repeated = partial(seconds, repeats=roofline.REPEATS[settings.device])
     found = []
-    for (memory, peer, of_pass), times in taken.items():
-        roof = 1e3 * shape.seconds(of_pass, settings, bytes_per_second)
-        timed = report.summary(times)
-        found.append(
-            {
-                "memory": memory,
-                "peer": peer,
-                "pass": of_pass,
-                **timed,
-                "roof_ms": roof,
-                "of_roof": roof / timed["median_ms"],
-            }
-        )
+    for (memory, peer, of_pass), times in report.take_turns(calls, settings.turns, repeated).items():
+        timed = roofline.under_roof(times, shape.seconds(of_pass, settings, bytes_per_second))
+        found.append({"memory": memory, "peer": peer, "pass": of_pass, **timed})
     return found
 
 
@@ -173,26 +160,10 @@ def measure(settings: Settings) -> dict:
     report.steady_memory()
     seconds = report.stopwatch(settings.device, settings.threads)
     rate = report.copy_rate(settings.device, settings.dtype, roofline.PROBES[settings.device][3], seconds)
-    found = [
-        {
-            "model": name,
-            **asdict(shape),
-            "label": str(shape),
-            "times_in_model": times,
-            "peers": measure_shape(shape, settings, seconds, rate),
-        }
-        for name in settings.models
-        for shape, times in shapes(name).items()
-    ]
-    return {"bytes_per_second": rate, "norms": found}
-
-
-def milliseconds(norm: dict, memory: str, peer: str, of_pass: str) -> float:
-    return next(
-        p["median_ms"]
-        for p in norm["peers"]
-        if (p["memory"], p["peer"], p["pass"]) == (memory, peer, of_pass)
+    found = roofline.measure_shapes(
+        settings.models, shapes, lambda shape: measure_shape(shape, settings, seconds, rate)
     )
+    return {"bytes_per_second": rate, "norms": found}
 
 
 def table(found: dict, settings: Settings) -> str:
@@ -204,14 +175,11 @@ def table(found: dict, settings: Settings) -> str:
         rows = [[f"{memory}, ms (roof / time)", *map(" ".join, columns), "ratio"]]
         sums = dict.fromkeys(columns, 0.0)
         for norm in found["norms"]:
-            cells = []
+            timed = {(p["peer"], p["pass"]): p for p in norm["peers"] if p["memory"] == memory}
+            cells = [f"{timed[key]['median_ms']:.2f} ({timed[key]['of_roof']:.0%})" for key in columns]
             for key in columns:
-                peer = next(
-                    p for p in norm["peers"] if p["memory"] == memory and (p["peer"], p["pass"]) == key
-                )
-                cells.append(f"{peer['median_ms']:.2f} ({peer['of_roof']:.0%})")
-                sums[key] += norm["times_in_model"] * peer["median_ms"]
-            both = [sum(milliseconds(norm, memory, p, of_pass) for of_pass in PASSES) for p in (ours, torchs)]
+                sums[key] += norm["times_in_model"] * timed[key]["median_ms"]
+            both = [sum(timed[peer, of_pass]["median_ms"] for of_pass in PASSES) for peer in (ours, torchs)]
             rows.append([f"{norm['label']} (x{norm['times_in_model']})", *cells, f"{both[0] / both[1]:.2f}"])
         whole = [sum(sums[peer, of_pass] for of_pass in PASSES) for peer in (ours, torchs)]
         totals = [f"{sums[key]:.1f}" for key in columns]
@@ -221,33 +189,17 @@ def table(found: dict, settings: Settings) -> str:
     return "\n\n".join(blocks)
 
 
-def draw(found: dict, settings: Settings, path: Path) -> None:
-    """Times by pass, peer, memory format and size; a black line is the roof of that bar."""
-    panels, marks = {}, {}
-    for of_pass in PASSES:
-        for into, value in ((panels, "median_ms"), (marks, "roof_ms")):
-            series = into.setdefault(of_pass, {})
-            for norm in found["norms"]:
-                for peer in norm["peers"]:
-                    if peer["pass"] == of_pass:
-                        series.setdefault(f"{peer['peer']}, {peer['memory']}", []).append(peer[value])
-    report.bars(
-        panels,
-        [norm["label"].replace(" ", "\n") for norm in found["norms"]],
-        path,
-        title=f"batch norm and ReLU, {', '.join(settings.models)}, batch {settings.batch}, {settings.device} "
-        "(black: roof)",
-        unit="ms",
-        marks=marks,
-        log=True,
-    )
+def series(peer: dict) -> str:
+    return f"{peer['peer']}, {peer['memory']}"
 
 
 def main(argv: list[str]) -> None:
     settings = report.parse(Settings, "normalise", argv)
     facts = report.machine(settings.device)
     found = measure(settings)
-    print(f"{', '.join(settings.models)}, batch {settings.batch}, {settings.device}, {settings.turns} turns")
+    title = f"{', '.join(settings.models)}, batch {settings.batch}, {settings.device}"
+    print(f"{title}, {settings.turns} turns")
     print(table(found, settings))
     report.write("normalise", argv, settings, facts, found)
-    draw(found, settings, settings.output.with_suffix(".png"))
+    path = settings.output.with_suffix(".png")
+    roofline.draw(found["norms"], series, path, f"batch norm and ReLU, {title}")

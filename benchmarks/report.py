@@ -83,6 +83,21 @@ def stopwatch(device: str, threads: int) -> Callable[..., float]:
     return on_cpu if device == "cpu" else on_gpu
 
 
+def take_turns(
+    calls: dict[Any, Callable[[], object]],
+    turns: int,
+    seconds: Callable[[Callable[[], object]], float],
+    *,
+    warm_up: int = 0,
+) -> dict[Any, list[float]]:
+    """Seconds of each call in each turn after `warm_up` others; what else the machine does falls on all calls."""
+    found = {key: [] for key in calls}
+    for _ in range(warm_up + turns):
+        for key, call in calls.items():
+            found[key].append(seconds(call))
+    return {key: times[warm_up:] for key, times in found.items()}
+
+
 @torch.no_grad()
 def copy_rate(device: str, dtype: torch.dtype, elements: int, seconds: Callable[..., float]) -> float:
     """Bytes read and written a second by a copy of so many elements, the best of a few."""

@@ -1,8 +1,9 @@
-"""What a machine can do at best, as it is measured in the run that is compared with it."""
+"""What a machine can do at best, as it is measured in the run that is compared with it; and that comparison."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 # What the roofline is measured by: side of the product; channels and height of the convolution; elements of the
 # copy. Far beyond the caches, and enough work to fill the machine.
 PROBES = {"cpu": (2048, 512, 16, 1 << 26), "cuda": (8192, 512, 32, 1 << 29)}
+# Calls between two readings of the clock: on a GPU so many that the launch of one hides behind another.
+REPEATS = {"cpu": 1, "cuda": 20}
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,37 @@ def measure_roofline(settings: "Settings", seconds: Callable[..., float]) -> Roo
         2 * len(x) * height**2 * convolution.weight.numel() / best(lambda: convolution(x)),
         report.copy_rate(settings.device, settings.dtype, elements, seconds),
     )
+
+
+def measure_shapes(
+    names: tuple[str, ...], shapes: Callable[[str], Mapping[Any, int]], peers: Callable[[Any], list[dict]]
+) -> list[dict]:
+    """Every shape of every network, how often it occurs, and the times of its peers."""
+    return [
+        {
+            "model": name,
+            **asdict(shape),
+            "label": str(shape),
+            "times_in_model": times,
+            "peers": peers(shape),
+        }
+        for name in names
+        for shape, times in shapes(name).items()
+    ]
+
+
+def under_roof(seconds: list[float], roof: float) -> dict:
+    """The summary of times, with the least time that is possible: in milliseconds, and as a share of the median."""
+    timed = report.summary(seconds)
+    return timed | {"roof_ms": 1e3 * roof, "of_roof": 1e3 * roof / timed["median_ms"]}
+
+
+def draw(found: list[dict], series: Callable[[dict], str], path: Path, title: str) -> None:
+    """Times by pass, series of a peer and shape; a black line is the roof of that bar."""
+    panels, marks = {}, {}
+    for shape in found:
+        for peer in shape["peers"]:
+            for into, value in ((panels, "median_ms"), (marks, "roof_ms")):
+                into.setdefault(peer["pass"], {}).setdefault(series(peer), []).append(peer[value])
+    labels = [shape["label"].replace(" ", "\n") for shape in found]
+    report.bars(panels, labels, path, title=f"{title} (black: roof)", unit="ms", marks=marks, log=True)

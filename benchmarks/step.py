@@ -182,10 +182,7 @@ def measure(settings: Settings) -> dict:
     report.steady_memory()
     steps, warming, skipped = ready(settings)
     seconds = report.stopwatch(settings.device, settings.threads)
-    taken = {key: [] for key in steps}
-    for _ in range(settings.turns):
-        for key, step in steps.items():
-            taken[key].append(seconds(step))
+    taken = report.take_turns(steps, settings.turns, seconds)
     times = {key: report.summary(of_peer) for key, of_peer in taken.items()}
     # Of dense convolutions the fastest way to run them, compiled or not.
     dense = min(

@@ -6,7 +6,7 @@ are those of 200 epochs at its pace; on a CPU the networks are narrower, and onl
 
 import torch
 
-from benchmarks.scaling.projection import LABEL, corner, fake_world, take_turns
+from benchmarks.scaling.projection import LABEL, corner, fake_world, summaries
 from benchmarks.strategies import ALONE, build
 
 PROCESSORS = (1, 2, 4)
@@ -41,7 +41,7 @@ def measure(widths: tuple[int, ...], *, batch: int, turns: int, threads: int, de
                         device=device,
                     )
                 )
-            found = take_turns(steps, turns, device, threads)
+            found = summaries(steps, turns, device, threads)
             for ranks, times in zip(PROCESSORS, found, strict=True):
                 hours = times["median_ms"] / 3.6e6 * (IMAGES // batch) * EPOCHS
                 rows.append(

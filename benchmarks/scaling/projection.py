@@ -79,16 +79,11 @@ def one_rank(
     }
 
 
-def take_turns(steps: list[Training], turns: int, device: str, threads: int) -> list[dict]:
+def summaries(steps: list[Training], turns: int, device: str, threads: int) -> list[dict]:
     """Median and quartiles of each one's step, in their order."""
     seconds = report.stopwatch(device, threads)
-    taken = [[] for _ in steps]
-    for turn in range(WARM_UP + turns):
-        for own, step in zip(taken, steps, strict=True):
-            time = seconds(step)
-            if turn >= WARM_UP:
-                own.append(time)
-    return [report.summary(own) for own in taken]
+    taken = report.take_turns(dict(enumerate(steps)), turns, seconds, warm_up=WARM_UP)
+    return [report.summary(own) for own in taken.values()]
 
 
 def project(
@@ -119,7 +114,7 @@ def project(
                     continue
                 steps.append(step)
                 rows.append(facts)
-        for row, times in zip(rows, take_turns(steps, turns, device, threads), strict=True):
+        for row, times in zip(rows, summaries(steps, turns, device, threads), strict=True):
             row |= times | {"bound_images_per_second": 1e3 * row["batch"] / times["median_ms"]}
         for row, step in zip(rows, steps, strict=True):
             with counting() as seen:
