@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from twolevel.ops.kernels.triton.launches import Launch
 # "ieee" multiplies float32 exactly; "tf32" rounds it to 10 bits for the tensor cores. Other dtypes ignore it.
 PRECISIONS = ("ieee", "tf32")
 # Arguments of the kernels that bound their loops.
-BOUNDS = ("pixels_per_split",)
+BOUNDS = ("pixels_per_split", "tiles")
 
 
 def run(launch: Launch, like: Tensor, **tensors: Tensor) -> None:
@@ -28,23 +30,32 @@ def run(launch: Launch, like: Tensor, **tensors: Tensor) -> None:
         return
     from twolevel.ops.kernels.triton import kernels  # here, so that the package imports without Triton
 
-    sizes = launch.sizes
-    if kernels.INTERPRETED:
+    start(
+        kernels,
+        launch.kernel,
+        (launch.programs,),
+        like,
+        **tensors,
+        **launch.sizes,
+        **launch.constants,
+        num_warps=launch.config.num_warps,
+        num_stages=launch.config.num_stages,
+    )
+
+
+def start(
+    module: ModuleType, kernel: str, grid: tuple[int, ...], like: Tensor, /, *arguments: Any, **named: Any
+) -> None:
+    """Start a kernel of a module of kernels, by its name, on the device of `like`."""
+    if module.INTERPRETED:
         from triton.language import constexpr
 
         # The interpreter makes arrays of one element of other arguments, and in Triton 3.6 hands these to range(),
         # which NumPy from 2.4 on refuses.
-        bounds = {name: constexpr(sizes[name]) for name in BOUNDS if name in sizes}
-        sizes = sizes | bounds  # pyright: ignore[reportOperatorIssue] they stand for ints
+        named |= {name: constexpr(named[name]) for name in BOUNDS if name in named}
     on_device = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
     with on_device:
-        getattr(kernels, launch.kernel)[(launch.programs,)](
-            **tensors,
-            **sizes,
-            **launch.constants,
-            num_warps=launch.config.num_warps,
-            num_stages=launch.config.num_stages,
-        )
+        getattr(module, kernel)[grid](*arguments, **named)
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:

@@ -4,7 +4,6 @@ Numbers are float32 whatever the maps are. Sums are of splits of the pixels, in 
 programs, so that they do not depend on the card.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from twolevel.ops.kernels.normalise import (
     in_rows,
     numbers,
 )
-from twolevel.ops.kernels.triton.launch import check_device
+from twolevel.ops.kernels.triton.launch import check_device, start
 from twolevel.ops.normalise_problem import NormaliseProblem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -207,15 +206,7 @@ def _launch(
 ) -> None:
     from twolevel.ops.kernels.triton import normalise_kernels as kernels
 
-    if kernels.INTERPRETED and "tiles" in named:
-        from triton.language import constexpr
-
-        # The interpreter makes arrays of one element of other arguments, and in Triton 3.6 hands these to range(),
-        # which NumPy from 2.4 on refuses.
-        named["tiles"] = constexpr(named["tiles"])  # pyright: ignore[reportArgumentType] it stands for an int
-    on_device = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
-    with on_device:
-        getattr(kernels, kernel)[grid](*arguments, **named, num_warps=WARPS)
+    start(kernels, kernel, grid, like, *arguments, **named, num_warps=WARPS)
 
 
 def _power_of_two(number: int) -> int:
