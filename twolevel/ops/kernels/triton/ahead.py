@@ -92,7 +92,7 @@ def compile_ahead(layers: Iterable[Problem], processes: int, *, most: int, preci
             for found in pool.map(compile_job, *zip(*todo, strict=True)):
                 failed += found
         except BrokenProcessPool as error:  # the layers are compiled where they are measured
-            failed.append(f"all that was left: {error}")
+            failed.append(f"all that had not been compiled yet: {error}")
     return failed
 
 

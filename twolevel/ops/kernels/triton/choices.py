@@ -104,7 +104,8 @@ def tune(
             continue
     if not times:
         raise UserError(
-            f"no configuration of {operation} fits {torch.cuda.get_device_name(x.device)}; most={most}"
+            f"none of the {most} best configurations of {operation} fits {torch.cuda.get_device_name(x.device)}; "
+            f"use more than most={most}"
         )
     times = dict(sorted(times.items(), key=lambda item: item[1]))
     if choices is not None:

@@ -110,7 +110,9 @@ def checked(config: Config) -> Config:
     """The configuration. Raises UserError for one that no kernel can run."""
     for name, size in zip(config._fields[:3], config, strict=False):
         if size < TILE or size & (size - 1):
-            raise UserError(f"{name}={size} is not a power of two of at least {TILE}; use 16, 32, 64 or 128")
+            raise UserError(
+                f"{name}={size} is not a power of two of at least {TILE}; use 16, 32, 64, 128 or 256"
+            )
     if config.num_warps not in (1, 2, 4, 8, 16):
         raise UserError(f"num_warps={config.num_warps} is not one of 1, 2, 4, 8, 16")
     if config.num_stages < 1:

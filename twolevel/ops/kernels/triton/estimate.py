@@ -18,7 +18,7 @@ PROCESSORS, REGISTERS, PRODUCTS, BYTES, INSTRUCTIONS, LATENCY = 132, 1 << 16, 20
 
 
 def shared_bytes(capability: tuple[int, int] | None = None) -> int:
-    """Of a program, at most; of the smallest card for a compute capability that is not known."""
+    """Shared memory of a program, at most: of the smallest card where the compute capability is not known."""
     return (SHARED_KIB.get(capability or (0, 0), min(SHARED_KIB.values())) - 1) << 10
 
 
@@ -70,7 +70,7 @@ def _shared_bytes(problem: Problem, config: Config, operation: Operation) -> int
 
 
 def _cycles(problem: Problem, config: Config, operation: Operation, shared: int) -> float:
-    """Of a card for the whole operation: the slowest of multiplying, loading and issuing instructions, and a quarter
+    """Cycles of a card for an operation: the slowest of multiplying, loading and issuing instructions, and a quarter
     of the others, as they do not quite hide each other; or the latency of loads, where few programs run at once.
     """
     rows, columns, depth = sides(config, operation)

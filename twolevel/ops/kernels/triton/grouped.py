@@ -22,6 +22,7 @@ from twolevel.ops.kernels.triton.estimate import pick
 from twolevel.ops.kernels.triton.launch import check_device, run
 from twolevel.ops.kernels.triton.problem import (
     COPY_BYTES,
+    MOST_ELEMENTS,
     check_image,
     check_tensor,
     problem_of,
@@ -90,8 +91,10 @@ def forward(
         check_tensor("coarse", coarse, (problem.outputs, len(z)), x)
         for name, tensor in (("z", z), ("coarse", coarse)):
             if not tensor.is_contiguous():
-                raise UserError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-        if z.numel() >= 2**31 - 2**20:
+                raise UserError(
+                    f"{name} has strides {tensor.stride()}; it must be contiguous: use .contiguous()"
+                )
+        if z.numel() >= MOST_ELEMENTS:
             raise UserError(f"z of {z.numel()} elements is beyond 32-bit offsets; split the batch")
     config = pick(problem, "forward", config)
     y = _image(x, problem.outputs, problem.out_size)
@@ -145,7 +148,9 @@ def weight_grad(
     config: Config | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """The gradient of the weight `[m, n/G, kh, kw]`, float32 and channels_last, from gy and x, both channels_last.
+    """The gradient of the weight `[m, n/G, kh, kw]`, float32 and channels_last.
+
+    Shapes: gy `[B, m, H', W']` and x `[B, n, H, W]`, both channels_last.
 
     Ranges of pixels are summed apart in float32 and then together, without atomics: the same input and
     configuration give the same bits. Raises UserError for a tensor that the kernel cannot read.
@@ -173,7 +178,10 @@ def unsupported(layer: Layer) -> str | None:
 
 
 class GroupedConv2d(torch.autograd.Function):
-    """`GroupedConv2d.apply(x, weight, geometry, groups)`: the convolution with its gradients, all by these kernels."""
+    """`GroupedConv2d.apply(x, weight, geometry, groups)`: the convolution with its gradients, all by these kernels.
+
+    x `[B, n, H, W]` channels_last, weight `[m, n/G, kh, kw]`; y and the gradient of x are channels_last.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:

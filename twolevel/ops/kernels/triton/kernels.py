@@ -1,10 +1,10 @@
-"""The two kernels behind the three operations. Importing this file needs Triton; nothing else in the package does.
+"""The two kernels of the three operations. Importing this file or `normalise_kernels` needs Triton; nothing else does.
 
     gather_product   forward and the input gradient: out[row, column] = sum over taps and channels of x times weight
     tap_product      the weight gradient: for each tap and channel, the sum over pixels of gy times x
 
 Taps and channels are one side of a product, k = tap * channels + channel: a tile of it may hold the end of one tap and
-the begin of the next, so what is padded is the end of the whole side. Channels of PACK consecutive groups lie side by
+the beginning of the next, so only the end of the whole side is padded. Channels of PACK consecutive groups lie side by
 side in channels_last memory, so a tile of PACK groups is a plain tile of an input; only the weight's tile is
 block-diagonal, by a mask, and what the mask leaves out is never read.
 

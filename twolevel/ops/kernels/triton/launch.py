@@ -61,12 +61,12 @@ def start(
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
     """A UserError unless the kernels run on this device in this type."""
     if not _is_installed():
-        raise UserError("Triton is not installed; these kernels need it, torch.nn.functional.conv2d does not")
+        raise UserError("Triton is not installed; install it for these kernels, or use those of torch")
     from twolevel.ops.kernels.triton import kernels
 
     if kernels.INTERPRETED:
         if device.type != "cpu":
-            raise UserError(f"x is on {device}; Triton's interpreter was asked for, so it must be on the CPU")
+            raise UserError(f"x is on {device}; it must be on the CPU, as TRITON_INTERPRET=1 is set")
         if dtype == torch.bfloat16:  # it multiplies the bits as if they were integers
             raise UserError(f"Triton's interpreter cannot multiply {dtype}; use float32 or float16 in it")
     elif device.type != "cuda":
@@ -74,7 +74,8 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
             f"x is on {device}; it must be on a CUDA card, or TRITON_INTERPRET=1 set before the start"
         )
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        raise UserError(f"{torch.cuda.get_device_name(device)} is older than Ampere; use conv2d of torch")
+        card = torch.cuda.get_device_name(device)
+        raise UserError(f"{card} is older than Ampere, which these kernels need; use those of torch")
 
 
 @cache

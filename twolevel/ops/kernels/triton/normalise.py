@@ -20,13 +20,13 @@ from twolevel.ops.kernels.normalise import (
     numbers,
 )
 from twolevel.ops.kernels.triton.launch import check_device, start
+from twolevel.ops.kernels.triton.problem import MOST_ELEMENTS
 from twolevel.ops.normalise_problem import NormaliseProblem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of each kernel that sums; enough for a large card, few enough to join in one program.
 SPLIT_PROGRAMS = 512
 MOST_SPLITS = 256
-MOST_VALUES = 2**31 - 2**20  # offsets are 32-bit
 TILE = 4096  # numbers
 BLOCK_CHANNELS = {True: 64, False: 4}  # in rows, in planes
 WARPS = 4
@@ -44,8 +44,8 @@ class TritonNormaliser(TorchNormaliser):
             return "they are for contiguous or channels_last memory"
         if problem.dtype not in DTYPES:
             return f"they are for float32, float16 and bfloat16, not {problem.dtype}"
-        if problem.values >= MOST_VALUES:
-            return f"x of {problem.values} elements is beyond 32-bit offsets"
+        if problem.values >= MOST_ELEMENTS:
+            return f"x of {problem.values} elements is beyond 32-bit offsets; split the batch"
         try:
             check_device(problem.device, problem.dtype)
         except UserError as error:

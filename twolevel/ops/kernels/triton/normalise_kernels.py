@@ -1,4 +1,4 @@
-"""The kernels of batch normalisation. Importing this file needs Triton; nothing else in the package does.
+"""The kernels of batch normalisation. Importing this file or `kernels` needs Triton; nothing else does.
 
 Maps are rows [N, C] of N = B P pixels (channels_last) or planes [B, C, P]. A program has a tile of pixels and channels,
 for sums a split of the pixels, tile by tile. Numbers are float32 whatever the maps are. Offsets are 32-bit: the callers

@@ -21,9 +21,10 @@ COPY_BYTES = 16
 # A copy costs about six instructions of the kernels (counted, benchmarks kernels), and in the time that a processor
 # takes for them it multiplies so often: 137 times on an H100, 68 on an A100.
 PRODUCTS_OF_A_COPY = 100
-
 # Of a side of a kernel: the kernels keep a bit for each.
 MOST_TAPS = 15
+# Of a tensor, in 32-bit offsets; there is room for those of the last tile's padding.
+MOST_ELEMENTS = 2**31 - 2**20
 
 Operation = Literal["forward", "input_grad", "weight_grad"]
 
@@ -143,7 +144,7 @@ def problem_of(
     largest = max(
         math.prod(x_shape), problem.pixels * (outputs + restriction * groups), math.prod(weight_shape)
     )
-    if largest >= 2**31 - 2**20:  # room for the offsets of the last tile's padding
+    if largest >= MOST_ELEMENTS:
         raise UserError(
             f"a tensor of {largest} elements is beyond 32-bit offsets; split the batch of {batch}"
         )
