@@ -17,6 +17,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from twolevel.errors import UserError
+from twolevel.host import processor
 from twolevel.settings import Device
 
 RESULTS = Path(__file__).parent / "results"
@@ -114,12 +115,8 @@ def summary(seconds: list[float]) -> dict:
 
 def machine(device: str = "cpu") -> dict:
     """What times are taken on; asked before a run, so that its own load does not count."""
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2] for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0].strip() if names else model
     facts = {
-        "cpu": model,
+        "cpu": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],

@@ -1,4 +1,4 @@
-"""The command line: `twolevel train | evaluate | export | report | count | plan | doctor`.
+"""The command line: `twolevel train | evaluate | export | report | grid | count | plan | doctor`.
 
 A command is a module of this package, whose `run` takes the words after its name, and a line of COMMANDS. It imports
 torch only when it runs, so that help appears at once.
@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "test a run, a checkpoint or an exported file",
     "export": "write a run's whole network into one safetensors file",
     "report": "draw a run: its curve, and what learned or dynamic groups chose",
+    "grid": "train the runs of a published table or figure, or of a grid of one's own",
     "count": "count parameters, multiply-accumulates and bytes exchanged",
     "plan": "list the ways to train a network on so many processors, their cost, and which to take",
     "doctor": "show what this machine has and what twolevel uses of it",

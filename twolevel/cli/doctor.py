@@ -28,7 +28,7 @@ def examine() -> Iterator[tuple[str, str]]:
     import torch.distributed as dist
     import torchvision
 
-    from twolevel.distributed.environment import usable_cores
+    from twolevel.host import usable_cores
     from twolevel.launchers import discover
     from twolevel.ops.kernels import native
 

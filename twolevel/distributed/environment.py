@@ -16,6 +16,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvou
 
 from twolevel.distributed import nccl
 from twolevel.errors import UserError, unknown
+from twolevel.host import usable_cores
 from twolevel.launchers import LOOPBACK, Ranks, discover, port_of
 from twolevel.settings import DEVICES
 
@@ -198,12 +199,6 @@ def _first_line(error: Exception) -> str:
 
 
 # ---- which device and backend --------------------------------------------------------------------
-
-
-def usable_cores() -> list[int]:
-    """The processor cores that this process may use, by number."""
-    bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return bound or list(range(os.cpu_count() or 1))
 
 
 def _probe(ranks: Ranks, device: str) -> dict:

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed.agreement import together
 from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
-from twolevel.distributed.environment import usable_cores
 from twolevel.errors import UserError, unknown
+from twolevel.host import usable_cores
 from twolevel.launchers import discover
 from twolevel.settings import CARRIERS
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from twolevel.distributed.agreement import all_gather
-from twolevel.distributed.environment import usable_cores
 from twolevel.distributed.strategies import Placed
+from twolevel.host import usable_cores
 from twolevel.launchers import discover
 from twolevel.nn import TwoLevelConv2d
 from twolevel.nn.batch_norm import kernels_asked_for

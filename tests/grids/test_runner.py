@@ -1,0 +1,132 @@
+"""A grid trains every run once, whatever interrupts it, and leaves a line for each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from command import write_image_folder
+
+from twolevel.cli import main
+from twolevel.errors import Stopped, UserError
+from twolevel.grids import results
+from twolevel.grids.runner import Runner
+
+PLACES = [{"OMP_NUM_THREADS": "1"}] * 2
+
+
+@pytest.fixture
+def runner(tmp_path, trainer):
+    def of(grid, **options):
+        given = {"folder": tmp_path / "work", "lines": tmp_path / "lines.jsonl", "environments": PLACES}
+        return Runner(grid, **given | options, command=trainer)
+
+    return of
+
+
+def started(tmp_path) -> list[str]:
+    return (tmp_path / "work" / "started.txt").read_text().split("\n")[:-1]
+
+
+def test_every_run_gets_its_line_and_is_not_repeated(tmp_path, grid, runner, capsys):
+    lines = runner(grid()).run()
+    assert [line["run"] for line in lines] == [run.name for run in grid().runs]
+    assert len(started(tmp_path)) == 10
+    first = lines[0]
+    assert first["final"]["test_error"] == 38.0 and [e["epoch"] for e in first["curve"]] == [1, 2]
+    assert first["counts"]["parameters"] == 77_850 and first["completed"]["lr_schedule"] == "multistep"
+    assert "10 runs" in capsys.readouterr().out
+
+    assert runner(grid()).run() == lines
+    assert len(started(tmp_path)) == 10
+    # Another seed is all that is missing.
+    assert len(runner(grid(0, 1, 2)).run()) == 15
+    assert len(started(tmp_path)) == 15
+    assert {path.name for path in (tmp_path / "work").iterdir() if path.is_dir()} == set()
+
+
+def test_lines_hold_no_path(tmp_path, grid, runner):
+    runner(grid(0), options=["--data-root", str(tmp_path / "data")]).run()
+    assert str(tmp_path) not in (tmp_path / "lines.jsonl").read_text()
+
+
+def test_a_run_that_fails_leaves_the_others(tmp_path, grid, runner, capsys):
+    with pytest.raises(UserError, match=r"5 of 10 runs failed; wrn-10-1-sc-sample-seed13-.* says why in"):
+        runner(grid(13, 1)).run()
+    assert len(results.read(tmp_path / "lines.jsonl")) == 5
+    assert "failed: the loss is nan at step 1" in capsys.readouterr().out
+
+
+def test_two_grids_in_one_folder_share_the_runs(tmp_path, grid, runner):
+    found, both = [], threading.Barrier(2)
+
+    def train():
+        own = runner(grid(), environments=PLACES[:1])
+        own._signals = __import__("contextlib").nullcontext  # signals are of the main thread
+        both.wait()
+        found.append(len(own.run()))
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(started(tmp_path)) == ["0"] * 5 + ["1"] * 5
+    assert len(results.read(tmp_path / "lines.jsonl")) == 10 and max(found) == 10
+
+
+def test_a_grid_that_is_asked_to_stop_goes_on_from_its_checkpoints(tmp_path, grid, runner):
+    def ask_when_ready():
+        while len(list((tmp_path / "work").glob("*/ready"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask_when_ready)
+    thread.start()
+    with pytest.raises(Stopped, match="go on with the same command"):
+        runner(grid(99)).run()
+    thread.join()
+    assert started(tmp_path) == ["99", "99"]
+    assert len(runner(grid(99)).run()) == 5
+    assert started(tmp_path)[2:4] == ["99 resumed", "99 resumed"]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"settings": {}, "final": {}}\n{"settings": {}\n')
+    with pytest.raises(UserError, match="line 2 is not that of a finished run; remove it"):
+        results.read(path)
+
+
+def test_the_command_trains_for_real(tmp_path, capsys):
+    write_image_folder(tmp_path / "images")
+    (tmp_path / "own.toml").write_text(
+        '[settings]\nmodel = "wrn-10-1"\ndata = "imagenet"\nimage_size = 16\nworkers = 0\nbatch_size = 8\n'
+        'epochs = 2\n[[runs]]\nconv = ["gc", "gc2l"]\n'
+    )
+    words = ["grid", str(tmp_path / "own.toml"), "--output", str(tmp_path / "work")]
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "twolevel",
+            *words,
+            "--data-root",
+            str(tmp_path / "images"),
+            "--device",
+            "cpu",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in (tmp_path / "work" / "results.jsonl").read_text().splitlines()]
+    assert {line["settings"]["conv"] for line in lines} == {"gc", "gc2l"}
+    assert all(len(line["curve"]) == 2 and line["seconds"] > 0 for line in lines)
+    assert main([*words, "--list"]) == 0
+    assert capsys.readouterr().out.count(" %\n") == 2

@@ -1,0 +1,99 @@
+"""`twolevel grid`: train the runs of a published table or figure, or of a grid of one's own."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from twolevel.cli.options import parse
+from twolevel.errors import UserError
+from twolevel.grids import declare
+from twolevel.settings import Device
+from twolevel.training.validation import check_least
+
+_NAMES = ", ".join(declare.names())
+
+
+@dataclass
+class GridConfig:
+    """Train every run of a grid that has no line of results yet; go on with the same command where it was stopped."""
+
+    grid: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"{_NAMES}, or a TOML file of one's own")]
+
+    output: Path | None = None
+    """folder of the runs at work; runs/grids/GRID unless given"""
+
+    lines: Path | None = None
+    """results, a JSON line for each finished run, which is not trained again; by default OUTPUT/results.jsonl"""
+
+    seeds: tuple[int, ...] | None = None
+    """seeds instead of the grid's"""
+
+    at_once: int | None = None
+    """runs at a time; one for each GPU, or each core, unless given"""
+
+    data_root: Path = field(default=Path("data"))
+    """folder of the data sets"""
+
+    download: bool = False
+    """fetch CIFAR into data_root where it is missing"""
+
+    device: Device = "auto"
+    """where to compute"""
+
+    keep: bool = False
+    """keep the folders of finished runs, with their checkpoints"""
+
+    list: bool = False
+    """list the runs, with the results that there are, and train nothing"""
+
+    def __post_init__(self):
+        check_least(self, 1, "at_once")
+
+
+def run(argv: list[str]) -> None:
+    config = parse(GridConfig, "grid", argv)
+    grid = declare.read(config.grid, config.seeds)
+    output = config.output or Path("runs", "grids", grid.name)
+    lines = config.lines or output / "results.jsonl"
+    if config.list:
+        _list(grid, lines)
+        return
+    from twolevel.grids.runner import Runner
+
+    options = ["--data-root", str(config.data_root), "--device", config.device]
+    options += ["--download"] if config.download else []
+    Runner(grid, output, lines, _places(config), options, config.keep).run()
+    print(f"{lines}  {len(grid.runs)} runs")
+
+
+def _list(grid: declare.Grid, lines: Path) -> None:
+    from twolevel.grids import results
+
+    found = results.read(lines)
+    for one in grid.runs:
+        line = next((line for line in found if results.is_of(line, one)), None)
+        print(f"{one.name}  " + ("-" if line is None else f"{line['final']['test_error']:.2f} %"))
+
+
+def _places(config: GridConfig) -> list[dict[str, str]]:
+    """The environment of each run at a time: a GPU of its own, or a share of the cores."""
+    import torch
+
+    from twolevel.host import usable_cores
+
+    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    if gpus:
+        if config.at_once is not None and config.at_once > gpus:
+            raise UserError(
+                f"at_once={config.at_once} is more than the {gpus} GPUs here, of which each run takes one"
+            )
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in shown[: config.at_once]]
+    if config.device == "cuda":
+        raise UserError("device=cuda, but no GPU is to be seen; use --device cpu")
+    cores = len(usable_cores())
+    places = config.at_once or cores
+    return [{"OMP_NUM_THREADS": str(max(1, cores // places))}] * places

@@ -1,0 +1,86 @@
+"""The JSON lines of finished runs: what is published of a grid, and what says that a run need not be repeated."""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from twolevel.errors import UserError
+from twolevel.grids.declare import Run
+from twolevel.host import processor
+from twolevel.training.config import TrainConfig
+
+# Of an epoch's record, what curves are drawn of.
+CURVE = ("epoch", "train_loss", "train_error", "test_loss", "test_error", "ema_test_error", "seconds")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of finished runs in `path`; none where there is no file. Raises UserError for a damaged line."""
+    if not path.exists():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            lines.append({})
+        if not isinstance(lines[-1], dict) or not {"settings", "final"} <= lines[-1].keys():
+            raise UserError(f"{path}, line {number} is not that of a finished run; remove it")
+    return lines
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line as a whole, also where other grids add theirs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = (json.dumps(line) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, text)
+    finally:
+        os.close(descriptor)
+
+
+def is_of(line: dict[str, Any], run: Run) -> bool:
+    """Whether a line is of a run with the same settings."""
+    return line["settings"] == json.loads(json.dumps(run.settings))
+
+
+def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
+    """The line of a run that has finished in `folder`.
+
+    It holds no path and nothing else of the settings that leave results as they are.
+    """
+    import torch
+
+    from twolevel import models
+    from twolevel.analysis import count
+    from twolevel.training import metrics
+
+    config = TrainConfig.from_dict(json.loads((folder / "config.json").read_text()), str(folder))
+    epochs = list(metrics.read(folder, "epoch"))
+    on_resume = config.on_resume()
+    settings = {
+        name: value for name, value in config.flat().items() if on_resume[name] in ("fixed", "warned")
+    }
+    # The groups of these two are values, which the meta device has not.
+    device = "cpu" if config.model.conv in ("flgc", "dgconv") else "meta"
+    with torch.device(device):
+        model = models.create(**config.model.create_options(), num_classes=config.data.num_classes)
+    sums = count(model, config.data.image_shape).sums()
+    return {
+        "grid": grid,
+        "run": run.name,
+        "settings": run.settings,
+        "completed": settings,
+        "final": {name: value for name, value in epochs[-1].items() if name != "kind"},
+        "curve": [{name: epoch[name] for name in CURVE if name in epoch} for epoch in epochs],
+        "seconds": sum(epoch["seconds"] for epoch in epochs),
+        "counts": sums,
+        "machine": {
+            "cpu": processor(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

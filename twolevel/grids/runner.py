@@ -1,0 +1,203 @@
+"""Train the runs of a grid that have no line yet, each in a process of its own.
+
+A run is claimed by a lock on its file NAME.lock in the grid's folder for as long as this process trains it: two grids
+in one folder share the work, and a crash releases what it held. A run that was interrupted goes on from its newest
+checkpoint. Each run has a GPU, or its share of the cores.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from twolevel.errors import Stopped, UserError
+from twolevel.grids import results
+from twolevel.grids.declare import Grid, Run
+from twolevel.grids.progress import Progress
+from twolevel.training import metrics
+
+LOOK_SECONDS = 0.5
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class Trial:
+    """A run that is being trained, by `process`, on the place `slot`."""
+
+    run: Run
+    folder: Path
+    slot: int
+    lock: TextIO
+    process: subprocess.Popen[bytes]
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def log(self) -> Path:
+        return _log(self.folder)
+
+
+@dataclass
+class Runner:
+    """Trains a grid in `folder`, into lines of `lines`; `environments` has that of each run at a time.
+
+    `command` are the words before the options of `twolevel train`, and `options` such as every run is given that do
+    not belong to the grid (where the data are). `keep` leaves the folders of finished runs.
+    """
+
+    grid: Grid
+    folder: Path
+    lines: Path
+    environments: list[dict[str, str]]
+    options: list[str] = field(default_factory=list)
+    keep: bool = False
+    command: tuple[str, ...] = (sys.executable, "-m", "twolevel", "train")
+
+    def __post_init__(self):
+        self.running: list[Trial] = []
+        self.failed: dict[str, str] = {}
+        self.elsewhere = 0
+        self.stopping: int | None = None
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train until every run has a line, here or elsewhere; returns the grid's lines.
+
+        Raises UserError where runs failed, once the others are done, and Stopped where a signal asked for an end.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        waiting = deque(run for run in self.grid.runs if not self._line_of(run))
+        with Progress(self.grid, self.lines, self._fractions) as progress, self._signals():
+            progress.begin(len(self.grid.runs) - len(waiting))
+            while (waiting and self.stopping is None) or self.running:
+                self._start(waiting)
+                if not self.running:
+                    break
+                time.sleep(LOOK_SECONDS)
+                for trial in [trial for trial in self.running if trial.process.poll() is not None]:
+                    self._finish(trial, progress)
+                progress.look()
+        if self.stopping is not None:
+            raise Stopped(f"stopped; every run is saved in {self.folder}; go on with the same command")
+        if self.failed:
+            name, log = next(iter(self.failed.items()))
+            raise UserError(
+                f"{len(self.failed)} of {len(self.grid.runs)} runs failed; {name} says why in {log}"
+            )
+        return [line for run in self.grid.runs if (line := self._line_of(run))]
+
+    def _line_of(self, run: Run) -> dict[str, Any] | None:
+        return next((line for line in results.read(self.lines) if results.is_of(line, run)), None)
+
+    def _start(self, waiting: deque[Run]) -> None:
+        """Fill the free places with runs that nobody trains; those of others are left to them."""
+        free = sorted(set(range(len(self.environments))) - {trial.slot for trial in self.running})
+        while waiting and free and self.stopping is None:
+            run = waiting.popleft()
+            lock = _locked(self.folder / f"{run.name}.lock")
+            if lock is None:
+                self.elsewhere += 1
+            elif self._line_of(run):  # finished elsewhere while this one waited
+                lock.close()
+            else:
+                self.running.append(self._begin(run, free.pop(0), lock))
+
+    def _begin(self, run: Run, slot: int, lock: TextIO) -> Trial:
+        folder = self.folder / run.name
+        config = folder.with_name(f"{run.name}.json")
+        config.write_text(_json(run))
+        begun = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
+        if folder.exists() and not begun:
+            shutil.rmtree(folder)  # it ended before its first checkpoint
+        words = [
+            "--config",
+            str(config),
+            "--output",
+            str(folder),
+            *self.options,
+            *(["--resume"] if begun else []),
+        ]
+        with _log(folder).open("ab") as log:
+            process = subprocess.Popen(
+                [*self.command, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environments[slot],
+                start_new_session=True,  # a Ctrl-C is passed on once, by this process
+            )
+        return Trial(run, folder, slot, lock, process)
+
+    def _finish(self, trial: Trial, progress: Progress) -> None:
+        self.running.remove(trial)
+        if trial.process.returncode == 0:
+            line = results.line_of(self.grid.name, trial.run, trial.folder)
+            results.append(self.lines, line)
+            progress.finished(line)
+            if not self.keep:
+                shutil.rmtree(trial.folder)
+                for path in (trial.log, trial.folder.with_name(f"{trial.run.name}.json")):
+                    path.unlink()
+        elif self.stopping is None:
+            self.failed[trial.run.name] = str(trial.log)
+            progress.say(f"{trial.run.name} failed: {_last_line(trial.log)}")
+        trial.lock.close()
+
+    def _fractions(self) -> dict[str, float]:
+        """How much of each run at work is done, by its epochs."""
+        return {
+            trial.run.name: len([*metrics.read(trial.folder, "epoch")]) / trial.run.config().epochs
+            for trial in self.running
+        }
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Pass what asks this process to stop on to the runs, which write a checkpoint."""
+
+        def stop(number: int, _: object) -> None:
+            self.stopping = number
+            for trial in self.running:
+                with contextlib.suppress(ProcessLookupError):
+                    trial.process.send_signal(signal.SIGTERM)
+
+        before = {number: signal.signal(number, stop) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for trial in self.running:  # after an error here
+                trial.process.terminate()
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def _json(run: Run) -> str:
+    import json
+
+    return json.dumps(run.config().to_dict(), indent=1) + "\n"
+
+
+def _locked(path: Path) -> TextIO | None:
+    """An open file that holds the lock, None where another process does. Processes started here do not inherit it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it wrote nothing"
