@@ -56,10 +56,12 @@ def run_layer(
     dtype=torch.float64,
     n=16,
     m=24,
+    representatives=1,
 ) -> dict:
     """Output, and gradients of the input and of every weight, of this rank's channels or of all."""
     torch.manual_seed(0)
-    conv = TwoLevelConv2d(n, m, 3, stride, 1, groups=groups, schedule=schedule, kernels=kernels).to(dtype)
+    more = {"representatives": representatives, "schedule": schedule, "kernels": kernels}
+    conv = TwoLevelConv2d(n, m, 3, stride, 1, groups=groups, **more).to(dtype)
     x, pixels = torch.randn(3, n, *size, dtype=dtype), [(s - 1) // stride + 1 for s in size]
     gy = torch.randn(3, m, *pixels, dtype=dtype)
     if mesh is not None:
@@ -94,29 +96,28 @@ def test_layer(pool, groups, ranks, schedule):
         torch.testing.assert_close(join(parts, whole), whole, **CLOSE, msg=lambda m, c=case: f"{c}: {m}")
 
 
-def layer_by_kernels(schedule, kernels, dtype):
-    options = {"kernels": kernels, "dtype": dtype, "n": 64, "m": 128}
+def layer_by_kernels(schedule, options):
     return [run_layer(s, (7, 8), schedule, torch.channels_last, 8, mesh_of(), **options) for s in (1, 2)]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "kernels"),
-    [("overlapped", kernels) for kernels in ("grouped", "products", "depthwise", "native")]
-    + [("fused", "grouped"), ("fused", "native")],
+    ("schedule", "kernels", "representatives"),
+    [("overlapped", kernels, 1) for kernels in ("products", "depthwise")]
+    + [(s, k, r) for s in ("overlapped", "fused") for k in ("grouped", "native") for r in (1, 3)],
 )
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_layer_by_every_kind_of_kernel(pool, ranks, schedule, kernels):
+def test_layer_by_every_kind_of_kernel(pool, ranks, schedule, kernels, representatives):
     """Each against torch's group convolutions on one process."""
     in_c = kernels == "native"
     if in_c and native.available():
         pytest.skip(native.available())
     dtype = torch.float32 if in_c else torch.float64
-    held = pool.run(layer_by_kernels, schedule, kernels, dtype, ranks=ranks)
-    options = {"kernels": "grouped", "dtype": dtype, "n": 64, "m": 128}
+    options = {"dtype": dtype, "n": 64, "m": 128, "representatives": representatives}
+    held = pool.run(layer_by_kernels, schedule, options | {"kernels": kernels}, ranks=ranks)
     # float32: sums of some hundred products of normal numbers, in another order.
     close = {"rtol": 1e-4, "atol": 2e-4} if in_c else CLOSE
     for stride, *parts in zip((1, 2), *held, strict=True):
-        whole = run_layer(stride, (7, 8), "overlapped", torch.channels_last, 8, **options)
+        whole = run_layer(stride, (7, 8), "overlapped", torch.channels_last, 8, kernels="grouped", **options)
         torch.testing.assert_close(join(parts, whole), whole, **close)
 
 

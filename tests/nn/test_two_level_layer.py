@@ -84,6 +84,26 @@ def test_state_dict_is_the_documented_one():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_more_representatives_are_more_rows_and_one_is_the_papers(schedule):
+    conv = layer(schedule, kernel_size=3, padding=1, representatives=2)
+    shapes = [tuple(part.weight.shape) for part in (conv.local, conv.restriction, conv.coarse)]
+    assert shapes == [(M, N // G, 3, 3), (2 * G, N // G, 3, 3), (M, 2 * G, 1, 1)]
+    # Without its second representatives it is the layer with the first.
+    one = layer(schedule, kernel_size=3, padding=1)
+    one.local.weight.data.copy_(conv.local.weight)
+    one.restriction.weight.data.copy_(conv.restriction.weight[::2])
+    one.coarse.weight.data.copy_(conv.coarse.weight[:, ::2])
+    conv.coarse.weight.data[:, 1::2] = 0
+    torch.testing.assert_close(run(conv, image())["y"], run(one, image())["y"], **CLOSE)
+
+
+@pytest.mark.parametrize("representatives", [0, -1, 1.5])
+def test_fewer_than_one_representative_is_refused(representatives):
+    with pytest.raises(UserError, match=f"representatives={representatives} is invalid; use 1"):
+        TwoLevelConv2d(8, 8, 3, groups=2, representatives=representatives)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_meta_device_gives_the_shape(schedule):
     arguments = {"kernel_size": 3, "stride": 2, "padding": 1, "schedule": schedule}
     conv = TwoLevelConv2d(N, M, **arguments, groups=G, device="meta")

@@ -381,9 +381,8 @@ def test_what_cannot_be_done_is_refused_in_one_line(asked, message):
 
 def test_ways_for_channels_last_memory_say_so():
     one = problem(ranks=2)
-    with pytest.raises(
-        UserError, match=r"they are for channels_last memory; use auto(, grouped or native| or grouped)$"
-    ):
+    why = "they are for channels_last memory and one representative a group"
+    with pytest.raises(UserError, match=why + r"; use auto(, grouped or native| or grouped)$"):
         able_forms(dataclasses.replace(one, channels_last=False), kernels="products")
 
 

@@ -48,7 +48,7 @@ def assert_sum(found, wanted, scale):
 
 
 def conv_and_grads(x, weight, gz, geometry, groups=None):
-    """z, gx and gw of a group convolution in float64; by default of one output a group, as a restriction."""
+    """z, gx and gw of a group convolution in float64; by default of one output a group, as the paper's restriction."""
     x, weight, gz = (t.detach().double() for t in (x, weight, gz))
     x.requires_grad_(), weight.requires_grad_()
     z = F.conv2d(x, weight, None, *geometry, groups or len(weight))
@@ -77,12 +77,14 @@ def layers(draw, most_groups=8):
 
 
 @RULES
-@given(layers(most_groups=16))
-def test_restriction_is_the_group_convolution(kernels, problem):
+@given(layers(most_groups=16), st.booleans())
+def test_restriction_is_the_group_convolution(kernels, problem, several):
+    """By one representative of a group, or by several."""
     x, weight, gz, geometry, groups = problem
-    weight, gz = weight[:groups], gz[:, :groups]
-    wanted = conv_and_grads(x, weight, gz, geometry)
-    scales = conv_and_grads(x.abs(), weight.abs(), gz.abs(), geometry)
+    if not several:
+        weight, gz = weight[:groups], gz[:, :groups]
+    wanted = conv_and_grads(x, weight, gz, geometry, groups)
+    scales = conv_and_grads(x.abs(), weight.abs(), gz.abs(), geometry, groups)
     z = kernels.restrict(x, weight, geometry)
     assert z.is_contiguous()
     assert_sum(z.transpose(0, 1), wanted[0], scales[0])
@@ -166,19 +168,20 @@ def two_level_and_grads(x, local, restriction, coarse, gy, geometry):
     """y, z and the gradients of x, A, r and C, in float64."""
     leaves = [t.detach().double().requires_grad_() for t in (x, local, restriction, coarse)]
     x, local, restriction, coarse = leaves
-    z = F.conv2d(x, restriction, None, *geometry, len(restriction))
-    y = F.conv2d(x, local, None, *geometry, len(restriction)) + F.conv2d(z, coarse)
+    groups = x.shape[1] // local.shape[1]
+    z = F.conv2d(x, restriction, None, *geometry, groups)
+    y = F.conv2d(x, local, None, *geometry, groups) + F.conv2d(z, coarse)
     return y.detach(), z.detach().transpose(0, 1), *torch.autograd.grad(y, leaves, gy.double())
 
 
 @RULES
-@given(layers(), st.integers(0, 9))
-def test_one_walk_is_all_the_parts(kernels, problem, seed):
+@given(layers(), st.sampled_from([1, 1, 2, 3, 5]), st.integers(0, 9))
+def test_one_walk_is_all_the_parts(kernels, problem, of_group, seed):
     """Everything of one rank together, and what goes together before and after an exchange."""
     x, local, gy, geometry, groups = problem
     generator = torch.Generator().manual_seed(seed)
-    restriction = torch.randn(groups, *local.shape[1:], generator=generator)
-    coarse = torch.randn(len(local), groups, 1, 1, generator=generator)
+    restriction = torch.randn(of_group * groups, *local.shape[1:], generator=generator)
+    coarse = torch.randn(len(local), of_group * groups, 1, 1, generator=generator)
     tensors = (x, local, restriction, coarse)
     wanted = two_level_and_grads(*tensors, gy, geometry)
     scales = two_level_and_grads(*(t.abs() for t in (*tensors, gy)), geometry)

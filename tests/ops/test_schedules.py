@@ -18,20 +18,22 @@ NAMES = ("x", "local", "restriction", "coarse")
 
 def naive(x, local, restriction, coarse, geometry):
     """The definition: one convolution a group, then every output adds its share of every representative."""
-    groups = len(restriction)
+    groups = x.shape[1] // local.shape[1]
     split = x.chunk(groups, 1)
-    z = [F.conv2d(split[g], restriction[g : g + 1], None, *geometry) for g in range(groups)]
+    z = [
+        F.conv2d(x_g, r_g, None, *geometry) for x_g, r_g in zip(split, restriction.chunk(groups), strict=True)
+    ]
     y = [F.conv2d(x_g, a_g, None, *geometry) for x_g, a_g in zip(split, local.chunk(groups), strict=True)]
     return torch.cat(y, 1) + torch.einsum("bghw,mg->bmhw", torch.cat(z, 1), coarse[:, :, 0, 0])
 
 
-def make(groups, n, m, kernel, batch=2, size=(7, 6), memory_format=torch.contiguous_format):
-    """x, local, restriction and coarse with n and m channels a group, drawn in float64."""
+def make(groups, n, m, kernel, batch=2, size=(7, 6), memory_format=torch.contiguous_format, of_group=1):
+    """x, local, restriction and coarse with n and m channels and `of_group` representatives a group, in float64."""
     shapes = [
         (batch, groups * n, *size),
         (groups * m, n, *kernel),
-        (groups, n, *kernel),
-        (groups * m, groups, 1, 1),
+        (of_group * groups, n, *kernel),
+        (groups * m, of_group * groups, 1, 1),
     ]
     x, *weights = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     return [t.requires_grad_() for t in (x.to(memory_format=memory_format), *weights)]
@@ -58,7 +60,7 @@ def cases(draw):
     size = tuple(low + draw(st.integers(0, 6)) for low in least)
     channels = st.integers(1, 3)
     tensors = {"groups": groups, "n": draw(channels), "m": draw(channels), "kernel": kernel, "size": size}
-    tensors["batch"] = draw(channels)
+    tensors["batch"], tensors["of_group"] = draw(channels), draw(channels)
     tensors["memory_format"] = draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
     return tensors, Geometry(stride, padding, dilation), draw(st.integers(0, 2**31))
 
@@ -72,7 +74,8 @@ def test_every_schedule_and_the_dense_weight_equal_the_definition(case):
     tensors = make(**arguments)
     gy = torch.randn_like(naive(*tensors, geometry))
     wanted = results(lambda *t: naive(*t, geometry), tensors, gy)
-    dense = results(lambda x, *w: F.conv2d(x, dense_weight(*w), None, *geometry), tensors, gy)
+    groups = arguments["groups"]
+    dense = results(lambda x, *w: F.conv2d(x, dense_weight(*w, groups), None, *geometry), tensors, gy)
     torch.testing.assert_close(dense, wanted, **CLOSE)
     for schedule in SCHEDULES:
         got = results(lambda *t, by=schedule: two_level_conv2d(*t, geometry, schedule=by), tensors, gy)
@@ -90,9 +93,10 @@ def test_gradient_that_is_one_number_expanded(schedule):
         torch.testing.assert_close(leaf.grad, wanted[name], **CLOSE)
 
 
+@pytest.mark.parametrize("of_group", [1, 2])
 @pytest.mark.parametrize("schedule", ["overlapped", "fused", "dense"])
-def test_gradcheck(schedule):
-    tensors, geometry = make(2, 2, 1, (2, 3), 1, (4, 5)), Geometry((2, 1), (1, 0))
+def test_gradcheck(schedule, of_group):
+    tensors, geometry = make(2, 2, 1, (2, 3), 1, (4, 5), of_group=of_group), Geometry((2, 1), (1, 0))
     assert torch.autograd.gradcheck(lambda *t: two_level_conv2d(*t, geometry, schedule=schedule), tensors)
 
 

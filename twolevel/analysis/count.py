@@ -242,7 +242,7 @@ def _collectives(
     if isinstance(module, TwoLevelConv2d):
         return representatives_exchange(
             batch=batch_size,
-            groups=module.groups,
+            representatives=module.groups * module.representatives,
             pixels=output[1] * output[2],
             itemsize=itemsize,
             ranks=ranks,

@@ -42,10 +42,10 @@ def collective(kind: Kind, size: int, *, ranks: int) -> Collective:
 
 
 def representatives_exchange(
-    *, batch: int, groups: int, pixels: int, itemsize: int, ranks: int
+    *, batch: int, representatives: int, pixels: int, itemsize: int, ranks: int
 ) -> tuple[Collective, Collective]:
-    """The gather of all G representatives of a two-level convolution, and the reduce-scatter of their gradients."""
-    size = batch * groups * pixels * itemsize
+    """The gather of all representatives of a two-level convolution, and the reduce-scatter of their gradients."""
+    size = batch * representatives * pixels * itemsize
     return collective("all-gather", size, ranks=ranks), collective("reduce-scatter", size, ranks=ranks)
 
 

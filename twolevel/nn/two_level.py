@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from twolevel.errors import unknown
+from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import Padding, Size, as_images, check_groups, geometry, pair
 from twolevel.ops import LOCAL, Exchange, two_level_conv2d
 from twolevel.ops.autocast import cast_for_convolution
@@ -12,17 +12,18 @@ from twolevel.settings import KERNELS, SCHEDULES, Kernels, Schedule
 
 
 class TwoLevelConv2d(nn.Module):
-    """Group convolution whose groups see one representative channel of every group.
+    """Group convolution whose groups see R representative channels of every group.
 
-        z_g = r_g * x_g                      restriction   k x k, n/G -> 1
-        y_g = A_g * x_g + C_g [z_1 ... z_G]  local k x k, n/G -> m/G, plus coarse 1 x 1, G -> m/G
+        z_g = r_g * x_g                      restriction   k x k, n/G -> R
+        y_g = A_g * x_g + C_g [z_1 ... z_G]  local k x k, n/G -> m/G, plus coarse 1 x 1, R G -> m/G
 
-    "Two-level Group Convolution", Lee, Park, Lee (arXiv 2110.05060). No part has a bias. Stride,
-    padding and dilation belong to the local and restriction convolutions.
+    "Two-level Group Convolution", Lee, Park, Lee (arXiv 2110.05060), where R = `representatives` is 1: more of them
+    take more work and exchange, and come nearer to a dense convolution. No part has a bias. Stride, padding and
+    dilation belong to the local and restriction convolutions.
 
     Input `[B, n, H, W]`, output `[B, m, H', W']` with n = in_channels, m = out_channels, G = groups.
     Parameters, all rows of group g at dim 0: `local.weight [m, n/G, k, k]`,
-    `restriction.weight [G, n/G, k, k]`, `coarse.weight [m, G, 1, 1]`. The three submodules hold the
+    `restriction.weight [R G, n/G, k, k]`, `coarse.weight [m, R G, 1, 1]`. The three submodules hold the
     weights and are not called one by one, so forward hooks belong on this module.
 
     `schedule` and `kernels` say how it is computed (see `twolevel.ops.two_level_conv2d`). `exchange` carries the
@@ -30,7 +31,8 @@ class TwoLevelConv2d(nn.Module):
     module holds the rows of its rank's groups alone; `in_channels`, `out_channels` and `groups` still
     describe the whole layer.
 
-    Raises UserError where groups does not divide both channel numbers, or for unknown schedule or kernels.
+    Raises UserError where groups does not divide both channel numbers, for fewer than one representative, and for
+    unknown schedule or kernels.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class TwoLevelConv2d(nn.Module):
         padding: Padding = 0,
         *,
         groups: int,
+        representatives: int = 1,
         dilation: Size = 1,
         schedule: Schedule = "auto",
         kernels: Kernels = "auto",
@@ -50,6 +53,10 @@ class TwoLevelConv2d(nn.Module):
     ):
         super().__init__()
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        if not isinstance(representatives, int) or representatives < 1:
+            raise UserError(
+                f"representatives={representatives} is invalid; use 1, as the paper has it, or more"
+            )
         if schedule not in SCHEDULES:
             raise unknown("schedule", schedule, SCHEDULES)
         if kernels not in KERNELS:
@@ -58,6 +65,7 @@ class TwoLevelConv2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = pair(kernel_size)
         self.groups = groups
+        self.representatives = representatives
         self.geometry = geometry(kernel_size, stride, padding, dilation)
         self.schedule: str = schedule
         self.kernels: str = kernels
@@ -65,8 +73,8 @@ class TwoLevelConv2d(nn.Module):
         options = {"bias": False, "device": device, "dtype": dtype}
         shared = {**options, **self.geometry._asdict(), "groups": groups}
         self.local = nn.Conv2d(in_channels, out_channels, self.kernel_size, **shared)
-        self.restriction = nn.Conv2d(in_channels, groups, self.kernel_size, **shared)
-        self.coarse = nn.Conv2d(groups, out_channels, 1, **options)
+        self.restriction = nn.Conv2d(in_channels, representatives * groups, self.kernel_size, **shared)
+        self.coarse = nn.Conv2d(representatives * groups, out_channels, 1, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         images = as_images(x, self.local.in_channels, "TwoLevelConv2d")
@@ -90,5 +98,7 @@ class TwoLevelConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-        text += f"groups={self.groups}, schedule={self.schedule!r}, kernels={self.kernels!r}"
+        text += f"groups={self.groups}, "
+        text += f"representatives={self.representatives}, " if self.representatives > 1 else ""
+        text += f"schedule={self.schedule!r}, kernels={self.kernels!r}"
         return text + (f", ranks={self.exchange.ranks}" if self.exchange.ranks > 1 else "")

@@ -15,7 +15,9 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 @dataclass(frozen=True)
 class Problem:
-    """x `[B, n/P, H, W]` to y `[B, m/P, H', W']` on one of P `ranks`, which holds `groups` = G/P channel groups."""
+    """x `[B, n/P, H, W]` to y `[B, m/P, H', W']` on one of P `ranks`, which holds `groups` = G/P channel groups with
+    `representatives` each.
+    """
 
     batch: int
     inputs: int
@@ -28,6 +30,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     channels_last: bool
+    representatives: int = 1
     odd: str = ""
     """What is unusual in the tensors, so that memory must not be read directly: a subclass, mixed types or devices."""
 
@@ -38,18 +41,20 @@ class Problem:
         """The problem of these tensors, whose shapes are as in `twolevel.ops.two_level_conv2d`."""
         batch, inputs, height, width = x.shape
         outputs, _, kernel_height, kernel_width = local.shape
+        groups = channel_groups(x, local)
         return cls(
             batch=batch,
             inputs=inputs,
             size=(height, width),
             outputs=outputs,
             kernel=(kernel_height, kernel_width),
-            groups=len(restriction),
+            groups=groups,
             geometry=geometry,
             ranks=ranks,
             dtype=x.dtype,
             device=x.device,
             channels_last=x.is_contiguous(memory_format=torch.channels_last),
+            representatives=len(restriction) // groups,
             odd=_odd(x, local, restriction, coarse),
         )
 
@@ -79,6 +84,8 @@ class Problem:
             *(f"{name} {_times(pair)}" for name, pair, usual in pairs if tuple(pair) != usual),
             f"{self.groups} groups",
         ]
+        if self.representatives > 1:
+            parts.append(f"{self.representatives} representatives each")
         if self.ranks > 1:
             parts.append(f"one of {self.ranks} ranks")
         memory = "channels_last" if self.channels_last else "contiguous"
@@ -94,8 +101,14 @@ class Problem:
 
         memory = torch.channels_last if self.channels_last else torch.contiguous_format
         x = random(self.batch, self.inputs, *self.size).contiguous(memory_format=memory)
-        restriction = random(self.groups, *self.local_shape[1:])
-        return x, random(*self.local_shape), restriction, random(self.outputs, self.groups * self.ranks, 1, 1)
+        own = self.groups * self.representatives
+        restriction = random(own, *self.local_shape[1:])
+        return x, random(*self.local_shape), restriction, random(self.outputs, own * self.ranks, 1, 1)
+
+
+def channel_groups(x: Tensor, local: Tensor) -> int:
+    """The groups of x `[B, n, H, W]`, of which each output of `local` `[m, n/G, k, k]` reads one."""
+    return x.shape[1] // local.shape[1]
 
 
 def batch_class(batch: int) -> int:

@@ -30,6 +30,7 @@ from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.base import Gradients, KernelSet, Wanted
 from twolevel.ops.kernels.torch import TorchKernels
+from twolevel.ops.problem import channel_groups
 
 
 class Schedule(Protocol):
@@ -76,7 +77,7 @@ class Overlapped:
             return self.kernels.whole(x, local, restriction, coarse, geometry)
         own = self.kernels.restrict(x, restriction, geometry)
         gathering = exchange.gather(own)
-        y = self.kernels.local(x, local, geometry, len(restriction))
+        y = self.kernels.local(x, local, geometry, channel_groups(x, local))
         z = gathering.wait()
         return self.kernels.add_coarse_(y, z, coarse), z
 
@@ -86,7 +87,7 @@ class Overlapped:
         want_x, want_local, want_restriction, want_coarse = wanted
         scattering = exchange.scatter_sum(self.kernels.coarse_input_grad(gy, coarse))
         g_coarse = self.kernels.coarse_weight_grad(gy, z) if want_coarse else None
-        groups = len(restriction)
+        groups = channel_groups(x, local)
         gx, g_local = self.kernels.local_backward(gy, x, local, geometry, groups, (want_x, want_local))
         gz = scattering.wait()
         g_restriction = self.kernels.restrict_backward(gz, x, restriction, geometry, gx, want_restriction)
@@ -105,7 +106,7 @@ class Fused:
         if self.kernels.joins_coarse:
             own = self.kernels.restrict(x, restriction, geometry)
             z = exchange.gather(own).wait()
-            return self.kernels.local_and_coarse(x, local, geometry, len(restriction), z, coarse), z
+            return self.kernels.local_and_coarse(x, local, geometry, channel_groups(x, local), z, coarse), z
         y, own = self.kernels.local_and_restriction(x, local, restriction, geometry)
         z = exchange.gather(own).wait()
         return self.kernels.add_coarse_(y, z, coarse), z
@@ -147,16 +148,21 @@ def backward_with_graph(
 
 def dense(x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry) -> Tensor:
     """The whole layer as one dense convolution, on one rank: differentiable by autograd."""
-    return F.conv2d(x, dense_weight(local, restriction, coarse), None, *geometry)
+    return F.conv2d(x, dense_weight(local, restriction, coarse, channel_groups(x, local)), None, *geometry)
 
 
-def dense_weight(local: Tensor, restriction: Tensor, coarse: Tensor) -> Tensor:
+def dense_weight(local: Tensor, restriction: Tensor, coarse: Tensor, groups: int | None = None) -> Tensor:
     """The dense weight of the whole layer, `[m, n, k, k]`, differentiable in its three parts.
 
-    W[o, i] = [g(o) = g(i)] A[o, i] + C[o, g(i)] r_{g(i)}[i]
+    W[o, i] = [g(o) = g(i)] A[o, i] + sum over the representatives h of g(i) of C[o, h] r_h[i]
+
+    There is one representative a group unless `groups` says otherwise.
     """
-    groups, rows = len(restriction), len(local)
+    groups, rows = groups or len(restriction), len(local)
     own_group = torch.eye(groups, dtype=local.dtype, device=local.device)
     own_group = own_group.repeat_interleave(rows // groups, 0)[:, :, None, None, None]
-    weight = own_group * local[:, None] + coarse[:, :, None] * restriction[None]
-    return weight.flatten(1, 2)
+    # [m, G, R] and [G, R, n/G, k, k] to [m, G, n/G, k, k].
+    through_z = torch.einsum(
+        "ogr,grikl->ogikl", coarse.view(rows, groups, -1), restriction.unflatten(0, (groups, -1))
+    )
+    return (own_group * local[:, None] + through_z).flatten(1, 2)

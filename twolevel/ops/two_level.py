@@ -9,6 +9,7 @@ from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.dispatch import plan_for
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
+from twolevel.ops.problem import channel_groups
 
 
 def two_level_conv2d(
@@ -25,17 +26,18 @@ def two_level_conv2d(
     """y_g = A_g * x_g + C_g z with z_g = r_g * x_g ("Two-level Group Convolution", arXiv 2110.05060).
 
     Shapes on each of P ranks that hold G/P groups each: x `[B, n/P, H, W]`, local A `[m/P, n/G, k, k]`,
-    restriction r `[G/P, n/G, k, k]`, coarse C `[m/P, G, 1, 1]`; returns `[B, m/P, H', W']`.
+    restriction r `[R G/P, n/G, k, k]`, coarse C `[m/P, R G, 1, 1]`; returns `[B, m/P, H', W']`. R is the number of
+    representatives of a group, in the paper 1; those of a group are consecutive rows.
 
     Schedules: `overlapped` (restriction, exchange in flight under the local convolution, coarse),
-    `fused` (the paper's: one convolution with m/G + 1 outputs a group, then the exchange, then coarse),
+    `fused` (the paper's: one convolution with m/G + R outputs a group, then the exchange, then coarse),
     `dense` (one rank only: the structured dense weight). Kernels: see `twolevel.ops.dispatch`. What is left `auto` is
     chosen by measurement. Raises UserError for what cannot compute these tensors here.
     """
     if torch.compiler.is_compiling() and exchange.ranks == 1 and _is_exporting():  # what every run time knows
-        return F.conv2d(x, local, None, *geometry, len(restriction)) + F.conv2d(
-            F.conv2d(x, restriction, None, *geometry, len(restriction)), coarse
-        )
+        groups = channel_groups(x, local)
+        z = F.conv2d(x, restriction, None, *geometry, groups)
+        return F.conv2d(x, local, None, *geometry, groups) + F.conv2d(z, coarse)
     x, local, restriction, coarse = cast_for_convolution(x, local, restriction, coarse)
     if schedule == "dense" and exchange.ranks == 1:
         return schedules.dense(x, local, restriction, coarse, geometry)

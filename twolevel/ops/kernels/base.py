@@ -17,8 +17,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class KernelSet(Protocol):
-    """A kernel for each operation. With P ranks: x `[B, n/P, H, W]`, y and gy `[B, m/P, H', W']`,
-    A `[m/P, n/G, k, k]`, r `[G/P, n/G, k, k]`, C `[m/P, G, 1, 1]`, z `[G, B, H', W']`.
+    """A kernel for each operation. With P ranks and one representative a group: x `[B, n/P, H, W]`,
+    y and gy `[B, m/P, H', W']`, A `[m/P, n/G, k, k]`, r `[G/P, n/G, k, k]`, C `[m/P, G, 1, 1]`, z `[G, B, H', W']`;
+    with more of them a group, G in the last three is their number.
 
     It serves the schedules of its `schedules`. `estimate` orders the sets before any is measured.
     """

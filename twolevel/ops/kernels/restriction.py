@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels import tap_products
-from twolevel.ops.problem import Problem
+from twolevel.ops.problem import Problem, channel_groups
 
 Way = Literal["grouped", "products", "depthwise"]
 WAYS: tuple[str, ...] = get_args(Way)
@@ -27,7 +27,7 @@ WAYS: tuple[str, ...] = get_args(Way)
 
 def ways(problem: Problem) -> tuple[Way, ...]:
     """How the problem can be restricted, the best estimate first."""
-    if not problem.channels_last:
+    if not problem.channels_last or problem.representatives > 1:
         return ("grouped",)
     # On CPUs depthwise convolutions and matrix products of narrower types are slow.
     if problem.device.type != "cpu" or problem.dtype not in (torch.float32, torch.float64):
@@ -39,9 +39,12 @@ def ways(problem: Problem) -> tuple[Way, ...]:
 
 
 def restrict(x: Tensor, weight: Tensor, geometry: Geometry, way: Way) -> Tensor:
-    """x `[B, n, H, W]`, weight `[G, n/G, kh, kw]` -> representatives z `[G, B, H', W']`, contiguous."""
+    """x `[B, n, H, W]`, weight `[G, n/G, kh, kw]` -> representatives z `[G, B, H', W']`, contiguous.
+
+    Only `grouped` takes several representatives a group, more rows of `weight` and of z.
+    """
     if way == "grouped":
-        return _conv(x, weight, geometry, len(weight)).transpose(0, 1).contiguous()
+        return _conv(x, weight, geometry, channel_groups(x, weight)).transpose(0, 1).contiguous()
     if way == "products":
         return tap_products.forward(x, weight, geometry)
     channels = _conv(x, _by_channel(weight), geometry, x.shape[1])
@@ -64,7 +67,7 @@ def restrict_backward(
         more, gw = conv_backward(channels, x, _by_channel(weight), geometry, x.shape[1], wanted)
         gw = None if gw is None else gw.view(weight.shape)
     else:
-        more, gw = conv_backward(gz.transpose(0, 1), x, weight, geometry, len(weight), wanted)
+        more, gw = conv_backward(gz.transpose(0, 1), x, weight, geometry, channel_groups(x, weight), wanted)
     if gx is not None and more is not None:
         gx.add_(more)
     return gw

@@ -8,7 +8,7 @@ from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels import restriction
 from twolevel.ops.kernels.base import Gradients, KernelSet, Wanted
 from twolevel.ops.kernels.restriction import Way, ways
-from twolevel.ops.problem import Problem
+from twolevel.ops.problem import Problem, channel_groups
 from twolevel.ops.strides import memory_format_of
 
 
@@ -24,7 +24,11 @@ class TorchKernels(KernelSet):
         self.schedules = ("overlapped", "fused", "dense") if name == "grouped" else ("overlapped",)
 
     def unsupported(self, problem: Problem) -> str | None:
-        return None if self.way in ways(problem) else "they are for channels_last memory"
+        return (
+            None
+            if self.way in ways(problem)
+            else "they are for channels_last memory and one representative a group"
+        )
 
     def estimate(self, problem: Problem) -> float:
         return 3 + ways(problem).index(self.way)
@@ -61,10 +65,11 @@ class TorchKernels(KernelSet):
     def local_and_restriction(
         self, x: Tensor, local: Tensor, restriction: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
-        groups = len(restriction)
-        out = self.local(x, _joined(local, restriction), geometry, groups).unflatten(1, (groups, -1))
-        y = out[:, :, :-1].flatten(1, 2).contiguous(memory_format=memory_format_of(x))
-        return y, out[:, :, -1].transpose(0, 1).contiguous()
+        groups = channel_groups(x, local)
+        out = self.local(x, _joined(local, restriction, groups), geometry, groups).unflatten(1, (groups, -1))
+        y, z = out.split([len(local) // groups, len(restriction) // groups], 2)
+        y = y.flatten(1, 2).contiguous(memory_format=memory_format_of(x))
+        return y, z.flatten(1, 2).transpose(0, 1).contiguous()
 
     def local_and_restriction_backward(
         self,
@@ -77,15 +82,17 @@ class TorchKernels(KernelSet):
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         want_x, want_local, want_restriction = wanted
-        groups = len(restriction)
-        gout = torch.cat([gy.unflatten(1, (groups, -1)), gz.transpose(0, 1)[:, :, None]], 2).flatten(1, 2)
+        groups = channel_groups(x, local)
+        of_group = [gradient.unflatten(1, (groups, -1)) for gradient in (gy, gz.transpose(0, 1))]
+        gout = torch.cat(of_group, 2).flatten(1, 2)
         gout = gout.contiguous(memory_format=memory_format_of(x))
         both = (want_x, want_local or want_restriction)
-        gx, gw = self.local_backward(gout, x, _joined(local, restriction), geometry, groups, both)
+        gx, gw = self.local_backward(gout, x, _joined(local, restriction, groups), geometry, groups, both)
         if gw is None:
             return gx, None, None
         rows = gw.unflatten(0, (groups, -1))
-        return gx, rows[:, :-1].flatten(0, 1), rows[:, -1]
+        g_local, g_restriction = rows.split([len(local) // groups, len(restriction) // groups], 1)
+        return gx, g_local.flatten(0, 1), g_restriction.flatten(0, 1)
 
     def add_coarse_(self, y: Tensor, z: Tensor, coarse: Tensor) -> Tensor:
         weight = coarse.flatten(1)
@@ -118,7 +125,7 @@ class TorchKernels(KernelSet):
         self, x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
         z = self.restrict(x, restriction, geometry)
-        return self.local_and_coarse(x, local, geometry, len(restriction), z, coarse), z
+        return self.local_and_coarse(x, local, geometry, channel_groups(x, local), z, coarse), z
 
     def whole_backward(
         self,
@@ -136,11 +143,12 @@ class TorchKernels(KernelSet):
             gz, g_coarse = self.coarse_grads(gy, z, coarse)
         else:
             gz, g_coarse = self.coarse_input_grad(gy, coarse), None
-        gx, g_local = self.local_backward(gy, x, local, geometry, len(restriction), (want_x, want_local))
+        groups = channel_groups(x, local)
+        gx, g_local = self.local_backward(gy, x, local, geometry, groups, (want_x, want_local))
         g_restriction = self.restrict_backward(gz, x, restriction, geometry, gx, want_restriction)
         return gx, g_local, g_restriction, g_coarse
 
 
-def _joined(local: Tensor, restriction: Tensor) -> Tensor:
-    """`[m + G, n/G, k, k]`: the restriction is one more output of its group."""
-    return torch.cat([local.unflatten(0, (len(restriction), -1)), restriction[:, None]], 1).flatten(0, 1)
+def _joined(local: Tensor, restriction: Tensor, groups: int) -> Tensor:
+    """`[m + R G, n/G, k, k]`: representatives are further outputs of their group."""
+    return torch.cat([weight.unflatten(0, (groups, -1)) for weight in (local, restriction)], 1).flatten(0, 1)

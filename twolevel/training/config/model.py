@@ -5,11 +5,11 @@ from typing import Any
 
 from twolevel.errors import UserError
 from twolevel.settings import FIXED, FREE, UNGROUPED, Kernels, Schedule, Threshold
-from twolevel.training.validation import check, check_finite
+from twolevel.training.validation import check, check_finite, check_least
 
 # Settings that one kind of convolution alone has.
 CONV_OPTIONS = {
-    "gc2l": ["schedule", "kernels"],
+    "gc2l": ["representatives", "schedule", "kernels"],
     "shuffle": ["permutation_seed"],
     "dgc": ["xi", "threshold", "saliency_bound"],
 }
@@ -27,6 +27,9 @@ class ModelConfig:
 
     groups: int | None = field(default=None, metadata=FIXED)
     """channel groups, of dgc the heads; 4 unless given (32 for ResNeXt), 1 for sc; dgconv learns them"""
+
+    representatives: int = field(default=1, metadata=FIXED)
+    """gc2l: channels of each group that the other groups see; more take more work and exchange, in the paper 1"""
 
     schedule: Schedule = field(default="auto", metadata=FREE)
     """gc2l: the order of its operations and the exchange; auto: the fastest, by a measurement stored on disk"""
@@ -55,6 +58,7 @@ class ModelConfig:
         check(self, "permutation_seed", seed is None or -(2**63) <= seed < 2**64, "an integer of 64 bits")
         bound = self.saliency_bound
         check(self, "saliency_bound", bound is None or bound > 0, "a positive number, such as 6")
+        check_least(self, 1, "representatives")
         check(self, "xi", 0 <= self.xi < 1, "a number from 0 to below 1")
         for conv, names in CONV_OPTIONS.items():
             for name in names:

@@ -71,7 +71,7 @@ def _representatives(
     output = workload.values[layer.output]
     gather, scatter = representatives_exchange(
         batch=batch,
-        groups=layer.groups,
+        representatives=layer.groups,
         pixels=output.elements // output.shape[0],
         itemsize=itemsize,
         ranks=axis.ranks,

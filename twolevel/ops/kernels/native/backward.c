@@ -8,7 +8,7 @@
    to one phase, so that all phases read the same copies of gy; those that are a row or column short compute one more. */
 typedef struct {
     int64_t terms;       /* of one plane */
-    const float **value; /* [terms]: of every output of a group, then of its representative */
+    const float **value; /* [terms]: of every output of a group, then of its representatives */
     float *weight;       /* [groups, inputs, terms], in the order of `combine` */
 } phase;
 
@@ -23,7 +23,7 @@ typedef struct {
     /* From gy to gz. */
     const float **value_of_gy;
     float *turned;           /* C^T in the order of `combine` */
-    float *gz;               /* [G, most, H', W'], where it is kept for one block */
+    float *gz;               /* [r G, most, H', W'], where it is kept for one block */
     /* To the weights' gradients: sums, tile by tile. */
     planes of_x;
     float *held_x;           /* [most, inputs]: copies of one group of a block */
@@ -33,7 +33,7 @@ typedef struct {
     /* From gy and gz to gx. */
     planes of_gy;
     grid pixels_x;           /* of one phase */
-    float *held_gy;          /* [outputs + 1]: copies of one group of an image, the last is of gz */
+    float *held_gy;          /* [outputs + r]: copies of one group of an image, the last are of gz */
     phase *phases;
     float *part;             /* a row of phases, where there is more than one */
     /* Planes of a block, and of an image, where channels lie last. */
@@ -76,12 +76,12 @@ INLINE int64_t phase_of(const layer *l, int64_t tap) {
 static void prepare_phase(const backward *w, int64_t number, arena *a) {
     const layer *l = w->l;
     const float *local = w->t->local, *restriction = w->t->restriction;
-    const int64_t outputs = local ? w->outputs : 0, taps = w->of_gy.number;
+    const int64_t outputs = local ? w->outputs : 0, others = restriction ? l->of_group : 0, taps = w->of_gy.number;
     int64_t own[taps], count = 0;
     for (int64_t t = 0; t < taps; t++)
         if (phase_of(l, t) == number) own[count++] = t;
     phase *f = w->phases + number;
-    f->terms = (outputs + (restriction != NULL)) * count;
+    f->terms = (outputs + others) * count;
     f->value = take(a, f->terms * (int64_t)sizeof *f->value);
     f->weight = take_floats(a, l->channels * f->terms);
     if (a->failed) return;
@@ -94,8 +94,9 @@ static void prepare_phase(const backward *w, int64_t number, arena *a) {
             for (int64_t o = g * outputs; o < (g + 1) * outputs; o++)
                 for (int64_t t = 0; t < count; t++)
                     for (int64_t k = 0; k < n; k++) *to++ = local[(o * w->inputs + i + k) * taps + own[t]];
-            for (int64_t t = 0; restriction && t < count; t++)
-                for (int64_t k = 0; k < n; k++) *to++ = restriction[(g * w->inputs + i + k) * taps + own[t]];
+            for (int64_t h = g * others; h < (g + 1) * others; h++)
+                for (int64_t t = 0; t < count; t++)
+                    for (int64_t k = 0; k < n; k++) *to++ = restriction[(h * w->inputs + i + k) * taps + own[t]];
         }
 }
 
@@ -105,7 +106,7 @@ static int prepare_input(backward *w, arena *a) {
     shift_backward(&w->of_gy, l, a);
     if (a->failed) return -1;
     w->pixels_x = grid_of(w->of_gy.target[0], w->of_gy.target[1]);
-    w->held_gy = take_zeros(a, (w->outputs + 1) * w->of_gy.size + LANES);
+    w->held_gy = take_zeros(a, (w->outputs + l->of_group) * w->of_gy.size + LANES);
     w->phases = take(a, phases * (int64_t)sizeof *w->phases);
     if (phases > 1) w->part = take_floats(a, l->stride[1] * w->inputs * w->of_gy.target[0] * w->of_gy.target[1]);
     if (l->channels_last) w->planar_gx = take_floats(a, l->channels * w->in);
@@ -119,7 +120,8 @@ static int prepare_weights(backward *w, int local, int restriction, arena *a) {
     if (a->failed) return -1;
     w->held_x = take_zeros(a, w->most * w->inputs * w->of_x.size + LANES);
     w->value_of_x = take(a, w->columns * (int64_t)sizeof *w->value_of_x);
-    w->of_local = correlated(w->outputs, w->columns), w->of_restriction = round_up(w->columns, SUMS) * LANES;
+    w->of_local = correlated(w->outputs, w->columns);
+    w->of_restriction = l->of_group == 1 ? round_up(w->columns, SUMS) * LANES : correlated(l->of_group, w->columns);
     if (local) w->sums_local = take_zeros(a, l->groups * w->of_local);
     if (restriction) w->sums_restriction = take_zeros(a, l->groups * w->of_restriction);
     if (l->channels_last) w->planar_x = take_floats(a, w->most * l->channels * w->in);
@@ -211,8 +213,14 @@ static void sum_weights(const backward *w, block *k) {
             .pixels = w->pixels, .images = k->images, .row_step = l->outputs * w->out, .column_step = of_image,
             .pitch = pitch_of(&w->of_x), .other_step = w->out,
         };
-        if (w->sums_restriction)
+        if (w->sums_restriction && l->of_group == 1) /* goes along with the rows of the local part */
             p.other = k->gz + g * k->gz_step, p.of_other = w->sums_restriction + g * w->of_restriction;
+        else if (w->sums_restriction) {
+            pairs of_z = p;
+            of_z.row_step = w->out;
+            correlate(&of_z, l->of_group, k->gz + g * l->of_group * k->gz_step, k->gz_step, w->columns, w->value_of_x,
+                      w->sums_restriction + g * w->of_restriction, &k->next_gy);
+        }
         if (w->sums_local)
             correlate(&p, w->outputs, k->gy + g * w->outputs * w->out, w->out, w->columns, w->value_of_x,
                       w->sums_local + g * w->of_local, &k->next_gy);
@@ -252,8 +260,9 @@ static void input_grad_image(const backward *w, block *k, int64_t b) {
     if (w->planar_gx && !w->t->local) planes_of_image(to, image, w->in, l->channels);
     for (int64_t g = 0; g < l->groups; g++) {
         if (outputs) copy_planes(&w->of_gy, w->held_gy, k->gy + (b * l->outputs + g * outputs) * w->out, outputs);
-        if (w->t->restriction)
-            copy_planes(&w->of_gy, w->held_gy + outputs * w->of_gy.size, k->gz + g * k->gz_step + b * w->out, 1);
+        for (int64_t h = 0; w->t->restriction && h < l->of_group; h++)
+            copy_plane(&w->of_gy, w->held_gy + (outputs + h) * w->of_gy.size,
+                       k->gz + (g * l->of_group + h) * k->gz_step + b * w->out);
         input_grad_group(w, g, to + g * w->inputs * w->in, &k->next_gy);
     }
     if (w->planar_gx) image_of_planes(image, to, w->in, l->channels);
@@ -283,7 +292,11 @@ int twolevel_backward(const layer *l, const tensors *t, float *g_local, float *g
     }
     for (int64_t g = 0; g < l->groups && !status; g++) {
         if (g_local) untile(w.outputs, w.columns, w.sums_local + g * w.of_local, g_local + g * w.outputs * w.columns);
-        if (g_restriction) add_up(w.columns, w.sums_restriction + g * w.of_restriction, g_restriction + g * w.columns);
+        if (!g_restriction) continue;
+        const float *from = w.sums_restriction + g * w.of_restriction;
+        float *to = g_restriction + g * l->of_group * w.columns;
+        if (l->of_group == 1) add_up(w.columns, from, to);
+        else untile(l->of_group, w.columns, from, to);
     }
     if (g_coarse && !status) untile(l->outputs, l->representatives, w.sums_coarse, g_coarse);
     close_arena(&a);

@@ -24,7 +24,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("batch", "channels", "outputs", "groups")),
-        *((name, c_int64) for name in ("representatives", "channels_last")),
+        *((name, c_int64) for name in ("representatives", "of_group", "channels_last")),
         *((name, c_int64 * 2) for name in ("size", "output", "kernel", "stride", "padding", "dilation")),
     )
 
@@ -94,11 +94,12 @@ def layer_of(
     kernel: tuple[int, ...],
     geometry: Geometry,
     channels_last: bool,
+    of_group: int = 1,
 ) -> Layer:
     """Sizes of a layer for x of this shape `[B, n, H, W]`."""
     batch, channels, *size = shape
     pairs = (size, output_size(size, kernel, geometry), kernel, *geometry)
-    sizes = (batch, channels, outputs, groups, representatives, channels_last)
+    sizes = (batch, channels, outputs, groups, representatives, of_group, channels_last)
     return Layer(*sizes, *((c_int64 * 2)(*pair) for pair in pairs))
 
 

@@ -15,6 +15,7 @@ typedef struct {
     const float **value;      /* [channels, taps] in them; then the representatives */
     const float **value_of_z;
     float *weight;            /* [outputs, of_y] in the order of `combine` */
+    float *restriction;       /* [r groups, of_local], likewise */
     float *planar;            /* room for the planes of an image, where channels lie last */
     ahead next;
 } forward;
@@ -34,10 +35,14 @@ static int prepare(forward *f, const layer *l, const tensors *t, arena *a) {
     f->value = take(a, (l->groups * f->of_local + l->representatives) * (int64_t)sizeof *f->value);
     f->weight = take_floats(a, l->outputs * f->of_y);
     f->planar = l->channels_last ? take_floats(a, max64(l->channels * f->in, l->outputs * f->out)) : NULL;
+    if (t->own) f->restriction = take_floats(a, l->groups * l->of_group * f->of_local);
     if (a->failed) return -1;
     f->value_of_z = f->value + l->groups * f->of_local;
     list_taps(&f->shifted, f->value, f->held, l->channels);
-    for (int64_t o = 0; o < l->outputs; o += f->outputs) { /* a group after the other */
+    for (int64_t h = 0; f->restriction && h < l->groups * l->of_group; h += l->of_group) /* a group after the other */
+        pack(f->restriction + h * f->of_local, l->of_group, f->of_local, t->restriction + h * f->of_local, f->of_local, 0,
+             f->of_local);
+    for (int64_t o = 0; o < l->outputs; o += f->outputs) {
         float *to = f->weight + o * f->of_y;
         if (t->local) pack(to, f->outputs, f->of_local, t->local + o * f->of_local, f->of_local, 0, f->of_y);
         if (t->coarse) pack(to, f->outputs, of_coarse, t->coarse + o * of_coarse, of_coarse, first, f->of_y);
@@ -53,10 +58,11 @@ static void read_image(forward *f, const float *image) {
 
 /* z_g = r_g * x_g. */
 static void restrict_image(forward *f, int64_t b) {
+    const int64_t number = f->l->of_group, step = f->l->batch * f->out;
     for (int64_t g = 0; g < f->l->groups; g++) {
-        const sums s = {f->t->own + (g * f->l->batch + b) * f->out, NULL, 1, f->out};
+        const sums s = {f->t->own + g * number * step + b * f->out, NULL, number, step};
         const terms own = {f->value + g * f->of_local, f->of_local, pitch_of(&f->shifted)};
-        combine(&s, &f->pixels, &own, &NOTHING, f->t->restriction + g * f->of_local, &f->next);
+        combine(&s, &f->pixels, &own, &NOTHING, f->restriction + g * number * f->of_local, &f->next);
     }
 }
 
@@ -85,7 +91,7 @@ int twolevel_forward(const layer *l, const tensors *t, int64_t begin, int64_t en
     for (int64_t b = begin; b < end && !status; b++) {
         const float *image = t->x ? t->x + b * l->channels * f.in : NULL;
         const int64_t more = image && b + 1 < end ? l->channels * f.in : 0;
-        f.next = look_ahead(image + more, more, l->groups * (t->own != NULL) * steps_of(1, &f.pixels) +
+        f.next = look_ahead(image + more, more, l->groups * (t->own != NULL) * steps_of(l->of_group, &f.pixels) +
                                                     l->groups * (t->y != NULL) * steps_of(f.outputs, &f.pixels));
         if (t->own || t->local) read_image(&f, image);
         if (t->own) restrict_image(&f, b);

@@ -35,7 +35,7 @@ class NativeKernels(TorchKernels):
         return 0
 
     def restrict(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        layer = layer_of(x, weight, geometry, len(weight))
+        layer = layer_of(x, weight, geometry, restriction=weight)
         z = x.new_empty(len(weight), len(x), *layer.output)
         two_level.forward(layer, x, restriction=weight, own=z)
         return z
@@ -51,12 +51,12 @@ class NativeKernels(TorchKernels):
     ) -> Tensor | None:
         if gx is not None and not gx.is_contiguous(memory_format=memory_format_of(x)):
             return super().restrict_backward(gz, x, weight, geometry, gx, want_weight)
-        layer = layer_of(x, weight, geometry, len(weight))
+        layer = layer_of(x, weight, geometry, restriction=weight)
         shapes = (None, weight.shape if want_weight else None, None)
         return two_level.backward(layer, None, x, restriction=weight, gz=gz, gx=gx, wanted=shapes)[1]
 
     def local(self, x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
-        layer = layer_of(x, weight, geometry, groups)
+        layer = layer_of(x, weight, geometry)
         y = _output(x, layer)
         two_level.forward(layer, x, weight, y=y)
         return y
@@ -72,7 +72,7 @@ class NativeKernels(TorchKernels):
     ) -> tuple[Tensor | None, Tensor | None]:
         gx = _like(x) if wanted[0] else None
         shapes = (weight.shape if wanted[1] else None, None, None)
-        layer = layer_of(x, weight, geometry, groups)
+        layer = layer_of(x, weight, geometry)
         return gx, two_level.backward(layer, gy, x, weight, gx=gx, wanted=shapes)[0]
 
     def local_and_restriction_backward(
@@ -87,7 +87,7 @@ class NativeKernels(TorchKernels):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         gx = _like(x) if wanted[0] else None
         shapes = (local.shape if wanted[1] else None, restriction.shape if wanted[2] else None, None)
-        layer = layer_of(x, local, geometry, len(restriction))
+        layer = layer_of(x, local, geometry, restriction=restriction)
         grads = two_level.backward(layer, gy, x, local, restriction, gz=gz, gx=gx, wanted=shapes)
         return gx, *grads[:2]
 
@@ -99,7 +99,7 @@ class NativeKernels(TorchKernels):
     def local_and_coarse(
         self, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, z: Tensor, coarse: Tensor
     ) -> Tensor:
-        layer = layer_of(x, weight, geometry, groups, len(z))
+        layer = layer_of(x, weight, geometry, representatives=len(z))
         y = _output(x, layer)
         two_level.forward(layer, x, weight, coarse=coarse, z=z, y=y)
         return y
@@ -126,7 +126,7 @@ class NativeKernels(TorchKernels):
     def whole(
         self, x: Tensor, local: Tensor, restriction: Tensor, coarse: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
-        layer = layer_of(x, local, geometry, len(restriction), len(restriction))
+        layer = _whole_layer(x, local, restriction, geometry)
         y, z = _output(x, layer), x.new_empty(len(restriction), len(x), *layer.output)
         two_level.forward(layer, x, local, restriction, coarse, z, z, y)
         return y, z
@@ -145,8 +145,12 @@ class NativeKernels(TorchKernels):
         gx = _like(x) if wanted[0] else None
         weights = (local, restriction, coarse)
         shapes = [weight.shape if want else None for weight, want in zip(weights, wanted[1:], strict=True)]
-        layer = layer_of(x, local, geometry, len(restriction), len(restriction))
+        layer = _whole_layer(x, local, restriction, geometry)
         return gx, *two_level.backward(layer, gy, x, *weights, z, gx=gx, wanted=shapes)
+
+
+def _whole_layer(x: Tensor, local: Tensor, restriction: Tensor, geometry: Geometry) -> call.Layer:
+    return layer_of(x, local, geometry, representatives=len(restriction), restriction=restriction)
 
 
 def _output(x: Tensor, layer: call.Layer) -> Tensor:

@@ -8,7 +8,8 @@
 /* Pairs are (height, width). Mirrored by `Layer` in call.py. */
 typedef struct {
     int64_t batch, channels, outputs, groups;
-    int64_t representatives; /* G, of all ranks */
+    int64_t representatives; /* r G, of all ranks */
+    int64_t of_group;        /* r, representatives of a group */
     int64_t channels_last;   /* how x, y and their gradients lie in memory */
     int64_t in[2], out[2], kernel[2], stride[2], padding[2], dilation[2];
 } layer;

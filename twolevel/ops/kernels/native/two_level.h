@@ -3,8 +3,9 @@
 
        z_g = r_g * x_g                  y_g = A_g * x_g + C_g z
 
-   x [B, n, H, W], y [B, m, H', W'], z [G, B, H', W'], with P ranks of which this one holds G/P groups. Where x and y
-   lie channels last, planes are made of an image first, and an image of the planes in the end. */
+   x [B, n, H, W], y [B, m, H', W'], z [r G, B, H', W'], with r representatives a group and P ranks of which this one
+   holds G/P groups. Where x and y lie channels last, planes are made of an image first, and an image of the planes in
+   the end. */
 
 #ifndef TWOLEVEL_TWO_LEVEL_H
 #define TWOLEVEL_TWO_LEVEL_H
@@ -26,11 +27,11 @@ static void image_of_planes(float *image, const float *from, int64_t pixels, int
 /* ---- Planes and their weights ---- */
 
 /* What a call is given, and what it is to fill; NULL for what is not there, or not wanted. Shapes as above; gz, the
-   gradient of z, is [G/P, B, H', W'] where it is given. Mirrored by `Tensors` in call.py. */
+   gradient of z, is [r G/P, B, H', W'] where it is given. Mirrored by `Tensors` in call.py. */
 typedef struct {
     const float *x, *local, *restriction, *coarse, *z, *gy, *gz;
-    float *own, *y;        /* forward: the representatives of this rank [G/P, B, H', W'] */
-    float *gz_of_all, *gx; /* backward: the first [G, B, H', W'] */
+    float *own, *y;        /* forward: the representatives of this rank [r G/P, B, H', W'] */
+    float *gz_of_all, *gx; /* backward: the first [r G, B, H', W'] */
 } tensors;
 
 /* How x is read for the outputs. */

@@ -1,8 +1,9 @@
 """Calls of the C kernels for a two-level convolution, forward and backward, of all its parts or of some.
 
-Shapes with P ranks, of which this one holds G/P groups: x `[B, n/P, H, W]`, A `[m/P, n/G, kh, kw]`, r
-`[G/P, n/G, kh, kw]`, C `[m/P, G, 1, 1]`, y and gy `[B, m/P, H', W']`, z `[G, B, H', W']`. All are float32; x, y and
-their gradients lie contiguous or channels_last, all alike. Nothing here is recorded by autograd.
+Shapes with P ranks, of which this one holds G/P groups, and R representatives a group: x `[B, n/P, H, W]`,
+A `[m/P, n/G, kh, kw]`, r `[R G/P, n/G, kh, kw]`, C `[m/P, R G, 1, 1]`, y and gy `[B, m/P, H', W']`,
+z `[R G, B, H', W']`. All are float32; x, y and their gradients lie contiguous or channels_last, all alike. Nothing
+here is recorded by autograd.
 
 With several threads of torch the images are shared out among as many. Gradients of weights are then sums over threads,
 in the order of the images: they depend on the number of threads to rounding, and on nothing else.
@@ -18,15 +19,26 @@ from torch import Tensor
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.native import call
 from twolevel.ops.kernels.native.call import Layer, Tensors, pointer, pointer_to_row
+from twolevel.ops.problem import channel_groups
 from twolevel.ops.strides import memory_format_of
 
 ONE_BY_ONE = torch.Size((1, 1))
 
 
-def layer_of(x: Tensor, weight: Tensor, geometry: Geometry, groups: int, representatives: int = 0) -> Layer:
+def layer_of(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    representatives: int = 0,
+    restriction: Tensor | None = None,
+) -> Layer:
     """Sizes of a layer for x, whose A, or else r, is `weight`; with a coarse term, of all ranks' representatives."""
+    groups = channel_groups(x, weight)
+    of_group = 1 if restriction is None else len(restriction) // groups
     last = memory_format_of(x) is torch.channels_last
-    return call.layer_of(x.shape, len(weight), groups, representatives, weight.shape[2:], geometry, last)
+    sizes = (len(weight), groups, representatives, weight.shape[2:])
+    return call.layer_of(x.shape, *sizes, geometry, last, of_group)
 
 
 def coarse_layer_of(y: Tensor, representatives: int) -> Layer:

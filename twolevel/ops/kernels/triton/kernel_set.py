@@ -39,6 +39,8 @@ class TritonKernels(TorchKernels):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.odd:
             return f"they are for plain tensors of one type, not {problem.odd}"
+        if problem.representatives > 1:
+            return f"they are for one representative a group, not {problem.representatives}"
         return grouped.unsupported(problem)
 
     def estimate(self, problem: Problem) -> float:
