@@ -1,9 +1,7 @@
 """Calls of the C kernels: sizes, addresses, and the images shared out among threads."""
 
 import ctypes
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twolevel.ops.geometry import Geometry, output_size
+from twolevel.ops.kernels.native import threads
 from twolevel.ops.kernels.native.build import Unavailable, library
 
 LAST = torch.channels_last
@@ -118,27 +117,14 @@ def total(parts: Tensor) -> Tensor:
 
 def parts_of(number: int, values: int) -> list[tuple[int, int]]:
     """`range(number)` as (begin, end) for each thread; one part, which may be empty, where there is little to do."""
-    threads = max(1, min(torch.get_num_threads(), number, values // WORTH_VALUES))
-    if threads == 1:
+    parts = max(1, min(torch.get_num_threads(), number, values // WORTH_VALUES))
+    if parts == 1:
         return [(0, number)]
-    edges = [number * part // threads for part in range(threads + 1)]
+    edges = [number * part // parts for part in range(parts + 1)]
     return list(pairwise(edges))
 
 
 def share_out(call: Callable[[int, int, int], int], parts: list[tuple[int, int]]) -> None:
     """Call with (part, begin, end), all parts at once. Raises MemoryError."""
-    last = len(parts) - 1
-    if any(_share_out(call, parts, last) if last else [call(0, *parts[0])]):
+    if any(threads.run(lambda part: call(part, *parts[part]), len(parts))):
         raise MemoryError("no memory for the working space of a C kernel")
-
-
-def _share_out(call: Callable[[int, int, int], int], parts: list[tuple[int, int]], last: int) -> list[int]:
-    # The last part is this thread's own. ctypes releases the GIL during a call.
-    others = [_pool(os.getpid(), last).submit(call, part, *parts[part]) for part in range(last)]
-    return [call(last, *parts[last]), *(other.result() for other in others)]
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one does not inherit them."""
-    return ThreadPoolExecutor(threads, "twolevel")
