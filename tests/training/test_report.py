@@ -57,15 +57,17 @@ def test_each_kind_leaves_its_pictures_and_a_line_for_each(pool, copied, conv):
     (outcome,) = run(pool, "report", output)
     written = [output / "report" / name for name in PICTURES[conv]]
     lines = outcome.out.splitlines()
+    page = output / "report" / "index.html"
     assert [line.split("  ")[0] for line in lines[: len(written)]] == [str(path) for path in written]
-    assert sorted((output / "report").iterdir()) == sorted(written)
+    assert sorted((output / "report").iterdir()) == sorted([*written, page])
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     note = "conv=gc2l learns no groups and drops no channels: there is the curve alone"
-    assert lines[len(written) :] == ([note] if conv == "gc2l" else [])
+    assert lines[len(written) :] == [*([note] if conv == "gc2l" else []), f"{page}  all of it in one page"]
+    assert page.read_text().count('src="data:image/png;base64,') == len(written)
     assert not outcome.err
     assert {path: path.stat().st_mtime_ns for path in before} == before
     run(pool, "report", output)  # again, in their place
-    assert sorted((output / "report").iterdir()) == sorted(written)
+    assert sorted((output / "report").iterdir()) == sorted([*written, page])
 
 
 def arguments(picture: str, path: Path, eval_batch: int = 500, **options) -> tuple:
@@ -114,7 +116,7 @@ def test_before_the_end_of_an_epoch_there_is_no_curve(pool, cifar_run):
     missing = "has no record of an epoch: what is drawn over epochs is left out"
     assert warnings(outcome) == [f"{cifar_run}/metrics.jsonl {missing}"]
     written = sorted(path.name for path in (cifar_run / "report").iterdir())
-    assert written == ["drop_frequency.png", "kept_channels.png"]
+    assert written == ["drop_frequency.png", "index.html", "kept_channels.png"]
 
 
 def test_images_of_cifar_are_shown_with_their_source(pool, cifar_run):
@@ -197,7 +199,7 @@ def refuse(pool, *argv, ranks: int = 1) -> str:
         ("RUN --workers -1", "workers=-1 is invalid; use an integer of 0 or more"),
         ("RUN --data-root nowhere", "nowhere/train"),
         ("nowhere", "nowhere is not a run's folder: it has no checkpoints/; give one like runs/last"),
-        ("RUN/metrics.jsonl", "metrics.jsonl is not a run's folder"),
+        ("RUN/metrics.jsonl", "line 1 is not that of a finished run; remove it"),
         ("RUN/checkpoints/step-00000009", "step-00000009 is not a run's folder"),
     ],
 )

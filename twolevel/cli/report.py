@@ -1,20 +1,25 @@
-"""`twolevel report`: draw a run: its curve, and what learned or dynamic groups chose."""
+"""`twolevel report`: one page of what runs and grids have found, and pictures of what convolutions chose."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from twolevel.cli.options import parse
+from twolevel.errors import UserError
 from twolevel.settings import Device
 
 
 @dataclass
 class ReportConfig:
-    """Draw a run into its folder report/: its curve, and what its dgc, dgconv or flgc convolutions chose."""
+    """Make a page of runs and grids: of a run its curve and what its dgc, dgconv or flgc convolutions chose (pictures
+    in its folder report/), of a grid's lines the errors against groups and cost, and the published ones."""
 
-    path: tyro.conf.Positional[Path]
-    """folder of a run"""
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs, and files of results that `twolevel grid` wrote (.jsonl)"""
+
+    page: Path | None = None
+    """the page; by default report/index.html in the folder of the run, or report.html of several paths"""
 
     images: int | None = None
     """dgc: test images, each of another class, whose kept channels are drawn; 6 unless given"""
@@ -34,10 +39,38 @@ class ReportConfig:
 
 def run(argv: list[str]) -> None:
     config = parse(ReportConfig, "report", argv)
+    if not config.paths:
+        raise UserError("name the folder of a run, such as runs/demo, or a file of results")
+    from twolevel.grids import results
+    from twolevel.grids.report import write_page
     from twolevel.training.report import write_report
 
-    report = write_report(**asdict(config))
-    for file, what in report.files.items():
-        print(f"{file}  {what}")
-    if report.note:
-        print(report.note)
+    files = [path for path in config.paths if path.suffix == ".jsonl"]
+    folders = [path for path in config.paths if path not in files]
+    if missing := [path for path in files if not path.is_file()]:
+        raise UserError(
+            f"{missing[0]} does not exist; `twolevel grid` writes it when its first run has finished"
+        )
+    reports = {}
+    for folder in folders:
+        reports[folder] = write_report(
+            folder,
+            images=config.images,
+            batches=config.batches,
+            data_root=config.data_root,
+            workers=config.workers,
+            device=config.device,
+        )
+    lines = [line for file in files for line in results.read(file)]
+    default = (
+        folders[0] / "report" / "index.html"
+        if len(config.paths) == len(folders) == 1
+        else Path("report.html")
+    )
+    page = write_page(lines, config.page or default, config.paths, reports)
+    for report in reports.values():
+        for file, what in report.files.items():
+            print(f"{file}  {what}")
+        if report.note:
+            print(report.note)
+    print(f"{page}  all of it in one page")

@@ -1,0 +1,55 @@
+"""Test errors that were published, in percent: single runs, by data set, network, convolution and groups."""
+
+# Lee, Park, Lee, "Two-level Group Convolution" (arXiv 2110.05060), sections 4.1 to 4.3.
+_WRN = {
+    "cifar10": {
+        "sc": {1: 4.19},
+        "gc": {2: 4.61, 4: 5.32, 8: 6.54, 16: 8.33},
+        "shuffle": {2: 4.00, 4: 4.21, 8: 4.73, 16: 5.28},
+        "flgc": {2: 4.62, 4: 6.16, 8: 9.81, 16: 11.26},
+        "gc2l": {2: 4.12, 4: 4.34, 8: 4.79, 16: 4.95},
+    },
+    "cifar100": {
+        "sc": {1: 18.95},
+        "gc": {2: 20.77, 4: 24.31, 8: 26.89, 16: 30.81},
+        "shuffle": {2: 19.51, 4: 20.38, 8: 21.91, 16: 24.20},
+        "flgc": {2: 21.68, 4: 26.33, 8: 30.78, 16: 37.49},
+        "gc2l": {2: 19.80, 4: 20.90, 8: 22.32, 16: 23.49},
+    },
+}
+_IMAGENET = {
+    "wrn-34-2": {
+        "sc": {1: 24.10},
+        "gc": {2: 26.75, 4: 30.48, 8: 36.36, 16: 43.18},
+        "shuffle": {2: 25.12, 4: 26.84, 8: 29.03, 16: 32.27},
+        "flgc": {2: 30.43, 4: 38.30, 8: 45.54, 16: 62.02},
+        "gc2l": {2: 25.36, 4: 27.17, 8: 28.43, 16: 29.31},
+    },
+    "mobilenetv2": {
+        "sc": {1: 30.61},
+        "gc": {2: 36.96, 4: 42.63, 8: 50.36},
+        "shuffle": {2: 36.67, 4: 38.14, 8: 42.75},
+        "flgc": {2: 37.98, 4: 44.37, 8: 49.28},
+        "gc2l": {2: 33.56, 4: 36.88, 8: 39.16},
+    },
+}
+ERRORS: dict[tuple[str, str], dict[str, dict[int, float]]] = {
+    **{(data, "wrn-28-10"): errors for data, errors in _WRN.items()},
+    **{("imagenet", model): errors for model, errors in _IMAGENET.items()},
+    # WRN-28-k with 200 epochs on 1, 2 and 4 GPUs, Table 2.
+    ("cifar10", "wrn-28-40"): {"sc": {1: 3.64}, "gc2l": {2: 3.58, 4: 3.73}},
+    ("cifar10", "wrn-28-60"): {"sc": {1: 3.51}, "gc2l": {2: 3.68, 4: 3.91}},
+    ("cifar10", "wrn-28-80"): {"sc": {1: 3.77}, "gc2l": {2: 3.75, 4: 4.08}},
+    # Su et al., "Dynamic Group Convolution" (arXiv 2007.04242).
+    ("imagenet", "resnet18"): {"dgc": {4: 31.22}},
+    ("imagenet", "condensenet-74"): {"dgc": {4: 25.4}},
+    ("cifar10", "condensenet-50"): {"dgc": {4: 5.83}},
+    ("cifar10", "mobilenetv2-cifar"): {"dgc": {4: 5.17}},
+}
+
+
+def error(data: str, model: str, conv: str, groups: int, representatives: int = 1) -> float | None:
+    """The published test error in percent; None where there is none."""
+    if representatives != 1:
+        return None
+    return ERRORS.get((data, model), {}).get(conv, {}).get(groups)
