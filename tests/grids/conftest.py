@@ -1,6 +1,5 @@
 """Grids of runs that last a moment."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,7 +66,7 @@ def grid(file):
 
 
 @pytest.fixture
-def trainer(tmp_path) -> tuple[str, ...]:
+def trainer(tmp_path) -> tuple[str]:
     path = tmp_path / "trainer.py"
     path.write_text(TRAINER)
-    return (sys.executable, str(path))
+    return (str(path),)

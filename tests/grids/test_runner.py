@@ -13,17 +13,17 @@ from command import write_image_folder
 
 from twolevel.cli import main
 from twolevel.errors import Stopped, UserError
-from twolevel.grids import results
-from twolevel.grids.runner import Runner
+from twolevel.grids import declare, results
+from twolevel.grids.runner import Place, Runner
 
-PLACES = [{"OMP_NUM_THREADS": "1"}] * 2
+PLACES = [Place(threads=1)] * 2
 
 
 @pytest.fixture
 def runner(tmp_path, trainer):
     def of(grid, **options):
-        given = {"folder": tmp_path / "work", "lines": tmp_path / "lines.jsonl", "environments": PLACES}
-        return Runner(grid, **given | options, command=trainer)
+        given = {"folder": tmp_path / "work", "lines": tmp_path / "lines.jsonl", "places": PLACES}
+        return Runner(grid, **given | options, module=trainer)
 
     return of
 
@@ -65,7 +65,7 @@ def test_two_grids_in_one_folder_share_the_runs(tmp_path, grid, runner):
     found, both = [], threading.Barrier(2)
 
     def train():
-        own = runner(grid(), environments=PLACES[:1])
+        own = runner(grid(), places=PLACES[:1])
         own._signals = __import__("contextlib").nullcontext  # signals are of the main thread
         both.wait()
         found.append(len(own.run()))
@@ -95,6 +95,12 @@ def test_a_grid_that_is_asked_to_stop_goes_on_from_its_checkpoints(tmp_path, gri
     assert started(tmp_path)[2:4] == ["99 resumed", "99 resumed"]
 
 
+def test_a_run_of_more_ranks_than_there_is_room_for_is_refused(file, runner):
+    file.write_text(file.read_text().replace("epochs = 2", "epochs = 2\ngroup_parallel = 2"))
+    with pytest.raises(UserError, match="has 2 ranks, and there is room for 1 here; use --at-once 2 on CPUs"):
+        runner(declare.read(str(file)), places=PLACES[:1]).run()
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"settings": {}, "final": {}}\n{"settings": {}\n')
@@ -106,7 +112,7 @@ def test_the_command_trains_for_real(tmp_path, capsys):
     write_image_folder(tmp_path / "images")
     (tmp_path / "own.toml").write_text(
         '[settings]\nmodel = "wrn-10-1"\ndata = "imagenet"\nimage_size = 16\nworkers = 0\nbatch_size = 8\n'
-        'epochs = 2\n[[runs]]\nconv = ["gc", "gc2l"]\n'
+        'epochs = 2\n[[runs]]\nconv = "gc"\n[[runs]]\nconv = "gc2l"\ngroup_parallel = 2\n'
     )
     words = ["grid", str(tmp_path / "own.toml"), "--output", str(tmp_path / "work")]
     run = subprocess.run(

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,6 +12,9 @@ from twolevel.errors import UserError
 from twolevel.grids import declare
 from twolevel.settings import Device
 from twolevel.training.validation import check_least
+
+if TYPE_CHECKING:
+    from twolevel.grids.runner import Place
 
 _NAMES = ", ".join(declare.names())
 
@@ -32,7 +35,7 @@ class GridConfig:
     """seeds instead of the grid's"""
 
     at_once: int | None = None
-    """runs at a time; one for each GPU, or each core, unless given"""
+    """runs at a time, or their ranks; one for each GPU, or each core, unless given"""
 
     data_root: Path = field(default=Path("data"))
     """folder of the data sets"""
@@ -78,22 +81,24 @@ def _list(grid: declare.Grid, lines: Path) -> None:
         print(f"{one.name}  " + ("-" if line is None else f"{line['final']['test_error']:.2f} %"))
 
 
-def _places(config: GridConfig) -> list[dict[str, str]]:
-    """The environment of each run at a time: a GPU of its own, or a share of the cores."""
+def _places(config: GridConfig) -> "list[Place]":
+    """Room for a rank each: a GPU of its own, or a share of the cores."""
     import torch
 
+    from twolevel.grids.runner import Place
     from twolevel.host import usable_cores
 
+    cores = len(usable_cores())
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     if gpus:
         if config.at_once is not None and config.at_once > gpus:
             raise UserError(
-                f"at_once={config.at_once} is more than the {gpus} GPUs here, of which each run takes one"
+                f"at_once={config.at_once} is more than the {gpus} GPUs here, of which each rank takes one"
             )
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in shown[: config.at_once]]
+        shown = shown[: config.at_once]
+        return [Place(max(1, cores // len(shown)), gpu) for gpu in shown]
     if config.device == "cuda":
         raise UserError("device=cuda, but no GPU is to be seen; use --device cpu")
-    cores = len(usable_cores())
-    places = config.at_once or cores
-    return [{"OMP_NUM_THREADS": str(max(1, cores // places))}] * places
+    number = config.at_once or cores
+    return [Place(max(1, cores // number))] * number

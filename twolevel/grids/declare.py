@@ -39,12 +39,19 @@ class Run:
     settings: dict[str, Any]
 
     @property
+    def ranks(self) -> int:
+        """Those that train it together."""
+        mesh = self.config().mesh
+        return mesh.data_parallel * (mesh.group_parallel or 1)
+
+    @property
     def name(self) -> str:
         """That of its folder: what it trains, its seed, and a few digits that change with any setting."""
         digits = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:6]
         config = self.config()
         groups = f"-{config.model.groups}" if config.model.groups != 1 else ""
-        model = f"{config.model.model}-{config.model.conv}{groups}-{config.data.data}"
+        ranks = f"-{self.ranks}-ranks" if self.ranks > 1 else ""
+        model = f"{config.model.model}-{config.model.conv}{groups}{ranks}-{config.data.data}"
         return f"{model}-seed{config.run.seed}-{digits}"
 
     def config(self, **more: Any) -> TrainConfig:
@@ -61,7 +68,7 @@ class Run:
             raise UserError(
                 f"max_steps={given['max_steps']} is invalid: a run of a grid ends with its last epoch; leave it out"
             )
-        return from_dict(TrainConfig, sections, "grid")
+        return from_dict(TrainConfig, sections, "settings")
 
 
 @dataclass(frozen=True)

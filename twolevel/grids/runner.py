@@ -2,7 +2,7 @@
 
 A run is claimed by a lock on its file NAME.lock in the grid's folder for as long as this process trains it: two grids
 in one folder share the work, and a crash releases what it held. A run that was interrupted goes on from its newest
-checkpoint. Each run has a GPU, or its share of the cores.
+checkpoint. Each of a run's ranks has a GPU, or its share of the cores.
 """
 
 import contextlib
@@ -26,16 +26,25 @@ from twolevel.grids.progress import Progress
 from twolevel.training import metrics
 
 LOOK_SECONDS = 0.5
+TORCHRUN = ("-m", "twolevel.torchrun", "--standalone")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Room for one rank: a number of threads, and a GPU where there are some."""
+
+    threads: int
+    gpu: str | None = None
 
 
 @dataclass
 class Trial:
-    """A run that is being trained, by `process`, on the place `slot`."""
+    """A run that is being trained, by `process`, on some of the places."""
 
     run: Run
     folder: Path
-    slot: int
+    places: list[int]
     lock: TextIO
     process: subprocess.Popen[bytes]
     began: float = field(default_factory=time.monotonic)
@@ -47,19 +56,20 @@ class Trial:
 
 @dataclass
 class Runner:
-    """Trains a grid in `folder`, into lines of `lines`; `environments` has that of each run at a time.
+    """Trains a grid in `folder`, into lines of `lines`, one rank on each of the `places`.
 
-    `command` are the words before the options of `twolevel train`, and `options` such as every run is given that do
-    not belong to the grid (where the data are). `keep` leaves the folders of finished runs.
+    `module` is run with the options of `twolevel train`, under torchrun where a run has several ranks; `options` are
+    such as every run is given that do not belong to the grid (where the data are). `keep` leaves the folders of
+    finished runs.
     """
 
     grid: Grid
     folder: Path
     lines: Path
-    environments: list[dict[str, str]]
+    places: list[Place]
     options: list[str] = field(default_factory=list)
     keep: bool = False
-    command: tuple[str, ...] = (sys.executable, "-m", "twolevel", "train")
+    module: tuple[str, ...] = ("-m", "twolevel", "train")
 
     def __post_init__(self):
         self.running: list[Trial] = []
@@ -68,10 +78,17 @@ class Runner:
         self.stopping: int | None = None
 
     def run(self) -> list[dict[str, Any]]:
-        """Train until every run has a line, here or elsewhere; returns the grid's lines.
+        """Train until every run has a line, or another process trains it; returns the lines that there are.
 
-        Raises UserError where runs failed, once the others are done, and Stopped where a signal asked for an end.
+        Raises UserError where a run needs more places than there are, and where runs failed, once the others are
+        done; Stopped where a signal asked for an end.
         """
+        most = max(run.ranks for run in self.grid.runs)
+        if most > len(self.places):
+            raise UserError(
+                f"a run of {self.grid.name} has {most} ranks, and there is room for {len(self.places)} here; "
+                f"use --at-once {most} on CPUs, or more GPUs"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         waiting = deque(run for run in self.grid.runs if not self._line_of(run))
         with Progress(self.grid, self.lines, self._fractions) as progress, self._signals():
@@ -98,8 +115,10 @@ class Runner:
 
     def _start(self, waiting: deque[Run]) -> None:
         """Fill the free places with runs that nobody trains; those of others are left to them."""
-        free = sorted(set(range(len(self.environments))) - {trial.slot for trial in self.running})
-        while waiting and free and self.stopping is None:
+        free = sorted(
+            set(range(len(self.places))) - {place for trial in self.running for place in trial.places}
+        )
+        while waiting and waiting[0].ranks <= len(free) and self.stopping is None:
             run = waiting.popleft()
             lock = _locked(self.folder / f"{run.name}.lock")
             if lock is None:
@@ -107,9 +126,10 @@ class Runner:
             elif self._line_of(run):  # finished elsewhere while this one waited
                 lock.close()
             else:
-                self.running.append(self._begin(run, free.pop(0), lock))
+                self.running.append(self._begin(run, free[: run.ranks], lock))
+                free = free[run.ranks :]
 
-    def _begin(self, run: Run, slot: int, lock: TextIO) -> Trial:
+    def _begin(self, run: Run, places: list[int], lock: TextIO) -> Trial:
         folder = self.folder / run.name
         config = folder.with_name(f"{run.name}.json")
         config.write_text(_json(run))
@@ -124,16 +144,17 @@ class Runner:
             *self.options,
             *(["--resume"] if begun else []),
         ]
+        several = [*TORCHRUN, "--nproc-per-node", str(run.ranks)] if run.ranks > 1 else []
         with _log(folder).open("ab") as log:
             process = subprocess.Popen(
-                [*self.command, *words],
+                [sys.executable, *several, *self.module, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self.environments[slot],
+                env=os.environ | _environment([self.places[place] for place in places]),
                 start_new_session=True,  # a Ctrl-C is passed on once, by this process
             )
-        return Trial(run, folder, slot, lock, process)
+        return Trial(run, folder, places, lock, process)
 
     def _finish(self, trial: Trial, progress: Progress) -> None:
         self.running.remove(trial)
@@ -175,6 +196,12 @@ class Runner:
                 signal.signal(number, handler)
             for trial in self.running:  # after an error here
                 trial.process.terminate()
+
+
+def _environment(places: list[Place]) -> dict[str, str]:
+    gpus = [place.gpu for place in places if place.gpu is not None]
+    shown = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    return {"OMP_NUM_THREADS": str(places[0].threads)} | shown
 
 
 def _log(folder: Path) -> Path:
