@@ -19,6 +19,7 @@ from benchmarks import report
 from benchmarks.peers import one_rank
 from benchmarks.step import WARM_UP, Step
 from twolevel import models
+from twolevel.analysis import plots
 from twolevel.analysis.planner import calibrate, presets
 from twolevel.analysis.planner.costs.base import walk
 from twolevel.analysis.planner.machine import Machine
@@ -162,15 +163,12 @@ def measure(settings: Settings, machine: Machine) -> dict:
 
 def draw(found: dict, path: Path) -> None:
     """Predicted against measured, with the lines of 20 %."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 6), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = plots.new_figure(width=6.5, height=6, theme=plots.PAPER)
     measured = [c["median_ms"] for c in found["cases"]]
     ends = [min(measured) / 1.5, max(measured) * 1.5]
     for factor, style in ((1, "-"), (1 - WITHIN, ":"), (1 + WITHIN, ":")):
         axes.plot(ends, [factor * e for e in ends], style, color="gray", lw=1)
-    for conv, colour in (("sc", "C0"), ("gc", "C1"), ("gc2l", "C2")):
+    for conv, colour in zip(("sc", "gc", "gc2l"), plots.PALETTE, strict=False):
         mine = [c for c in found["cases"] if c["conv"] == conv]
         for alone, marker in ((True, "o"), (False, "^")):
             shown = [c for c in mine if (c["ranks"] == 1) is alone]
@@ -179,11 +177,11 @@ def draw(found: dict, path: Path) -> None:
                 points = [c["median_ms"] for c in shown], [c["predicted_ms"] for c in shown]
                 axes.plot(*points, marker, color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel="measured, ms a step", ylabel="predicted, ms a step")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    plots.decades(axes.xaxis)
+    plots.decades(axes.yaxis)
+    plots.one_legend(figure, columns=2)
     axes.set_title(f"{found['within_20_percent']} of {found['of']} within 20 %", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    plots.save(figure, path)
     print(f"wrote {path}")
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 
+from twolevel.analysis import plots
 from twolevel.errors import UserError
 from twolevel.host import processor
 from twolevel.settings import Device
@@ -169,30 +169,27 @@ def bars(
     title: str,
     unit: str,
     marks: dict[str, dict[str, list[float]]] | None = None,
-    log: bool = False,
 ) -> None:
     """Draw bars: panel -> series -> one value (None: no bar) for each label; `marks` are lines over the bars."""
-    figure = Figure(figsize=(max(8, 1.1 * len(labels) + 3), 0.5 + 3.5 * len(panels)), layout="constrained")
-    for axes, (panel, series) in zip(
-        figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True
-    ):
-        width = 0.85 / len(series)
+    width = max(8, 1.1 * len(labels) + 3)
+    figure, panes = plots.new_figure(len(panels), width=width, height=3.5, theme=plots.PAPER)
+    looks = plots.looks_of(name for series in panels.values() for name in series)
+    for axes, (panel, series) in zip(panes, panels.items(), strict=True):
+        thick = 0.85 / len(series)
         for index, (name, values) in enumerate(series.items()):
-            at = [x + (index - (len(series) - 1) / 2) * width for x in range(len(labels))]
+            at = [x + (index - (len(series) - 1) / 2) * thick for x in range(len(labels))]
             shown = [(x, v) for x, v in zip(at, values, strict=True) if v is not None]
-            drawn = axes.bar(*zip(*shown, strict=True), width, label=name)
+            drawn = axes.bar(*zip(*shown, strict=True), thick, color=looks[name][0], label=name)
             if not marks:
                 axes.bar_label(drawn, fmt=lambda value: f"{value:.{0 if value >= 10 else 2}f}", fontsize=8)
             else:
-                half = width / 2
+                half = thick / 2
                 roof = marks[panel][name]
                 axes.hlines(roof, [x - half for x in at], [x + half for x in at], color="black", lw=1.5)
         axes.set(title=panel, ylabel=unit, xticks=range(len(labels)), xticklabels=labels)
-        axes.set_yscale("log" if log else "linear")
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.grid(visible=False, axis="x")
+        plots.from_zero(axes)
+    plots.one_legend(figure, beside=True)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    plots.save(figure, path)
     print(f"wrote {path}")

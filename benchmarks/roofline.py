@@ -93,4 +93,4 @@ def draw(found: list[dict], series: Callable[[dict], str], path: Path, title: st
             for into, value in ((panels, "median_ms"), (marks, "roof_ms")):
                 into.setdefault(peer["pass"], {}).setdefault(series(peer), []).append(peer[value])
     labels = [shape["label"].replace(" ", "\n") for shape in found]
-    report.bars(panels, labels, path, title=f"{title} (black: roof)", unit="ms", marks=marks, log=True)
+    report.bars(panels, labels, path, title=f"{title} (black: roof)", unit="ms", marks=marks)

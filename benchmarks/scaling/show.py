@@ -108,7 +108,6 @@ def draw(rows: list[dict], path: Path) -> None:
         path,
         title=f"{strong[0]['model']}, batch {strong[0]['batch']}",
         unit="",
-        log=True,
     )
 
 

@@ -7,10 +7,12 @@ series by their markers.
 
 import io
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -28,9 +30,20 @@ PALETTE = (
     "#7F7F7F",
 )
 MARKERS = "os^Dv<>PpX"
-# In a page these stand for the colour of its text and of its lines, which follow the light.
-TEXT, LINES = "#010203", "#040506"
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
+
+
+class Theme(NamedTuple):
+    """Colours of text, of lines beside it, and of what is behind."""
+
+    text: str
+    lines: str
+    back: str
+
+
+# In a page two colours stand for those of its text and of its lines, which follow the light.
+PAGE = Theme("#010203", "#040506", "none")
+PAPER = Theme("black", "#c9ced6", "white")
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
 SPAN = 8  # of the highest value and the lowest, from which on an axis is logarithmic
 WIDTH, HEIGHT = 4.9, 3.3  # inches: at 400 pixels as large as it is drawn
 
@@ -44,18 +57,20 @@ class Series(NamedTuple):
     high: list[float] | None = None
 
 
-def new_figure(rows: int = 1, columns: int = 1, *, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
-    """An empty figure for a page, and its axes from left to right and down."""
-    figure = Figure(figsize=(WIDTH * columns, height * rows), layout="constrained")
-    figure.patch.set_alpha(0)
+def new_figure(
+    rows: int = 1, columns: int = 1, *, width: float = WIDTH, height: float = HEIGHT, theme: Theme = PAGE
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure, and its axes, of so many inches each, from left to right and down."""
+    size = (width * columns, height * rows)
+    figure = Figure(figsize=size, layout="constrained", facecolor=theme.back)
     axes = [*figure.subplots(rows, columns, squeeze=False).flat]
     for one in axes:
-        one.patch.set_alpha(0)
-        one.tick_params(colors=TEXT)
-        one.spines[:].set_color(LINES)
+        one.set_facecolor(theme.back)
+        one.tick_params(colors=theme.text)
+        one.spines[:].set_color(theme.lines)
         for label in (one.xaxis.label, one.yaxis.label, one.title):
-            label.set_color(TEXT)
-        one.grid(color=LINES, lw=0.5)
+            label.set_color(theme.text)
+        one.grid(color=theme.lines, lw=0.5)
         one.set_axisbelow(True)
     return figure, axes
 
@@ -97,9 +112,14 @@ def from_zero(axes: Axes, *, x: bool = False) -> None:
         return
     axes.set_xscale("log")
     axes.set_xlim(low / 1.15, 1.15 * high)
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(PLAIN)
+    decades(axes.xaxis)
+
+
+def decades(axis: Axis) -> None:
+    """Plain ticks of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(PLAIN)
 
 
 def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
@@ -110,17 +130,30 @@ def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
     axes.xaxis.set_major_formatter(PLAIN)
 
 
-def one_legend(figure: Figure, *, columns: int = 3) -> None:
-    """The series of all axes, once, below them."""
+def one_legend(figure: Figure, *, columns: int = 3, beside: bool = False) -> None:
+    """The series of all axes, once, below them or on their right."""
     found = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
+    place = "outside right upper" if beside else "outside lower center"
+    # matplotlib documents the "outside" places, and its type hints leave them out.
     legend = figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False
+        found.values(),
+        found.keys(),
+        loc=place,  # pyright: ignore[reportArgumentType]
+        ncols=1 if beside else columns,
+        frameon=False,
     )
     for text in legend.get_texts():
-        text.set_color(TEXT)
+        text.set_color(figure.axes[0].xaxis.label.get_color())
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def svg_of(figure: Figure) -> str:
@@ -132,4 +165,4 @@ def svg_of(figure: Figure) -> str:
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    return text.replace(TEXT, "currentColor").replace(LINES, "var(--lines)")
+    return text.replace(PAGE.text, "currentColor").replace(PAGE.lines, "var(--lines)")
