@@ -6,7 +6,7 @@ from torch import nn
 
 from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, TwoLevelConv2d
 from twolevel.training.config import OptimiserConfig, RuleConfig
-from twolevel.training.optimiser import make_sgd
+from twolevel.training.optimiser import make_optimiser
 from twolevel.training.rules import (
     ComplexityBudget,
     GlobalThreshold,
@@ -120,7 +120,7 @@ def test_budget_pushes_gates_shut_and_its_absence_does_not():
 
 def test_gates_and_logits_are_spared_weight_decay():
     model = nn.Sequential(DGConv2d(8, 8, 1), FLGConv2d(8, 8, 1, groups=2), nn.BatchNorm2d(8))
-    sgd = make_sgd(model, OptimiserConfig(weight_decay=0.01))
+    sgd = make_optimiser(model, OptimiserConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01))
     decay = {id(p): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
     got = {name: decay[id(p)] for name, p in model.named_parameters()}
     assert {name for name, value in got.items() if value == 0} == {
@@ -128,6 +128,6 @@ def test_gates_and_logits_are_spared_weight_decay():
         "1.input_logits",
         "1.output_logits",
     }
-    sgd = make_sgd(model, OptimiserConfig(weight_decay=0.01, decay_norm=False))
+    sgd = make_optimiser(model, OptimiserConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01, decay_norm=False))
     decay = {id(p): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
     assert decay[id(model[2].weight)] == 0 and decay[id(model[0].weight)] == 0.01
