@@ -47,20 +47,37 @@ def test_pruning_follows_the_progress_of_training(progress, dropped):
 
 
 @pytest.mark.parametrize("form", ["paper", "public"])
-def test_lasso_is_the_mean_over_images_layers_and_heads(form):
-    layers = dynamic_layers()
+def test_lasso_is_that_of_the_paper_or_of_the_authors_code(form):
+    """The paper's: the mean over layers and heads of the L1 norm. The code's: their sum of the mean over channels."""
+    torch.manual_seed(0)  # see dynamic_layers
+    widths = (16, 24)
+    layers = {str(n): DynamicGroupConv2d(n, 8, 3, padding=1, groups=4) for n in widths}
     rule = SaliencyLasso(layers, 0.1, form)
     seen = []
-    for layer in layers.values():
+    for n, layer in zip(widths, layers.values(), strict=True):
         layer.saliency.register_forward_hook(lambda *call: seen.append(call[2]))
-        layer(images(5, 16, 6, 6))
-    assert [g.shape for g in seen] == [(5, 4, 16)] * 2
+        layer(images(5, n, 6, 6))
+    assert [g.shape for g in seen] == [(5, 4, n) for n in widths]
     loss = rule.loss(torch.tensor(2.0))
-    inner = (lambda g: g.sum()) if form == "paper" else (lambda g: g.mean())
-    expected = sum(inner(g[b, h]) / 5 for g in seen for b in range(5) for h in range(4)) / (2 * 4)
+    if form == "paper":
+        heads = [sum(abs(value) for value in g[b, h]) for g in seen for b in range(5) for h in range(4)]
+        expected = sum(heads) / 5 / (2 * 4)
+    else:
+        heads = [g[:, h].mean() for g in seen for h in range(4)]
+        expected = sum(heads)
     torch.testing.assert_close(loss, 2 + 0.1 * expected)
     loss.backward()
     assert all(layer.squeeze.grad.abs().sum() > 0 for layer in layers.values())
+
+
+@pytest.mark.parametrize(("depth", "heads"), [(19, 4), (42, 4)])
+def test_public_lasso_does_not_become_smaller_with_layers_and_heads(depth, heads):
+    """All saliencies are 1: lambda for each head, as many as 76 in ResNet-18 and 168 in CondenseNet-86."""
+    layers = {str(i): DynamicGroupConv2d(8, 8, 1, groups=heads) for i in range(depth)}
+    for form, expected in (("public", 0.5 * depth * heads), ("paper", 0.5 * 8)):
+        rule = SaliencyLasso(layers, 0.5, form)
+        rule.seen = [torch.ones(3, heads, 8) for _ in layers]
+        assert rule.loss(torch.zeros(())).item() == pytest.approx(expected)
 
 
 def test_lasso_sees_each_forward_once_and_none_in_evaluation():
@@ -128,6 +145,8 @@ def test_gates_and_logits_are_spared_weight_decay():
         "1.input_logits",
         "1.output_logits",
     }
-    sgd = make_optimiser(model, OptimiserConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01, decay_norm=False))
+    sgd = make_optimiser(
+        model, OptimiserConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01, decay_norm=False)
+    )
     decay = {id(p): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
     assert decay[id(model[2].weight)] == 0 and decay[id(model[0].weight)] == 0.01

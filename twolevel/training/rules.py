@@ -104,10 +104,13 @@ class _Saliencies(_Silent):
 
 
 class SaliencyLasso(_Saliencies):
-    """DGC's sparsity term, for L layers of H heads each: lambda / (L H) sum of |g|_1 (Su et al., Eq. 8).
+    """DGC's sparsity term, of the saliencies g of L layers with H heads of n channels each.
 
-    The sum is over layers, heads and channels, and the mean over the images; `public` is the form of the authors'
-    code, which takes the mean over channels too.
+        paper    lambda / (L H)  sum over layers and heads of |g|_1       (Su et al., Eq. 8)
+        public   lambda          sum over layers and heads of |g|_1 / n   (the authors' code)
+
+    Both take the mean over the images. `public` averages over channels, but not over layers and heads: where all
+    layers are n wide, it is L H / n times `paper`.
     """
 
     def __init__(self, layers: dict[str, DynamicGroupConv2d], weight: float, form: str):
@@ -116,10 +119,12 @@ class SaliencyLasso(_Saliencies):
 
     def loss(self, loss: Tensor) -> Tensor:
         seen = self.take()
-        heads = sum(saliency.shape[1] for saliency in seen)
         # Saliencies come out of a ReLU: their sum is their L1 norm.
-        per_head = [s.sum(2) if self.form == "paper" else s.mean(2) for s in seen]
-        return loss + self.weight / heads * sum(norm.float().mean(0).sum() for norm in per_head)
+        if self.form == "public":
+            norms, share = [s.mean(2) for s in seen], 1.0
+        else:
+            norms, share = [s.sum(2) for s in seen], 1 / sum(s.shape[1] for s in seen)
+        return loss + self.weight * share * sum(norm.float().mean(0).sum() for norm in norms)
 
 
 class GlobalThreshold(_Saliencies):

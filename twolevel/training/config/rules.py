@@ -14,7 +14,7 @@ class RuleConfig:
     """dgc: weight of the saliencies' L1 norm"""
 
     lasso_form: LassoForm = "paper"
-    """dgc: the norm summed over channels (paper) or their mean (the authors' code)"""
+    """dgc: sum over channels, mean over layers and heads (paper); public, the authors' code, the other way round"""
 
     threshold_steps: int = 50
     """dgc with threshold global: last steps of an epoch over which the threshold is computed"""
