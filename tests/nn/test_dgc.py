@@ -115,6 +115,36 @@ def test_dropped_channels_rise_linearly_from_a_twelfth_to_three_quarters(progres
     assert int(conv.num_dropped()) == dropped
 
 
+def formula(n: int, xi: float, progress: float) -> int:
+    """The authors' schedule: rounded once, in float64."""
+    if progress <= 1 / 12:
+        return 0
+    return round(n * xi * 3.0 / 2 * (progress - 1 / 12)) if progress < 3 / 4 else round(n * xi)
+
+
+@pytest.mark.parametrize("xi", [1 / 3, 0.5, 0.55, 0.6, 0.65, 0.75, 0.85])
+@pytest.mark.parametrize("steps", [144, 1000, 4680])
+def test_dropped_channels_are_rounded_once_at_every_step_and_width(xi, steps):
+    """With 144 steps, 72 i / 144 - 6 and its like are often a half, which the last bit of a product decides."""
+    for n in range(4, 644, 20):
+        conv = DynamicGroupConv2d(n, 4, 1, xi=xi, device="meta")
+        conv.progress = torch.arange(steps + 1, dtype=torch.float64) / steps  # all at once
+        assert conv.num_dropped().tolist() == [formula(n, xi, i / steps) for i in range(steps + 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resumed_layer_drops_what_the_layer_dropped(dtype):
+    """At points whose float32 would drop another number too; the checkpoint holds the progress as it was set."""
+    conv, resumed = (DynamicGroupConv2d(64, 8, 1, xi=0.75, dtype=dtype) for _ in range(2))
+    differ = 0
+    for i in range(145):
+        conv.set_progress(i / 144)
+        resumed.load_state_dict(conv.state_dict())
+        assert int(conv.num_dropped()) == int(resumed.num_dropped()) == formula(64, 0.75, i / 144)
+        differ += formula(64, 0.75, torch.tensor(i / 144).item()) != formula(64, 0.75, i / 144)
+    assert differ
+
+
 def test_number_of_dropped_channels_is_exact_in_half_precision():
     """Of 1000 channels, integers above 256 have no bfloat16 of their own."""
     conv = DynamicGroupConv2d(1000, 8, 1, xi=0.307)

@@ -14,8 +14,8 @@ from twolevel.nn.inference.dgc import DynamicGroupInference
 from twolevel.ops.autocast import without_autocast
 from twolevel.settings import THRESHOLDS, Threshold
 
-# Channels are dropped from progress 1/12 on, in full from 3/4 on.
-FIRST_DROP, LAST_DROP = 1 / 12, 3 / 4
+# Channels are dropped from progress 1/12 on, in full from 3/4 on; between, their share rises by 3/2 of the progress.
+FIRST_DROP, LAST_DROP, RISE = 1 / 12, 3 / 4, 3 / 2
 
 # Below this number of channels the saliency network shrinks them by 8 instead of 16.
 NARROW = 80
@@ -57,7 +57,8 @@ class DynamicGroupConv2d(ReplicatedConv2d):
     given, 8 for n < 80. The paper does not say how W1 and W2 start: as He et al., like the weight.
 
     `progress` (a buffer, so it is in the checkpoint) is how far training is, from 0 to 1; the training
-    rule sets it. n_off is 0 to 1/12, rises linearly to round(xi n) at 3/4, and stays.
+    rule sets it. n_off is 0 to 1/12, round(xi n 3/2 (progress - 1/12)) to 3/4, and round(xi n) from there on: half of
+    it at 5/12. It is computed in float64, whatever the layer's type, since many of these products end in 1/2.
 
     `threshold` "head" drops n_off channels in training and evaluation alike. With "global" (DGC-G) that
     is so in training only: evaluation drops every channel with g <= the buffer `threshold`, the same
@@ -111,7 +112,6 @@ class DynamicGroupConv2d(ReplicatedConv2d):
             raise UserError(f"reduction={reduction} is not positive; use 1 or more, such as 16")
         self.groups = groups
         self.xi = xi
-        self.most_dropped = round(xi * in_channels)
         self.by_threshold = threshold == "global"
         self.saliency_bound = saliency_bound
         self.hidden = max(1, in_channels // reduction)
@@ -123,7 +123,7 @@ class DynamicGroupConv2d(ReplicatedConv2d):
         self.excite = nn.Parameter(torch.empty(groups * in_channels, self.hidden, **options))
         self.offset = nn.Parameter(torch.empty(groups, in_channels, **options))
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size, **options))
-        self.register_buffer("progress", torch.zeros((), device=device))
+        self.register_buffer("progress", torch.zeros((), device=device, dtype=torch.float64))
         if self.by_threshold:
             self.register_buffer("threshold", torch.zeros((), **options))
         self.reset_parameters()
@@ -145,8 +145,9 @@ class DynamicGroupConv2d(ReplicatedConv2d):
 
     def num_dropped(self) -> Tensor:
         """n_off at the present progress, a tensor of no dimension: nothing waits for its value."""
-        share = (self.progress.float() - FIRST_DROP) / (LAST_DROP - FIRST_DROP)
-        return (share.clamp(0, 1) * self.most_dropped).round()
+        progress, most = self.progress.double(), self.xi * self.in_channels
+        rising = (most * RISE * (progress - FIRST_DROP)).clamp(min=0)
+        return torch.where(progress < LAST_DROP, rising, most).round().long()
 
     def forward(self, x: Tensor) -> Tensor:
         images = as_images(x, self.in_channels)
