@@ -168,6 +168,13 @@ def test_every_activation_is_an_operation_an_element(module):
     assert count(nn.Sequential(nn.Conv2d(3, 8, 3), activation), CIFAR).elementwise == 8 * 30 * 30
 
 
+@pytest.mark.parametrize(("bias", "operations"), [(True, 5), (False, 0)])
+def test_every_bias_of_a_linear_layer_is_an_operation(bias, operations):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30 * 30, 5, bias=bias))
+    counted = count(model, CIFAR)
+    assert (counted.elementwise, counted.macs) == (operations, 900 * (8 * 27 + 8 * 5))
+
+
 def test_names_of_layers_are_printed_as_they_are(capsys):
     model = nn.Sequential(OrderedDict({"stem[/red]:fire:": nn.Conv2d(3, 4, 3)}))
     count_table(count(model, CIFAR))

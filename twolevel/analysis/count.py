@@ -49,8 +49,8 @@ class Count:
     `held_whole_ends` are the parameters of a rank with stem and classifier counted whole on every rank, although
     here they are split too. `published_parameters` leave out what a convolution needs only to choose its
     connections (FLGC's S and T, closed connections of DGConv). `elementwise` are an image's operations in
-    activations, pooling and the choice of channels, one an element, which the papers of CondenseNet and DGC
-    count among the MACs.
+    activations, pooling, the choice of channels and the biases of linear layers, one an element, which the papers of
+    CondenseNet and DGC count among the MACs.
     """
 
     groups: int
@@ -140,7 +140,7 @@ def count(
             module.used_parameters(nominal=True) if isinstance(module, ReplicatedConv2d) else parameters
         )
         macs, realised = _macs(name, module, outputs[name])
-        elementwise += module.selection_operations() if isinstance(module, ReplicatedConv2d) else 0
+        elementwise += _elementwise(module)
         layers.append(
             LayerCount(
                 name=name,
@@ -226,6 +226,13 @@ def _macs(name: str, module: nn.Module, output: tuple[int, ...]) -> tuple[int, i
             f"{name} is a {type(module).__name__}, which is not counted; count a network whose convolutions are Conv2d"
         )
     return 0, 0
+
+
+def _elementwise(module: nn.Module) -> int:
+    """Operations of one image in a layer besides multiply-accumulates and activations."""
+    if isinstance(module, nn.Linear):
+        return 0 if module.bias is None else module.bias.numel()
+    return module.selection_operations() if isinstance(module, ReplicatedConv2d) else 0
 
 
 def _collectives(
