@@ -442,8 +442,20 @@ def test_multiply_accumulates_fall_with_progress():
     assert conv.selection_operations() == 2 * 4 * 96
 
 
-@pytest.mark.parametrize(("n", "options", "hidden"), [(79, {}, 9), (80, {}, 5), (64, {"reduction": 4}, 16)])
-def test_reduction_is_8_below_80_channels_and_16_above(n, options, hidden):
+@pytest.mark.parametrize(
+    ("n", "options", "hidden"),
+    [
+        (79, {}, 9),
+        (80, {}, 5),
+        (79, {"reduction": 8}, 19),
+        (80, {"reduction": 8}, 10),
+        (64, {"reduction": 4, "halved_below": 0}, 16),
+        (99, {"halved_below": 100}, 12),
+        (8, {"reduction": 1}, 8),
+        (4, {}, 1),
+    ],
+)
+def test_reduction_is_16_and_half_below_80_channels_unless_given(n, options, hidden):
     conv = DynamicGroupConv2d(n, 8, 1, groups=1, **options)
     assert conv.squeeze.shape == (hidden, n)
 

@@ -17,9 +17,6 @@ from twolevel.settings import THRESHOLDS, Threshold
 # Channels are dropped from progress 1/12 on, in full from 3/4 on; between, their share rises by 3/2 of the progress.
 FIRST_DROP, LAST_DROP, RISE = 1 / 12, 3 / 4, 3 / 2
 
-# Below this number of channels the saliency network shrinks them by 8 instead of 16.
-NARROW = 80
-
 
 class Saliency(nn.Module):
     """How much each head wants each channel: g = ReLU(W2 ReLU(W1 p) + beta), one network per head.
@@ -53,8 +50,9 @@ class DynamicGroupConv2d(ReplicatedConv2d):
     `[H r, n]`, `excite` W2 `[H n, r]` and `offset` beta `[H, n]`, which starts at 1; those of `norm`.
 
     `groups` is the number H of heads. `xi` is the share of channels that are dropped in the end.
-    `reduction` is d, the hidden width of a saliency network being r = n // d (at least 1); 16 unless
-    given, 8 for n < 80. The paper does not say how W1 and W2 start: as He et al., like the weight.
+    `reduction` is d, the hidden width of a saliency network being r = n // d (at least 1); where n is less than
+    `halved_below`, d is half of it, as in the authors' code. The paper does not say how W1 and W2 start: as He et
+    al., like the weight.
 
     `progress` (a buffer, so it is in the checkpoint) is how far training is, from 0 to 1; the training
     rule sets it. n_off is 0 to 1/12, round(xi n 3/2 (progress - 1/12)) to 3/4, and round(xi n) from there on: half of
@@ -90,7 +88,8 @@ class DynamicGroupConv2d(ReplicatedConv2d):
         groups: int = 4,
         dilation: Size = 1,
         xi: float = 0.75,
-        reduction: int | None = None,
+        reduction: int = 16,
+        halved_below: int = 80,
         threshold: Threshold = "head",
         saliency_bound: float | None = None,
         device: torch.device | str | None = None,
@@ -102,8 +101,6 @@ class DynamicGroupConv2d(ReplicatedConv2d):
             raise unknown("threshold", threshold, THRESHOLDS)
         if not 0 <= xi < 1 or round(xi * in_channels) >= in_channels:
             raise UserError(f"xi={xi} keeps no channel of {in_channels}; use 0 <= xi < 1, such as 0.75")
-        if reduction is None:
-            reduction = 8 if in_channels < NARROW else 16
         if saliency_bound is not None and not 0 < saliency_bound < math.inf:
             raise UserError(
                 f"saliency_bound={saliency_bound} is invalid; use a positive number, such as 6, or None"
@@ -114,7 +111,8 @@ class DynamicGroupConv2d(ReplicatedConv2d):
         self.xi = xi
         self.by_threshold = threshold == "global"
         self.saliency_bound = saliency_bound
-        self.hidden = max(1, in_channels // reduction)
+        divisor = reduction // 2 if in_channels < halved_below else reduction
+        self.hidden = max(1, in_channels // max(1, divisor))
 
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.BatchNorm2d(in_channels, **options)
