@@ -44,6 +44,14 @@ def test_dgc_networks_have_the_published_counts(name, xi, macs, parameters):
     assert f"{(got.macs + got.elementwise) / 1e6:.{digits}f}" == macs
 
 
+def test_learned_group_convolution_at_66m_is_the_dense_network():
+    """DGC's paper compares with it at condensation 1, where no 1x1 convolution has groups."""
+    got = counted("condensenet-50", conv="sc")
+    assert round((got.macs + got.elementwise) / 1e6) == 66
+    grouped = counted("condensenet-50", conv="gc", groups=4)  # what condensation 4 would cost
+    assert round((grouped.macs + grouped.elementwise) / 1e6) == 29
+
+
 def test_dense_resnet18_has_the_published_operations():
     got = counted("resnet18")
     assert got.parameters == 11_689_512

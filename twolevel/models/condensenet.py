@@ -66,7 +66,11 @@ class CondenseNet(nn.Module):
 def condensenet(
     name: str, *, conv: str = "dgc", groups: int = 4, num_classes: int | None = None, **options: Any
 ) -> CondenseNet:
-    """`condensenet-50` and `-86` for 32 x 32 and 10 classes, `condensenet-74` for 224 x 224 and 1000."""
+    """`condensenet-50` and `-86` for 32 x 32 and 10 classes, `condensenet-74` for 224 x 224 and 1000.
+
+    The paper of DGC compares condensenet-50 with learned group convolution (LGC) at 66M operations. That is LGC of
+    condensation 1, which learns no groups: the dense 1x1 convolutions of `conv="sc"`.
+    """
     sizes, growth = IMAGENET if name in IMAGENET[0] else CIFAR
     stride, classes = (2, 1000) if name in IMAGENET[0] else (1, 10)
     make = partial(make_conv, conv, groups=groups, **options)
