@@ -1,5 +1,6 @@
-"""What the README says to type works."""
+"""What the README says to type works, and its figures are those of the results."""
 
+import json
 import os
 import re
 import shlex
@@ -98,6 +99,32 @@ def test_the_python_block_runs_in_one_process(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "19 convolutions became gc2l" in done.stdout
+
+
+def test_the_inference_table_is_that_of_its_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "inference.json").read_text())
+    text = README[README.index("All convolutions of a ResNet-18") : README.index("| `--data` | where |")]
+    rows = {
+        "group convolution alone": "gc",
+        "FLGC, equal groups": "flgc",
+        "FLGC, groups as drawn": "flgc drawn",
+        "DGConv": "dgconv",
+        "DGC, `xi` 0.75, its choice of channels included": "dgc",
+    }
+    by_groups = [results["resnet18_by_groups"][groups] for groups in ("4", "8")]
+    for row, name in rows.items():
+        shares = (f"{of['ratios']['dense'][name]:.3f}" for of in by_groups)
+        assert f"| {row} | {' | '.join(shares)} |\n" in text
+    assert text.count("\n| ") == len(rows) + 1
+    dense = (of["peers"]["dense"]["pass_ms"] for of in by_groups)
+    assert re.findall(r"[\d.]+ ms", text) == [f"{ms:.2f} ms" for ms in dense]
+    of_dense = results["condensenet86"]["ratios"]
+    shares = (of_dense[name]["dgc prepared"] for name in ("dense", "dense prepared"))
+    assert re.findall(r"0\.\d+ of", text.split("condensenet-86")[1]) == [
+        f"{share:.3f} of" for share in shares
+    ]
+    assert results["date"][:10] in text and results["machine"]["cpu"] in text
+    assert results["settings"]["xi"] == 0.75 and results["machine"]["torch"].startswith("2.14")
 
 
 def test_the_line_of_mpirun_runs_and_says_what_carries_the_exchange(tmp_path):
