@@ -16,6 +16,7 @@ from twolevel import models
 from twolevel.cli.count import CountConfig
 from twolevel.cli.evaluate import EvaluateConfig
 from twolevel.cli.export import ExportConfig
+from twolevel.cli.grid import GridConfig
 from twolevel.cli.options import parse
 from twolevel.cli.plan import PlanConfig
 from twolevel.cli.report import ReportConfig
@@ -31,6 +32,7 @@ CONFIGS = {
     "report": ReportConfig,
     "count": CountConfig,
     "plan": PlanConfig,
+    "grid": GridConfig,
 }
 LAUNCHERS_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--local-addr", "--oversubscribe", "--bind-to", "--allow-run-as-root"),
