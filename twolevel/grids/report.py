@@ -35,7 +35,9 @@ NAMES = {
 }
 # As in every figure: the order of the legend, and so the colours.
 ORDER = [*NAMES.values(), "GC-2L, 2 repr.", "GC-2L, 4 repr."]
-LOOKS = looks_of(ORDER)
+# What a case or its table says already, or what changes no result.
+SAID = {"data", "model", "conv", "groups", "representatives", "recipe", "epochs", "seed", "precision"}
+SAID |= {"data_parallel", "group_parallel", "mirrored_test", "image_size"}
 
 
 class Case(NamedTuple):
@@ -48,17 +50,25 @@ class Case(NamedTuple):
     representatives: int
     recipe: str
     epochs: int
+    ranks: int
+    variant: str
+    """other settings that its grid declares"""
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Case":
         got = line["completed"]
-        more = (got.get("representatives", 1), got["recipe"], got["epochs"])
+        given = line["settings"]
+        ranks = (given.get("data_parallel") or 1) * (given.get("group_parallel") or 1)
+        variant = ", ".join(f"{name} {value}" for name, value in given.items() if name not in SAID)
+        more = (got.get("representatives", 1), got["recipe"], got["epochs"], ranks, variant)
         return cls(got["data"], got["model"], got["conv"], got["groups"], *more)
 
     @property
     def kind(self) -> str:
-        more = f", {self.representatives} repr." if self.representatives > 1 else ""
-        return NAMES.get(self.conv, self.conv) + more
+        more = [f"{self.representatives} repr."] if self.representatives > 1 else []
+        more += [f"{self.ranks} ranks"] if self.ranks > 1 else []
+        more += [self.variant] if self.variant else []
+        return ", ".join([NAMES.get(self.conv, self.conv), *more])
 
     @property
     def setting(self) -> tuple[str, str, str, int]:
@@ -191,10 +201,12 @@ def _error_against_groups(cases: Found) -> tuple[Figure, str, list[dict[str, Any
             {"kind": case.kind, "groups": case.groups, "seed": line["completed"]["seed"], "test_error": error}
             for line, error in zip(lines, errors_of(lines), strict=True)
         ]
-    draw_lines(axes, series, LOOKS)
+    draw_lines(axes, series, looks_of([*ORDER, *series]))
     for case, lines in cases.items():
         if case.conv == "sc":
-            axes.axhline(spread(errors_of(lines))[0], color=LOOKS["standard"][0], ls="--", label="standard")
+            axes.axhline(
+                spread(errors_of(lines))[0], color=looks_of(ORDER)["standard"][0], ls="--", label="standard"
+            )
     from_zero(axes)
     powers_of_two(axes, [case.groups for case in cases if case.conv != "sc"] or [1])
     axes.set(xlabel="groups G", ylabel="test error, %")
@@ -225,7 +237,7 @@ def _error_against_cost(cases: Found) -> Iterable[tuple[Figure, str, list[dict[s
                     ]
             x, y = map(list, zip(*sorted(points), strict=True))
             series[kind] = Series(x, y)
-        draw_lines(axes, series, LOOKS)
+        draw_lines(axes, series, looks_of([*ORDER, *series]))
         from_zero(axes, x=True)
         axes.set(xlabel=label, ylabel="test error, %")
         one_legend(figure)
