@@ -14,7 +14,7 @@ from twolevel.analysis.traffic import Collective, logits_sum, representatives_ex
 from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_divides
-from twolevel.nn.base import ReplicatedConv2d
+from twolevel.nn.base import ReplicatedConv2d, ShardedConv2d
 from twolevel.nn.convert import CONVOLUTIONS
 from twolevel.nn.structure import ends, named_layers
 
@@ -184,7 +184,7 @@ def _output_shapes(
         shapes[names[module]] = tuple(output.shape[1:])
 
     for _, module in named_layers(model):
-        ours = isinstance(module, TwoLevelConv2d | ReplicatedConv2d)
+        ours = isinstance(module, ShardedConv2d | ReplicatedConv2d)
         if ours or any(True for _ in module.parameters(recurse=False)):
             hooks.append(module.register_forward_hook(record))
     training = {module: module.training for module in model.modules()}
@@ -218,7 +218,7 @@ def _macs(name: str, module: nn.Module, output: tuple[int, ...]) -> tuple[int, i
             )
         pixels = output[1] * output[2]
         return module.macs(pixels, nominal=True), module.macs(pixels)
-    if isinstance(module, nn.Conv2d | TwoLevelConv2d):
+    if isinstance(module, nn.Conv2d | ShardedConv2d):
         weights = sum(t.numel() for k, t in module.named_parameters() if k.endswith("weight"))
         return output[1] * output[2] * weights, output[1] * output[2] * weights
     if isinstance(module, CONVOLUTIONS):

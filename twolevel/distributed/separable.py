@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
-from twolevel.nn import TwoLevelConv2d
 from twolevel.nn.arguments import check_divides
+from twolevel.nn.base import ShardedConv2d
 from twolevel.nn.structure import (
     DROPOUTS,
     PER_CHANNEL,
@@ -37,7 +37,7 @@ def check_within_groups(model: nn.Module, ranks: int) -> None:
     channel alone. After the classifier (the first linear layer) everything is whole on every rank, and free.
     A piece of a network without a stem is taken to read this rank's channels.
     """
-    if isinstance(model, (TwoLevelConv2d, *PER_CHANNEL)):
+    if isinstance(model, (ShardedConv2d, *PER_CHANNEL)):
         return
     stem, classifier = ends(model)
     graph = trace_layers(model, f"over group={ranks} ranks", f"replicate it with data={ranks}, group=1")
@@ -60,7 +60,7 @@ def check_within_groups(model: nn.Module, ranks: int) -> None:
                     f"{node.target} would drop other values on each of group={ranks} ranks of what they all hold; "
                     "set its p to 0"
                 )
-            elif not split and isinstance(module, TwoLevelConv2d | nn.Conv2d):
+            elif not split and isinstance(module, ShardedConv2d | nn.Conv2d):
                 raise _refuse(f"{node.target}, which reads what is whole on every rank,", ranks)
         elif node.target is F.dropout and not split:
             raise _refuse("a dropout of what is whole on every rank", ranks)
@@ -78,7 +78,7 @@ def _check_module(name: str, module: nn.Module, ranks: int) -> None:
             f"{name} is a dense convolution and cannot be split over group={ranks} ranks; "
             f"use conv='gc' or 'gc2l', or replicate it with data={ranks}, group=1"
         )
-    if not _flattens(module) and not isinstance(module, (nn.Conv2d, TwoLevelConv2d, *PER_CHANNEL)):
+    if not _flattens(module) and not isinstance(module, (nn.Conv2d, ShardedConv2d, *PER_CHANNEL)):
         raise _refuse(f"{name} ({type(module).__name__})", ranks)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.layers import SplitClassifier, SplitStem, become
 from twolevel.errors import UserError
-from twolevel.nn import Layout, TwoLevelConv2d, layout_of
+from twolevel.nn import Layout, layout_of
+from twolevel.nn.base import ShardedConv2d
 from twolevel.nn.structure import ends, own_tensors
 
 
@@ -40,7 +41,7 @@ def cut_channels(
             split = become(module, SplitClassifier)
             split.axis = axis
             split.in_features //= axis.ranks
-        elif isinstance(module, TwoLevelConv2d):
+        elif isinstance(module, ShardedConv2d):
             module.exchange = axis
         elif isinstance(module, nn.Conv2d):
             module.out_channels //= axis.ranks

@@ -1,11 +1,50 @@
-"""The base of the convolutions that are replicated on every rank: Shuffle, FLGC, DGConv, DGC."""
+"""The bases of our convolutions: those that ranks divide by channel group, and those replicated on every rank."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from twolevel.nn.arguments import Padding, Size, geometry, pair
+from twolevel.nn.arguments import Padding, Size, check_groups, geometry, pair
+from twolevel.ops import LOCAL, Exchange
+
+
+class ShardedConv2d(nn.Module):
+    """A convolution without bias that ranks divide by channel group: `[B, n, H, W] -> [B, m, H', W']`.
+
+    Its parameters are the weights of submodules, which have the rows of group g at dim 0. The submodules are not
+    called one by one, so forward hooks belong on this module. `exchange` carries what groups need of each other
+    between ranks and is set by `twolevel.distributed.parallelize`, after which this module holds the rows of its
+    rank's groups alone; `in_channels`, `out_channels` and `groups` still describe the whole layer.
+
+    Raises UserError where groups does not divide both channel numbers.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
+        *,
+        groups: int,
+        dilation: Size = 1,
+    ):
+        super().__init__()
+        check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = pair(kernel_size)
+        self.groups = groups
+        self.geometry = geometry(kernel_size, stride, padding, dilation)
+        self.exchange: Exchange = LOCAL
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}"
+        )
+        return text + (f", ranks={self.exchange.ranks}" if self.exchange.ranks > 1 else "")
 
 
 class ReplicatedConv2d(nn.Module):

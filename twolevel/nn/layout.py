@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from twolevel.nn.base import ShardedConv2d
 from twolevel.nn.structure import convolutions, ends, own_tensors
-from twolevel.nn.two_level import TwoLevelConv2d
 
 
 @dataclass(frozen=True)
@@ -101,4 +101,4 @@ def channel_groups(model: nn.Module) -> int:
 
 
 def _groups(conv: nn.Module) -> int:
-    return conv.groups if isinstance(conv, TwoLevelConv2d | nn.Conv2d) else 1
+    return conv.groups if isinstance(conv, ShardedConv2d | nn.Conv2d) else 1

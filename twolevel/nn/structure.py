@@ -9,12 +9,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from twolevel.errors import UserError
-from twolevel.nn.base import ReplicatedConv2d
+from twolevel.nn.base import ReplicatedConv2d, ShardedConv2d
 from twolevel.nn.channels import ChannelBias, PermuteChannels
 from twolevel.nn.two_level import TwoLevelConv2d
 from twolevel.ops.kernels import native
 
-Convolution = TwoLevelConv2d | ReplicatedConv2d | nn.Conv2d
+Convolution = ShardedConv2d | ReplicatedConv2d | nn.Conv2d
 
 
 def convolutions(model: nn.Module) -> list[Convolution]:
@@ -44,7 +44,7 @@ def ends(model: nn.Module) -> tuple[nn.Conv2d | None, nn.Linear | None]:
 def named_layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, without the parts of our convolutions."""
     yield name, module
-    if not isinstance(module, TwoLevelConv2d | ReplicatedConv2d):
+    if not isinstance(module, ShardedConv2d | ReplicatedConv2d):
         for child, inner in module.named_children():
             yield from named_layers(inner, f"{name}.{child}" if name else child)
 
@@ -76,7 +76,7 @@ class LayerTracer(fx.Tracer):
         self.childless = childless
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, TwoLevelConv2d | ReplicatedConv2d | ChannelBias | PermuteChannels):
+        if isinstance(m, ShardedConv2d | ReplicatedConv2d | ChannelBias | PermuteChannels):
             return True
         if self.childless and not any(True for _ in m.children()):
             return True

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.arguments import Padding, Size, as_images, check_groups, geometry, pair
-from twolevel.ops import LOCAL, Exchange, two_level_conv2d
+from twolevel.nn.arguments import Padding, Size, as_images
+from twolevel.nn.base import ShardedConv2d
+from twolevel.ops import two_level_conv2d
 from twolevel.ops.autocast import cast_for_convolution
 from twolevel.ops.problem import Problem
 from twolevel.settings import KERNELS, SCHEDULES, Kernels, Schedule
 
 
-class TwoLevelConv2d(nn.Module):
+class TwoLevelConv2d(ShardedConv2d):
     """Group convolution whose groups see R representative channels of every group.
 
         z_g = r_g * x_g                      restriction   k x k, n/G -> R
@@ -23,13 +24,10 @@ class TwoLevelConv2d(nn.Module):
 
     Input `[B, n, H, W]`, output `[B, m, H', W']` with n = in_channels, m = out_channels, G = groups.
     Parameters, all rows of group g at dim 0: `local.weight [m, n/G, k, k]`,
-    `restriction.weight [R G, n/G, k, k]`, `coarse.weight [m, R G, 1, 1]`. The three submodules hold the
-    weights and are not called one by one, so forward hooks belong on this module.
+    `restriction.weight [R G, n/G, k, k]`, `coarse.weight [m, R G, 1, 1]`. Between ranks `exchange` carries the
+    representatives.
 
-    `schedule` and `kernels` say how it is computed (see `twolevel.ops.two_level_conv2d`). `exchange` carries the
-    representatives between ranks and is set by `twolevel.distributed.parallelize`, after which this
-    module holds the rows of its rank's groups alone; `in_channels`, `out_channels` and `groups` still
-    describe the whole layer.
+    `schedule` and `kernels` say how it is computed (see `twolevel.ops.two_level_conv2d`).
 
     Raises UserError where groups does not divide both channel numbers, for fewer than one representative, and for
     unknown schedule or kernels.
@@ -51,8 +49,9 @@ class TwoLevelConv2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, dilation=dilation
+        )
         if not isinstance(representatives, int) or representatives < 1:
             raise UserError(
                 f"representatives={representatives} is invalid; use 1, as the paper has it, or more"
@@ -61,15 +60,9 @@ class TwoLevelConv2d(nn.Module):
             raise unknown("schedule", schedule, SCHEDULES)
         if kernels not in KERNELS:
             raise unknown("kernels", kernels, KERNELS)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = pair(kernel_size)
-        self.groups = groups
         self.representatives = representatives
-        self.geometry = geometry(kernel_size, stride, padding, dilation)
         self.schedule: str = schedule
         self.kernels: str = kernels
-        self.exchange: Exchange = LOCAL
         options = {"bias": False, "device": device, "dtype": dtype}
         shared = {**options, **self.geometry._asdict(), "groups": groups}
         self.local = nn.Conv2d(in_channels, out_channels, self.kernel_size, **shared)
@@ -97,8 +90,5 @@ class TwoLevelConv2d(nn.Module):
         return Problem.of(x, local, restriction, coarse, self.geometry, self.exchange.ranks)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-        text += f"groups={self.groups}, "
-        text += f"representatives={self.representatives}, " if self.representatives > 1 else ""
-        text += f"schedule={self.schedule!r}, kernels={self.kernels!r}"
-        return text + (f", ranks={self.exchange.ranks}" if self.exchange.ranks > 1 else "")
+        text = f", representatives={self.representatives}" if self.representatives > 1 else ""
+        return f"{super().extra_repr()}{text}, schedule={self.schedule!r}, kernels={self.kernels!r}"
