@@ -27,7 +27,12 @@ KINDS = {  # kind, and which argument holds what the rank hands over
     "_c10d_functional::all_reduce_": ("all-reduce", 0),
 }
 NOTHING = {"_c10d_functional::wait_tensor"}  # begins nothing
-OVER_MPI = {"gather": "all-gather", "scatter_sum": "reduce-scatter", "all_reduce_": "all-reduce"}
+OVER_MPI = {
+    "gather": "all-gather",
+    "scatter_sum": "reduce-scatter",
+    "sum": "all-reduce",
+    "all_reduce_": "all-reduce",
+}
 
 
 class Collectives(TorchDispatchMode):

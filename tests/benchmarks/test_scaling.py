@@ -90,6 +90,7 @@ def known_collectives():
     with counting() as seen:
         axis.gather(one).wait()
         axis.scatter_sum(one).wait()
+        axis.sum(one).wait()
         axis.all_reduce_(one)
         dist.broadcast(one, 0)
         (dist.send if dist.get_rank() == 0 else dist.recv)(one, 1 - dist.get_rank())
@@ -98,7 +99,7 @@ def known_collectives():
 
 
 def test_what_is_counted_is_what_was_called(pool):
-    calls = [("all-gather", 16), ("reduce-scatter", 16), ("all-reduce", 16), ("broadcast", 16)]
+    calls = [("all-gather", 16), ("reduce-scatter", 16), *2 * [("all-reduce", 16)], ("broadcast", 16)]
     first, second = pool.run(known_collectives, ranks=2)
     assert first == [*calls, ("send", 16)]
     assert second == [*calls, ("receive", 16)]

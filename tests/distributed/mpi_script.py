@@ -23,14 +23,20 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def numbers(axis: MPIAxis, dtype: torch.dtype) -> dict:
-    """gather and scatter_sum of two rows a rank, both in flight at once, and all_reduce_."""
+    """gather and scatter_sum of two rows a rank, and sum, all in flight at once, and all_reduce_."""
     number = dist.get_rank() + 1
     parts = number * torch.arange(1, 2 * axis.ranks + 1, dtype=dtype)[:, None].expand(-1, 2).contiguous()
     gathering = axis.gather(torch.full((2, 2), number, dtype=dtype))
     scattering = axis.scatter_sum(parts)
+    summing = axis.sum(torch.full((3,), number, dtype=dtype))
     total = torch.full((2, 3), number, dtype=dtype)
     axis.all_reduce_(total)
-    return {"summed": scattering.wait(), "gathered": gathering.wait(), "total": total}
+    return {
+        "sum": summing.wait(),
+        "summed": scattering.wait(),
+        "gathered": gathering.wait(),
+        "total": total,
+    }
 
 
 def odd_strides(axis: MPIAxis) -> torch.Tensor:
@@ -47,7 +53,7 @@ def beyond_what_mpi_counts(axis: MPIAxis) -> dict:
         owns = [torch.full((3, 5), number, dtype=d) for d in (torch.float32, torch.bfloat16)]
         owns.append(torch.full((7,), number, dtype=torch.float32))
         found["gathered"] = [gathering.wait() for gathering in [axis.gather(own) for own in owns]]
-        for collective in (axis.scatter_sum, axis.all_reduce_):
+        for collective in (axis.scatter_sum, axis.sum, axis.all_reduce_):
             try:
                 collective(torch.ones(8 * axis.ranks))
             except UserError as error:
@@ -92,7 +98,7 @@ def parity(mesh: DeviceMesh, schedule: str) -> dict:
 def refusal_of_a_tensor_elsewhere(axis: MPIAxis) -> list[str]:
     """What each collective says to a tensor that is on no CPU."""
     said = []
-    for collective in (axis.gather, axis.scatter_sum, axis.all_reduce_):
+    for collective in (axis.gather, axis.scatter_sum, axis.sum, axis.all_reduce_):
         try:
             collective(torch.empty(4, 1, device="meta"))
         except UserError as error:

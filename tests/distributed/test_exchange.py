@@ -21,25 +21,27 @@ RANKS = [1, 2, 4]
 
 
 def exchange_numbers():
-    """gather and scatter_sum, of one row a rank and of two."""
+    """gather, scatter_sum and sum, of one row a rank and of two."""
     axis, rank = MeshAxis(dist.group.WORLD), dist.get_rank()
     assert axis.ranks == dist.get_world_size()
-    gathered, summed = [], []
+    gathered, summed, totals = [], [], []
     for rows in (1, 2):
         own = torch.full((rows, 2), rank + 1.0)
         gathered.append(axis.gather(own).wait())
         # Row r of rank p is (p + 1) (r + 1), so that the sum over ranks tells the rows apart.
         parts = (rank + 1.0) * torch.arange(1.0, rows * axis.ranks + 1)[:, None].expand(-1, 2).contiguous()
         summed.append(axis.scatter_sum(parts).wait())
-    return gathered, summed
+        totals.append(axis.sum(parts.clone()).wait())
+    return gathered, summed, totals
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_gather_is_in_order_of_rank_and_scatter_sums(pool, ranks):
-    for rank, (gathered, summed) in enumerate(pool.run(exchange_numbers, ranks=ranks)):
-        for rows, z, gz in zip((1, 2), gathered, summed, strict=True):
+def test_gather_is_in_order_of_rank_scatter_sums_and_sum_is_whole_on_each(pool, ranks):
+    for rank, found in enumerate(pool.run(exchange_numbers, ranks=ranks)):
+        for rows, z, gz, total in zip((1, 2), *found, strict=True):
             assert z[:, 0].tolist() == [p + 1 for p in range(ranks) for _ in range(rows)]
             assert gz[:, 1].tolist() == [TOTAL[ranks] * (rank * rows + r + 1) for r in range(rows)]
+            assert total[:, 1].tolist() == [TOTAL[ranks] * (r + 1) for r in range(rows * ranks)]
 
 
 def layer_of_numbers(schedule):

@@ -2,11 +2,12 @@
 
     where            forward                          backward
     representatives  all-gather  [G/P] -> [G]         reduce-scatter with SUM  [G] -> [G/P]
+    mean of groups   all-reduce  sum of P parts       all-reduce with SUM
     logits           all-reduce  sum of P parts       identity
     image            identity                         all-reduce (only where the image needs a gradient)
 
-The pairs are conjugate: the ranks' uses of z differ, so its gradient is a sum; all ranks compute one loss
-from the same logits, so its gradient is already the same everywhere and must not be summed again.
+The pairs are conjugate: the ranks' uses of z and of the mean differ, so their gradient is a sum; all ranks
+compute one loss from the same logits, so its gradient is already the same everywhere and must not be summed again.
 """
 
 from typing import Any, NamedTuple
@@ -71,6 +72,12 @@ class MeshAxis:
         result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         work = reduce_scatter_single(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
         return _InFlight(_started(work), result)
+
+    def sum(self, own: Tensor) -> _InFlight:
+        """Start the sum over ranks, in the memory of `own`, which is contiguous."""
+        refuse_second_derivative(own)
+        work = dist.all_reduce(own, dist.ReduceOp.SUM, self.group, async_op=True)
+        return _InFlight(_started(work), own)
 
     def sum_logits(self, partial: Tensor) -> Tensor:
         """The sum over ranks of `[B, classes]`, the same on each; its gradient passes unchanged."""

@@ -108,15 +108,23 @@ class MPIAxis(MeshAxis):
         request = self._comm.Ireduce_scatter_block(_memory(wide), _memory(result), self._mpi.SUM)
         return _InFlight(request, wide, result, parts.dtype, self)
 
+    def sum(self, own: Tensor) -> "_InFlight":
+        """Start the sum over ranks, in the memory of `own`, which is contiguous, unless that is of 16 bits."""
+        refuse_second_derivative(own)
+        return self._start_sum(own.detach())
+
     def all_reduce_(self, tensor: Tensor) -> None:
         """The sum over ranks, in place and without a gradient; `tensor` is contiguous."""
         plain = tensor.detach()
+        total = self._start_sum(plain).wait()
+        if total is not plain:
+            plain.copy_(total)
+
+    def _start_sum(self, plain: Tensor) -> "_InFlight":
         wide = _widened(plain)
         _check_count(wide)
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, _memory(wide), self._mpi.SUM)
-        total = _InFlight(request, wide, wide, plain.dtype, self).wait()
-        if total is not plain:
-            plain.copy_(total)
+        return _InFlight(request, wide, wide, plain.dtype, self)
 
     def _item_of(self, size: int) -> Any:
         """An MPI type whose one item is so many bytes."""

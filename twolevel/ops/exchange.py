@@ -1,4 +1,4 @@
-"""How ranks exchange representatives, as the layers see it: P ranks, each holding G/P consecutive groups."""
+"""What layers ask of the other ranks: P of them, each holding G/P consecutive groups."""
 
 import itertools
 from typing import NamedTuple, Protocol
@@ -31,7 +31,7 @@ class Pending(Protocol):
 
 
 class Exchange(Protocol):
-    """What carries representatives between the ranks of a group axis. Only compiled graphs need the key."""
+    """What carries maps between the ranks of a group axis. Only compiled graphs need the key."""
 
     ranks: int
     key: str
@@ -42,6 +42,10 @@ class Exchange(Protocol):
 
     def scatter_sum(self, parts: Tensor) -> Pending:
         """Start `[G, B, H, W] -> [G/P, B, H, W]`, this rank's part of the sum over ranks."""
+        ...
+
+    def sum(self, own: Tensor) -> Pending:
+        """Start the sum over ranks, whole on each. `own` is contiguous, and its memory may be that of the result."""
         ...
 
 
@@ -66,6 +70,9 @@ class _Local:
     def scatter_sum(self, parts: Tensor) -> Pending:
         return _Done(parts)
 
+    def sum(self, own: Tensor) -> Pending:
+        return _Done(own)
+
     def __reduce__(self) -> str:
         return "LOCAL"  # a copy, or what is read from a file, is the one that there is
 
@@ -85,3 +92,6 @@ class Copies:
 
     def scatter_sum(self, parts: Tensor) -> Pending:
         return _Done(parts[: len(parts) // self.ranks])
+
+    def sum(self, own: Tensor) -> Pending:
+        return _Done(own)
