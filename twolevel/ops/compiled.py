@@ -55,7 +55,7 @@ def _forward(
     exchange: str,
     may_measure: bool,
 ) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(stride, padding, dilation)
+    geometry = Geometry.of_lists(stride, padding, dilation)
     tensors = (x, local, restriction, coarse)
     chosen = _schedule(*tensors, geometry, ranks, schedule, kernels, may_measure)
     return chosen.forward(*tensors, geometry, registered(exchange))
@@ -64,7 +64,7 @@ def _forward(
 @_forward.register_fake
 def _(x, local, restriction, coarse, stride, padding, dilation, *how):
     batch, _, *size = x.shape
-    height, width = output_size(size, local.shape[2:], _geometry(stride, padding, dilation))
+    height, width = output_size(size, local.shape[2:], Geometry.of_lists(stride, padding, dilation))
     y = x.new_empty(batch, len(local), height, width).to(memory_format=memory_format_of(x))
     return y, x.new_empty(coarse.shape[1], batch, height, width)
 
@@ -87,7 +87,7 @@ def _backward(
     may_measure: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    geometry = _geometry(stride, padding, dilation)
+    geometry = Geometry.of_lists(stride, padding, dilation)
     # An operator returns tensors, in strides that the compiler knows beforehand.
     likes = (x, local, restriction, coarse)
     chosen = _schedule(*likes, geometry, ranks, schedule, kernels, may_measure)
@@ -116,7 +116,7 @@ def _gradients(ctx, gy, _):
     wanted = [*ctx.needs_input_grad[:4]]
     if torch.is_grad_enabled():  # a second derivative is wanted, which the operator below has not
         stride, padding, dilation, _, _, _, exchange, _ = ctx.rest
-        geometry = _geometry(stride, padding, dilation)
+        geometry = Geometry.of_lists(stride, padding, dilation)
         x, local, restriction, coarse, z = ctx.saved_tensors
         found = schedules.backward_with_graph(
             gy, x, local, restriction, coarse, z, geometry, registered(exchange), _four(wanted)
@@ -153,8 +153,3 @@ def _schedule(
 def _four(wanted: list[bool]) -> tuple[bool, bool, bool, bool]:
     x, local, restriction, coarse = wanted
     return x, local, restriction, coarse
-
-
-def _geometry(stride: list[int], padding: list[int], dilation: list[int]) -> Geometry:
-    (sh, sw), (ph, pw), (dh, dw) = stride, padding, dilation
-    return Geometry((sh, sw), (ph, pw), (dh, dw))

@@ -1,7 +1,7 @@
 """Strides, paddings and dilations, and what size of output they give."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 
 class Geometry(NamedTuple):
@@ -10,6 +10,12 @@ class Geometry(NamedTuple):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def of_lists(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Self:
+        """From the lists that operators of a compiled graph take."""
+        (sh, sw), (ph, pw), (dh, dw) = stride, padding, dilation
+        return cls((sh, sw), (ph, pw), (dh, dw))
 
 
 def output_size(size: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> tuple[int, int]:
