@@ -7,7 +7,7 @@ Data sets are in `twolevel.data.registry`, networks in `twolevel.models.registry
 from typing import Literal, get_args
 
 # Convolutions; `twolevel.nn.factory` builds them.
-Conv = Literal["sc", "gc", "gc2l", "shuffle", "flgc", "dgconv", "dgc"]
+Conv = Literal["sc", "gc", "gc2l", "bgc", "shuffle", "flgc", "dgconv", "dgc"]
 CONVS: tuple[str, ...] = get_args(Conv)
 UNGROUPED = ("sc", "dgconv")  # groups is 1 unless given
 
@@ -32,7 +32,7 @@ PARALLELS: tuple[str, ...] = get_args(Parallel)
 PIPELINES = ("naive", "gpipe", "1f1b")
 MICROBATCHED = ("gpipe", "1f1b")
 
-# What carries representatives between ranks.
+# What carries representatives (gc2l) and means (bgc) between ranks.
 Carrier = Literal["auto", "group", "mpi"]
 CARRIERS: tuple[str, ...] = get_args(Carrier)
 

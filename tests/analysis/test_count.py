@@ -12,7 +12,7 @@ from twolevel.analysis import Collective, count
 from twolevel.analysis.report import count_table
 from twolevel.errors import UserError
 from twolevel.models import create
-from twolevel.nn import TwoLevelConv2d
+from twolevel.nn import BalancedConv2d, TwoLevelConv2d
 from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.structure import ACTIVATIONS
 
@@ -29,6 +29,10 @@ PARAMETERS = [
     ("wrn-28-10", "gc2l", 4, 9_254_234),
     ("wrn-28-10", "gc2l", 8, 4_737_754),
     ("wrn-28-10", "gc2l", 16, 2_539_994),
+    # By hand: convolutions behind the stem have 36,454,400 parameters, of which BGC has 2/G, and all else is 24,794.
+    ("wrn-28-10", "bgc", 2, 36_479_194),
+    ("wrn-28-10", "bgc", 4, 18_251_994),
+    ("wrn-28-10", "bgc", 8, 9_138_394),
     ("wrn-28-40", "sc", 1, 583_060_954),
     ("wrn-28-40", "gc2l", 2, 291_961_594),
     ("wrn-28-40", "gc2l", 4, 146_301_434),
@@ -46,6 +50,7 @@ ONE_OF_G = [(2, 9_177_258), (4, 2_318_690), (8, 598_206), (16, 165_164)]
 # WRN-28-10, millions of multiply-accumulates for one image of 32 x 32.
 MACS = [("sc", 1, 5243.3)]
 MACS += [("gc", 2, 2621.9), ("gc", 4, 1311.2), ("gc", 8, 655.8), ("gc", 16, 328.1)]
+MACS += [("bgc", 2, 5243.3), ("bgc", 4, 2621.9), ("bgc", 8, 1311.2)]  # those of gc with half as many groups
 MACS += [("gc2l", 2, 2645.9), ("gc2l", 4, 1340.3), ("gc2l", 8, 695.3), ("gc2l", 16, 388.3)]
 
 
@@ -65,6 +70,12 @@ def test_parameters_of_the_published_tables(name, conv, groups, parameters):
 @pytest.mark.parametrize(("groups", "held"), ONE_OF_G)
 def test_parameters_of_one_of_g_ranks(groups, held):
     assert count(on_meta("wrn-28-10", conv="gc2l", groups=groups), CIFAR).held_whole_ends == held
+
+
+def test_parameters_of_balanced_convolutions_on_one_of_four_ranks():
+    """By hand: a quarter of 18,227,200 in convolutions and of 17,952 in norms; stem 432 and classifier 6,410 whole."""
+    held = count(on_meta("wrn-28-10", conv="bgc", groups=4), CIFAR).held_whole_ends
+    assert held == 4_556_800 + 4_488 + 432 + 6_410
 
 
 @pytest.mark.parametrize(("conv", "groups", "millions"), MACS)
@@ -89,9 +100,10 @@ def test_layer_that_is_the_whole_network():
     assert alone.collectives == inside.collectives
 
 
+@pytest.mark.parametrize("conv", ["gc2l", "bgc"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_rank_holds_its_groups_of_everything_but_the_bias(ranks):
-    counted = count(on_meta("wrn-10-1", conv="gc2l", groups=4), CIFAR, ranks=ranks)
+def test_rank_holds_its_groups_of_everything_but_the_bias(ranks, conv):
+    counted = count(on_meta("wrn-10-1", conv=conv, groups=4), CIFAR, ranks=ranks)
     assert (counted.held - 10) * ranks == counted.parameters - 10
     assert counted.held_macs * ranks == counted.macs
 
@@ -105,6 +117,7 @@ def test_rank_holds_its_groups_of_everything_but_the_bias(ranks):
             ("wrn-10-2", "gc2l", {"groups": 4, "kernels": "grouped", "schedule": by})
             for by in ("overlapped", "fused")
         ),
+        ("wrn-10-2", "bgc", {"groups": 4}),
         ("mobilenetv2", "sc", {}),
         ("mobilenetv2", "gc", {"groups": 4}),
     ],
@@ -149,11 +162,37 @@ def test_collectives_of_a_layer_by_hand(dtype, size, logit_size):
     assert counted.bytes_sent == maps * 3 / 2 + logits * 3 / 2
 
 
+def test_collectives_of_a_balanced_layer_by_hand():
+    """The mean has 16 / 8 = 2 maps, of the input's 9 x 7, for 5 images: summed forward, and its gradient backward."""
+    model = nn.Sequential(BalancedConv2d(16, 16, 3, 2, groups=8), nn.Flatten(), nn.Linear(16 * 12, 10))
+    counted = count(model, (16, 9, 7), ranks=4, batch_size=5)
+    maps, logits = 5 * 2 * 9 * 7 * 4, 5 * 10 * 4
+    sums = [Collective("all-reduce", size, size * 2 * 3 / 4) for size in (maps, maps, logits)]
+    assert counted.collectives == sums
+    assert counted.elementwise == 16 * 9 * 7  # the mean reads every number once
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = BalancedConv2d(4, 4, 3, groups=2)
+
+    def forward(self, x):
+        return self.conv(x=x)
+
+
+def test_a_layer_that_is_given_its_input_by_name_is_counted_too():
+    first, second = count(ByName(), (4, 8, 8), ranks=2).collectives
+    assert first == second == Collective("all-reduce", 2 * 8 * 8 * 4, 2 * 8 * 8 * 4)
+
+
 @pytest.mark.parametrize(
     ("conv", "ranks", "kinds"),
     [
         ("gc2l", 4, {"all-gather": 27, "reduce-scatter": 27, "all-reduce": 1}),
         ("gc2l", 1, {}),
+        ("bgc", 4, {"all-reduce": 2 * 27 + 1}),
+        ("bgc", 1, {}),
         ("gc", 4, {"all-reduce": 1}),
     ],
 )

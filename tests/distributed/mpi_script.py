@@ -84,9 +84,9 @@ def training_step(model) -> dict:
     return {"loss": loss.detach(), "image": images.grad, **grads}
 
 
-def parity(mesh: DeviceMesh, schedule: str) -> dict:
+def parity(mesh: DeviceMesh, conv: str, **options) -> dict:
     """This rank's part of a whole network's training step, and the step of the part."""
-    whole = create("wrn-10-1", conv="gc2l", groups=4, num_classes=10, schedule=schedule).double()
+    whole = create("wrn-10-1", conv=conv, groups=4, num_classes=10, **options).double()
     part = parallelize(copy.deepcopy(whole), mesh, exchange="mpi")
     expected = {
         name: part.layout.cut(name, tensor) if name in part.layout.dims else tensor
@@ -145,7 +145,11 @@ def main(folder: Path) -> None:
         "odd strides": odd_strides(axis),
         "beyond": beyond_what_mpi_counts(axis),
         "gradients": gradients(axis),
-        "parity": {schedule: parity(mesh, schedule) for schedule in ("overlapped", "fused")},
+        "parity": {
+            "overlapped": parity(mesh, "gc2l", schedule="overlapped"),
+            "fused": parity(mesh, "gc2l", schedule="fused"),
+            "balanced": parity(mesh, "bgc"),
+        },
         "choices": {name: type(exchange_of(mesh, name)).__name__ for name in ("auto", "group", "mpi")},
         "elsewhere": refusal_of_a_tensor_elsewhere(axis),
         "missing": without_mpi4py_on_the_last_rank(mesh),

@@ -21,11 +21,11 @@ def step(network, x):
     return [logits.detach(), *(p.grad for p in network.parameters())]
 
 
-def eager_and_compiled(schedule, backend):
+def eager_and_compiled(schedule, backend, conv="gc2l"):
     """A step in each, with its collectives; `fullgraph` refuses a graph that breaks anywhere, exchange included."""
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "group"))
     torch.manual_seed(0)
-    model = create("wrn-10-1", conv="gc2l", groups=4).double().to(memory_format=torch.channels_last)
+    model = create("wrn-10-1", conv=conv, groups=4).double().to(memory_format=torch.channels_last)
     for module in model.modules():
         if hasattr(module, "schedule"):
             module.schedule = schedule
@@ -43,9 +43,9 @@ def eager_and_compiled(schedule, backend):
     return found
 
 
-def generated(schedule, cache):
+def generated(schedule, cache, conv):
     with fresh_inductor(cache) as kernels:
-        found = eager_and_compiled(schedule, "inductor")
+        found = eager_and_compiled(schedule, "inductor", conv)
         return found, kernels()
 
 
@@ -65,11 +65,19 @@ def test_a_split_network_compiles_into_one_graph(pool, ranks, schedule):
         assert_same_step(eager, compiled, ranks)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_split_network_of_balanced_convolutions_compiles_into_one_graph(pool, ranks):
+    for eager, compiled in pool.run(eager_and_compiled, None, "aot_eager", "bgc", ranks=ranks):
+        assert_same_step(eager, compiled, ranks)
+
+
 @needs_compiler
-@pytest.mark.parametrize(("ranks", "schedule"), [(1, "dense"), (2, "auto")])
-def test_code_generated_for_a_split_network_computes_the_same(pool, tmp_path, ranks, schedule):
+@pytest.mark.parametrize(
+    ("ranks", "schedule", "conv"), [(1, "dense", "gc2l"), (2, "auto", "gc2l"), (2, None, "bgc")]
+)
+def test_code_generated_for_a_split_network_computes_the_same(pool, tmp_path, ranks, schedule, conv):
     """Two ranks compile at the same time, into one folder."""
     # The compiler starts some twenty times; a busy machine takes a second or two for each.
-    for found, kernels in pool.run(generated, schedule, str(tmp_path), ranks=ranks, timeout=300):
+    for found, kernels in pool.run(generated, schedule, str(tmp_path), conv, ranks=ranks, timeout=300):
         assert_same_step(*found, ranks)
         assert kernels > 10

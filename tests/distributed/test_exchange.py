@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twolevel.analysis import count
 from twolevel.distributed import MeshAxis, clip_gradients_, parallelize
 from twolevel.models import create
-from twolevel.nn import TwoLevelConv2d
-from twolevel.ops import Geometry, two_level_conv2d
+from twolevel.nn import BalancedConv2d, TwoLevelConv2d
+from twolevel.ops import Geometry, balanced_conv2d, two_level_conv2d
 
 # By hand. Rank p holds the number p + 1, and TOTAL[P] = 1 + ... + P.
 TOTAL = {1: 1, 2: 3, 4: 10}
@@ -70,6 +70,85 @@ def test_backward_of_gather_is_reduce_scatter(pool, ranks, schedule):
         assert g_local == [number]
         assert g_restriction == [total * number]
         assert g_coarse == [other + 1 for other in range(ranks)]
+
+
+def balanced_layer_of_numbers():
+    """One channel a rank: A = 10 p + 10, B = p + 1, x = p + 1."""
+    axis, number = MeshAxis(dist.group.WORLD), dist.get_rank() + 1.0
+    x = torch.full((1, 1, 1, 1), number, requires_grad=True)
+    local = torch.full((1, 1, 1, 1), 10 * number, requires_grad=True)
+    mean = torch.full((1, 1, 1, 1), number, requires_grad=True)
+    y = balanced_conv2d(x, local, mean, Geometry(), exchange=axis)
+    y.sum().backward()
+    return [t.item() for t in (y, x.grad, local.grad, mean.grad)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_backward_of_the_mean_is_the_mean_over_ranks_of_their_gradients(pool, ranks):
+    """y_p = A_p x_p + B_p mean(x); so dx_p is A_p and the mean of every rank's B, and not this rank's own."""
+    mean = TOTAL[ranks] / ranks
+    for rank, (y, gx, g_local, g_mean) in enumerate(pool.run(balanced_layer_of_numbers, ranks=ranks)):
+        number = rank + 1
+        assert y == 10 * number**2 + number * mean
+        assert gx == 10 * number + mean
+        assert g_local == number
+        assert g_mean == mean
+
+
+def frozen_balanced_layer():
+    """What is exchanged where x, A or B takes no gradient, and which gradients there are."""
+    axis, found = MeshAxis(dist.group.WORLD), []
+    for frozen in range(3):
+        torch.manual_seed(0)
+        tensors = [
+            torch.randn(shape, requires_grad=True) for shape in ((2, 2, 4, 4), (3, 2, 3, 3), (3, 2, 3, 3))
+        ]
+        whole = torch.autograd.grad(balanced_conv2d(*tensors, Geometry(), exchange=axis).sum(), tensors)
+        tensors[frozen].requires_grad_(False)
+        with Collectives() as collectives:
+            balanced_conv2d(*tensors, Geometry(), exchange=axis).sum().backward()
+        assert tensors[frozen].grad is None
+        for index, tensor in enumerate(tensors):
+            assert index == frozen or torch.equal(tensor.grad, whole[index])
+        found.append(len(collectives.seen))
+    return found
+
+
+def test_an_input_without_a_gradient_costs_no_sum_in_backward(pool):
+    assert pool.run(frozen_balanced_layer, ranks=2) == [[1, 2, 2]] * 2
+
+
+def no_images():
+    axis, x = MeshAxis(dist.group.WORLD), torch.zeros(0, 2, 4, 4, requires_grad=True)
+    weights = [torch.ones(3, 2, 3, 3, requires_grad=True) for _ in range(2)]
+    y = balanced_conv2d(x, *weights, Geometry(), exchange=axis)
+    y.sum().backward()
+    return [tuple(t.shape) for t in (y, x.grad)], [t.grad.any().item() for t in weights]
+
+
+def test_no_images_over_ranks_give_no_images(pool):
+    assert pool.run(no_images, ranks=2) == [([(0, 3, 2, 2), (0, 2, 4, 4)], [False, False])] * 2
+
+
+def in_other_memory():
+    """The layer where the first rank's images lie in channels_last memory and the others' do not."""
+    axis, rank = MeshAxis(dist.group.WORLD), dist.get_rank()
+    torch.manual_seed(0)
+    x, *weights = (torch.randn(shape) for shape in ((2, 2 * axis.ranks, 4, 5), (3, 2, 3, 3), (3, 2, 3, 3)))
+    x = x.chunk(axis.ranks, 1)[rank]
+    formats = (torch.contiguous_format, torch.channels_last if rank == 0 else torch.contiguous_format)
+    found = []
+    for memory_format in formats:
+        own = x.clone(memory_format=memory_format).requires_grad_()
+        y = balanced_conv2d(own, *weights, Geometry(), exchange=axis)
+        y.square().sum().backward()
+        found.append((y.detach(), own.grad))
+    return found
+
+
+def test_ranks_whose_memory_formats_differ_add_up_the_same_channels(pool):
+    for alike, other in pool.run(in_other_memory, ranks=2):
+        torch.testing.assert_close(alike, other)
 
 
 def sum_numbers():
@@ -171,6 +250,24 @@ def test_step_has_the_counted_collectives_and_no_other(pool, groups, ranks, dtyp
         assert seen[convs][0] == "all-reduce"  # after all of forward, before all of backward
 
 
+@pytest.mark.parametrize(
+    "schedule_of_types", [(torch.float32, False), (torch.float64, False), (torch.float32, True)]
+)
+@pytest.mark.parametrize(("groups", "ranks"), [(4, 2), (4, 4), (8, 4)])
+def test_step_of_balanced_convolutions_has_the_counted_sums_and_no_other(
+    pool, groups, ranks, schedule_of_types
+):
+    """Two all-reduces a balanced convolution, one all-reduce for the logits."""
+    dtype, autocast = schedule_of_types
+    model, expected = counted("bgc", groups, torch.bfloat16 if autocast else dtype, 3, 9, ranks)
+    convs = sum(isinstance(module, BalancedConv2d) for module in model.modules())
+    assert Counter(kind for kind, _ in expected) == {"all-reduce": 2 * convs + 1}
+    *by_layer, logits = expected
+    for seen in pool.run(step, "bgc", groups, dtype, 3, 9, autocast=autocast, ranks=ranks):
+        assert Counter(seen) == Counter(expected)
+        assert seen[: convs + 1] == [*by_layer[::2], logits]  # forward, in the order of the layers
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_group_convolution_adds_the_logits_and_nothing_else(pool, ranks):
     _, expected = counted("gc", 4, torch.float64, 3, 8, ranks)
@@ -179,7 +276,7 @@ def test_group_convolution_adds_the_logits_and_nothing_else(pool, ranks):
         assert seen == expected
 
 
-@pytest.mark.parametrize("conv", ["gc", "gc2l"])
+@pytest.mark.parametrize("conv", ["gc", "gc2l", "bgc"])
 def test_one_rank_sends_nothing(pool, conv):
     assert counted(conv, 4, torch.float32, 3, 8, 1)[1] == []
     assert pool.run(step, conv, 4, torch.float32, 3, 8, clip=True, ranks=1) == [[]]
@@ -215,6 +312,24 @@ def second_derivative(schedule, compiled):
 @pytest.mark.parametrize("schedule", ["overlapped", "fused"])
 def test_second_derivatives_are_refused_across_ranks(pool, schedule, compiled):
     pool.run(second_derivative, schedule, compiled, ranks=2)
+
+
+def second_derivative_of_a_balanced_layer(compiled):
+    axis, x = MeshAxis(dist.group.WORLD), torch.ones(1, 1, 3, 3, requires_grad=True)
+    weights = [torch.ones(1, 1, 1, 1, requires_grad=True) for _ in range(2)]
+
+    def compute(x):
+        return balanced_conv2d(x, *weights, Geometry(), exchange=axis)
+
+    y = (torch.compile(compute, backend="eager", fullgraph=True) if compiled else compute)(x)
+    for wanted in ([x], weights):
+        with pytest.raises(NotImplementedError, match="second derivatives across ranks are not supported"):
+            torch.autograd.grad((y**2).sum(), wanted, create_graph=True, retain_graph=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_second_derivatives_of_a_balanced_layer_are_refused_across_ranks(pool, compiled):
+    pool.run(second_derivative_of_a_balanced_layer, compiled, ranks=2)
 
 
 def second_derivative_of_logits(compiled):

@@ -11,7 +11,7 @@ from twolevel.models import create
 
 # Float64: sums of some ten thousand squares, in another order.
 CLOSE = {"rtol": 1e-12, "atol": 0.0}
-CONVS = ["gc", "gc2l"]
+CONVS = ["gc", "gc2l", "bgc"]
 
 
 def with_gradients(conv, mesh=None, frozen=()):

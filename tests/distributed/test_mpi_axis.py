@@ -73,14 +73,14 @@ def test_logits_pass_their_gradient_and_the_input_sums_it(answers):
 
 def test_network_over_mpi_is_the_single_process_network(answers):
     for answer in answers:
-        for schedule, found in answer["parity"].items():
+        for name, found in answer["parity"].items():
             # Float64, and only the order of some sums differs.
             torch.testing.assert_close(
                 found["part"],
                 found["expected"],
                 rtol=1e-10,
                 atol=1e-12,
-                msg=lambda m, s=schedule: f"{s}: {m}",
+                msg=lambda m, n=name: f"{n}: {m}",
             )
 
 

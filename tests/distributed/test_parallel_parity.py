@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from twolevel.distributed import parallelize, replicate
 from twolevel.errors import UserError
 from twolevel.models import create
-from twolevel.nn import TwoLevelConv2d, convert, initialize, layout_of
+from twolevel.nn import BalancedConv2d, TwoLevelConv2d, convert, initialize, layout_of
 from twolevel.ops.kernels import native
 
 # Float64, and only the order of some sums differs between 1 and P ranks.
@@ -57,11 +57,14 @@ def run_layer(
     n=16,
     m=24,
     representatives=1,
+    make=TwoLevelConv2d,
 ) -> dict:
     """Output, and gradients of the input and of every weight, of this rank's channels or of all."""
     torch.manual_seed(0)
-    more = {"representatives": representatives, "schedule": schedule, "kernels": kernels}
-    conv = TwoLevelConv2d(n, m, 3, stride, 1, groups=groups, **more).to(dtype)
+    more = {}
+    if make is TwoLevelConv2d:
+        more = {"representatives": representatives, "schedule": schedule, "kernels": kernels}
+    conv = make(n, m, 3, stride, 1, groups=groups, **more).to(dtype)
     x, pixels = torch.randn(3, n, *size, dtype=dtype), [(s - 1) // stride + 1 for s in size]
     gy = torch.randn(3, m, *pixels, dtype=dtype)
     if mesh is not None:
@@ -75,14 +78,17 @@ def run_layer(
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-def layer_on_ranks(cases) -> list[dict]:
+def layer_on_ranks(cases, **options) -> list[dict]:
     mesh = mesh_of()
-    return [run_layer(*case, mesh) for case in cases]
+    return [run_layer(*case, mesh, **options) for case in cases]
 
 
-@pytest.mark.parametrize("schedule", ["overlapped", "fused"])
+@pytest.mark.parametrize(
+    ("make", "schedule"),
+    [(TwoLevelConv2d, "overlapped"), (TwoLevelConv2d, "fused"), (BalancedConv2d, None)],
+)
 @pytest.mark.parametrize(("groups", "ranks"), GROUPS_AND_RANKS)
-def test_layer(pool, groups, ranks, schedule):
+def test_layer(pool, groups, ranks, make, schedule):
     formats = (torch.contiguous_format, torch.channels_last)
     cases = [
         (stride, size, schedule, memory_format, groups)
@@ -90,9 +96,9 @@ def test_layer(pool, groups, ranks, schedule):
         for size in ((7, 7), (8, 8), (6, 9))
         for memory_format in formats
     ]
-    held = pool.run(layer_on_ranks, cases, ranks=ranks)
+    held = pool.run(layer_on_ranks, cases, make=make, ranks=ranks)
     for case, *parts in zip(cases, *held, strict=True):
-        whole = run_layer(*case)
+        whole = run_layer(*case, make=make)
         torch.testing.assert_close(join(parts, whole), whole, **CLOSE, msg=lambda m, c=case: f"{c}: {m}")
 
 
@@ -166,7 +172,7 @@ def train_on_ranks(name, conv, groups, size, steps):
     return train(model, *batch(size), steps)
 
 
-@pytest.mark.parametrize("conv", ["gc2l", "gc"])
+@pytest.mark.parametrize("conv", ["gc2l", "bgc", "gc"])
 @pytest.mark.parametrize(("groups", "ranks"), GROUPS_AND_RANKS)
 def test_training(pool, groups, ranks, conv):
     settings = ("wrn-10-1", conv, groups)
@@ -180,10 +186,11 @@ def test_training(pool, groups, ranks, conv):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.parametrize("conv", ["gc2l", "bgc"])
 @pytest.mark.parametrize("name", ["mobilenetv2", "resnet18", "vgg11_bn"])
-def test_training_of_converted_and_depthwise_networks(pool, name):
+def test_training_of_converted_and_depthwise_networks(pool, name, conv):
     # At 32 x 32 their last maps have one pixel, and batch norm over 4 numbers amplifies rounding beyond use.
-    settings = (name, "gc2l", 4)
+    settings = (name, conv, 4)
     first, state, _ = train(network(*settings), *batch(64), 2)
     parts = pool.run(train_on_ranks, *settings, 64, 2, ranks=2)
     torch.testing.assert_close(join([part[0] for part in parts], first), first, rtol=1e-10, atol=1e-10)
@@ -200,9 +207,10 @@ def train_replicas(name, conv, groups, size, steps, data):
     return first, {key: t.clone() for key, t in model.state_dict().items()}, losses
 
 
+@pytest.mark.parametrize("conv", ["gc2l", "bgc"])
 @pytest.mark.parametrize(("data", "ranks"), [(2, 2), (2, 4), (4, 4)])
-def test_training_of_replicas_with_batch_statistics_of_all_images(pool, data, ranks):
-    settings = ("wrn-10-1", "gc2l", 4)
+def test_training_of_replicas_with_batch_statistics_of_all_images(pool, data, ranks, conv):
+    settings = ("wrn-10-1", conv, 4)
     first, state, losses = train(network(*settings), *batch(8), 20)
     results = pool.run(train_replicas, *settings, 8, 20, data, ranks=ranks)
     group = ranks // data
@@ -244,7 +252,7 @@ REFUSED = {  # the network, and the beginning of the message
     "dense network": (
         lambda: create("wrn-10-1"),
         "stages.0.0.conv1 is a dense convolution and cannot be split over group=4 ranks; "
-        "use conv='gc' or 'gc2l', or replicate it with data=4, group=1",
+        "use conv='gc', 'gc2l' or 'bgc', or replicate it with data=4, group=1",
     ),
     "ranks that do not divide the groups": (
         layers,

@@ -33,7 +33,7 @@ def grouped(*middle):
 
 
 @pytest.mark.parametrize("name", ["wrn-10-1", "mobilenetv2", "wrn-34-2"])
-@pytest.mark.parametrize("conv", ["gc", "gc2l"])
+@pytest.mark.parametrize("conv", ["gc", "gc2l", "bgc"])
 def test_our_networks_act_within_groups(name, conv):
     check_within_groups(create(name, conv=conv, groups=2), 2)
 

@@ -11,6 +11,7 @@ from twolevel.errors import UserError
 from twolevel.models import create, image_size
 from twolevel.nn import (
     KINDS,
+    BalancedConv2d,
     DGConv2d,
     DynamicGroupConv2d,
     FLGConv2d,
@@ -91,6 +92,7 @@ FAMILIES = ["mobilenetv2-cifar", "resnet18", "condensenet-50", "wrn-10-1"]
 CLASSES = {
     "gc": torch.nn.Conv2d,
     "gc2l": TwoLevelConv2d,
+    "bgc": BalancedConv2d,
     "shuffle": ShuffleConv2d,
     "flgc": FLGConv2d,
     "dgconv": DGConv2d,
@@ -108,6 +110,8 @@ def parameters_of(layer: torch.nn.Module, conv: str) -> int:
     dense = m * n * k * k
     if conv == "gc2l":
         return dense // 4 + n * k * k + 4 * m  # local, restriction, coarse
+    if conv == "bgc":
+        return 2 * (dense // 4)  # local, mean
     if conv == "flgc":
         return dense + 4 * (n + m)  # a logit for each channel and group
     if conv == "dgconv":

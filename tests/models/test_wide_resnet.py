@@ -51,9 +51,16 @@ def two_level(state, name, x, stride, padding):
     return F.conv2d(x, local, None, stride, padding, groups=len(restriction)) + F.conv2d(z, coarse)
 
 
+def balanced(state, name, x, stride, padding):
+    local, mean = (state[f"{name}.{p}.weight"] for p in ("local", "mean"))
+    x_mean = sum(x.chunk(4, 1)) / 4
+    y = F.conv2d(x, local, None, stride, padding, groups=4)
+    return y + F.conv2d(x_mean, mean, None, stride, padding)
+
+
 @pytest.mark.parametrize(
     ("kind", "groups", "conv"),
-    [("sc", 1, grouped(1)), ("gc", 4, grouped(4)), ("gc2l", 4, two_level)],
+    [("sc", 1, grouped(1)), ("gc", 4, grouped(4)), ("gc2l", 4, two_level), ("bgc", 4, balanced)],
 )
 @pytest.mark.parametrize(("depth", "widen", "size"), [(10, 2, 8), (16, 1, 9)])
 def test_network_is_the_papers(depth, widen, size, kind, groups, conv):

@@ -10,6 +10,7 @@ import twolevel
 from twolevel.errors import UserError
 from twolevel.nn import (
     KINDS,
+    BalancedConv2d,
     DGConv2d,
     DynamicGroupConv2d,
     FLGConv2d,
@@ -22,6 +23,7 @@ CLASSES = {
     "sc": nn.Conv2d,
     "gc": nn.Conv2d,
     "gc2l": TwoLevelConv2d,
+    "bgc": BalancedConv2d,
     "shuffle": ShuffleConv2d,
     "flgc": FLGConv2d,
     "dgconv": DGConv2d,
@@ -61,6 +63,8 @@ KEPT = [  # from a convolution of so many groups, to a kind with so many
     (4, "gc", 4),
     (1, "gc2l", 1),
     (4, "gc2l", 4),
+    (1, "bgc", 1),
+    (4, "bgc", 4),
     (1, "dgconv", 1),
     (2, "dgconv", 2),
     (1, "flgc", 1),
@@ -81,7 +85,7 @@ def test_weights_are_kept_where_the_new_form_can_represent_them(before, conv, gr
 
 @pytest.mark.parametrize(
     ("before", "conv", "groups"),
-    [(1, "gc", 4), (1, "gc2l", 4), (4, "shuffle", 4), (2, "flgc", 4), (1, "dgc", 4)],
+    [(1, "gc", 4), (1, "gc2l", 4), (1, "bgc", 4), (4, "shuffle", 4), (2, "flgc", 4), (1, "dgc", 4)],
 )
 def test_other_weights_are_drawn_from_seed_and_name(before, conv, groups):
     first, second, other = (
@@ -89,7 +93,7 @@ def test_other_weights_are_drawn_from_seed_and_name(before, conv, groups):
     )
     assert first.conversion.replaced == {"2": "weights drawn anew"}
     weights = [dict(m[2].named_parameters()) for m in (first, second, other)]
-    name = "local.weight" if conv == "gc2l" else "weight"
+    name = "local.weight" if conv in ("gc2l", "bgc") else "weight"
     assert torch.equal(weights[0][name], weights[1][name])
     assert not torch.equal(weights[0][name], weights[2][name])
 

@@ -14,6 +14,7 @@ LAYERS = {
     "sc": {},
     "gc": {"groups": 4},
     "gc2l": {"groups": 4},
+    "bgc": {"groups": 4},
     "shuffle": {"groups": 4},
     "shuffle permuted": {"groups": 4, "permutation_seed": 3},
     "flgc": {"groups": 3},

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from twolevel.distributed import parallelize
 from twolevel.models import create
-from twolevel.nn import TwoLevelConv2d, initialize
+from twolevel.nn import BalancedConv2d, TwoLevelConv2d, initialize
 
-NETWORKS = [("wrn-10-1", "gc2l"), ("wrn-10-1", "gc"), ("mobilenetv2", "gc2l")]
+NETWORKS = [("wrn-10-1", "gc2l"), ("wrn-10-1", "gc"), ("wrn-10-1", "bgc"), ("mobilenetv2", "gc2l")]
 SEED = 3
 
 
@@ -74,11 +74,12 @@ def test_state_does_not_depend_on_the_global_generator():
     torch.testing.assert_close(create("wrn-10-1", conv="gc2l", groups=2).state_dict(), first, rtol=0, atol=0)
 
 
-def test_every_group_and_every_weight_has_its_own_stream():
-    model = nn.Sequential(*(TwoLevelConv2d(16, 16, 3, groups=4) for _ in range(2)))
+@pytest.mark.parametrize(("conv", "weights"), [(TwoLevelConv2d, 3), (BalancedConv2d, 2)])
+def test_every_group_and_every_weight_has_its_own_stream(conv, weights):
+    model = nn.Sequential(*(conv(16, 16, 3, groups=4) for _ in range(2)))
     parts = [part for p in initialize(model).parameters() if p.dim() > 1 for part in p.chunk(4)]
     firsts = [tuple(part.flatten()[:4].tolist()) for part in parts]
-    assert len(set(firsts)) == len(firsts) == 2 * 3 * 4
+    assert len(set(firsts)) == len(firsts) == 2 * weights * 4
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from twolevel.models import create
-from twolevel.nn import TwoLevelConv2d, layout_of
+from twolevel.nn import BalancedConv2d, TwoLevelConv2d, layout_of
 
 
 def two_level_net(groups: int = 4) -> nn.Module:
@@ -32,7 +32,7 @@ def test_dimensions_are_those_of_the_design():
 
 
 @pytest.mark.parametrize(
-    ("name", "conv"), [("wrn-10-1", "gc"), ("wrn-10-1", "gc2l"), ("mobilenetv2", "gc2l")]
+    ("name", "conv"), [("wrn-10-1", "gc"), ("wrn-10-1", "gc2l"), ("wrn-10-1", "bgc"), ("mobilenetv2", "gc2l")]
 )
 def test_every_name_of_the_state_dict_has_a_dimension(name, conv):
     with torch.device("meta"):
@@ -47,6 +47,8 @@ def test_every_name_of_the_state_dict_has_a_dimension(name, conv):
         ("wrn-10-1", "gc", 1, 1),
         ("wrn-10-1", "gc", 8, 8),
         ("wrn-10-1", "gc2l", 2, 2),
+        ("wrn-10-1", "bgc", 4, 4),
+        ("mobilenetv2", "bgc", 4, 4),
         ("mobilenetv2", "sc", 1, 1),  # its depthwise convolutions alone do not make it divide
         ("mobilenetv2", "gc2l", 4, 4),  # nor do they make more groups of it
         ("mobilenetv2", "gc", 8, 8),
@@ -57,8 +59,9 @@ def test_network_divides_by_the_groups_of_its_convolutions(name, conv, groups, c
         assert layout_of(create(name, conv=conv, groups=groups)).groups == channel_groups
 
 
-def test_two_level_convolution_alone_divides_by_its_groups():
-    layout = layout_of(TwoLevelConv2d(8, 8, 3, groups=4))
+@pytest.mark.parametrize("conv", [TwoLevelConv2d, BalancedConv2d])
+def test_convolution_alone_divides_by_its_groups(conv):
+    layout = layout_of(conv(8, 8, 3, groups=4))
     assert layout.groups == 4
     assert set(layout.dims.values()) == {0}
 

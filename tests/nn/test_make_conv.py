@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from twolevel.errors import UserError
-from twolevel.nn import KINDS, TwoLevelConv2d, make_conv
+from twolevel.nn import KINDS, BalancedConv2d, TwoLevelConv2d, make_conv
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from twolevel.nn import KINDS, TwoLevelConv2d, make_conv
         ("gc", 1, nn.Conv2d, 1),
         ("gc", 4, nn.Conv2d, 4),
         ("gc2l", 4, TwoLevelConv2d, 4),
+        ("bgc", 4, BalancedConv2d, 4),
     ],
 )
 def test_kind_is_a_class_and_a_number_of_groups(kind, groups, cls, conv_groups):
@@ -24,7 +25,7 @@ def test_kind_is_a_class_and_a_number_of_groups(kind, groups, cls, conv_groups):
     assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (8, 12, (3, 5))
 
 
-@pytest.mark.parametrize("kind", ["sc", "gc", "gc2l"])
+@pytest.mark.parametrize("kind", ["sc", "gc", "gc2l", "bgc"])
 def test_drop_in_for_conv2d_without_bias(kind):
     """Positional stride and padding mean what they mean there, and so does every option."""
     groups = {} if kind == "sc" else {"groups": 2}
@@ -44,7 +45,7 @@ def test_options_go_to_the_class_of_the_kind():
 @pytest.mark.parametrize(
     ("kind", "groups", "message"),
     [
-        ("sc", 4, "conv='sc' is dense and takes groups=1, not groups=4; use gc or gc2l"),
+        ("sc", 4, "conv='sc' is dense and takes groups=1, not groups=4; use gc, gc2l or bgc"),
         ("gc", 3, "groups=3 does not divide in_channels=8; use one of 1, 2, 4"),
         ("gc2l", 8, "groups=8 does not divide out_channels=12; use one of 1, 2, 4"),
         ("xyz", 1, f"unknown conv 'xyz'; use one of {', '.join(sorted(KINDS))}"),

@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twolevel.distributed import parallelize
-from twolevel.nn import TwoLevelConv2d
+from twolevel.nn import BalancedConv2d, TwoLevelConv2d
+from twolevel.nn.base import ShardedConv2d
 from twolevel.ops import LOCAL
 from twolevel.ops.kernels import native
 from twolevel.ops.kernels.native import two_level
@@ -18,8 +19,8 @@ GROUPS = 4
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
-# Kernels; channels a group, n/G and m/G, so that each weight has a shape of its own; and the events before the
-# exchange starts and after it was waited for, which are the restriction's.
+# Kernels; channels a group, n/G and m/G; and the events before the exchange starts and after it was waited for, which
+# are the restriction's.
 GROUPED = ("grouped", 3, 5, torch.contiguous_format, ["restriction"], ["restriction gradients"])
 DEPTHWISE = (
     "depthwise",
@@ -46,18 +47,22 @@ def backward_order(restriction, crossing=()):
 class Events(TorchDispatchMode):
     """Lists the convolutions, the matrix products and the collectives that run, each by what it is for."""
 
-    def __init__(self, conv: TwoLevelConv2d):
+    def __init__(self, conv: ShardedConv2d):
         super().__init__()
         self.events: list[str] = []
-        self.weights = {tuple(conv.get_parameter(f"{n}.weight").shape): n for n in ("local", "restriction")}
-        self.weights[conv.local.in_channels, 1, 3, 3] = "restriction"  # by way of a depthwise convolution
+        self.weights = {part.weight.data_ptr(): name for name, part in conv.named_children()}
+        self.depthwise = (conv.local.in_channels, 1, 3, 3)
+
+    def _part(self, weight: torch.Tensor) -> str:
+        other = "restriction" if tuple(weight.shape) == self.depthwise else "another"
+        return self.weights.get(weight.data_ptr(), other)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.name().removeprefix("aten::")
         if name == "convolution":
-            self.events.append(self.weights.get(tuple(args[1].shape), "another"))
+            self.events.append(self._part(args[1]))
         elif name == "convolution_backward":
-            self.events.append(self.weights.get(tuple(args[2].shape), "another") + " gradients")
+            self.events.append(f"{self._part(args[2])} gradients")
         elif name in PRODUCTS:
             self.events.append("product")
         elif name.startswith("c10d::"):
@@ -87,6 +92,9 @@ class Logged:
 
     def scatter_sum(self, parts):
         return self._start("scatter", self.exchange.scatter_sum, parts)
+
+    def sum(self, own):
+        return self._start("sum", self.exchange.sum, own)
 
 
 def events_of(conv, x):
@@ -180,3 +188,20 @@ def test_collectives_of_ranks_run_under_the_local_convolution(pool, case):
     for forward, backward in pool.run(order_on_ranks, case, ranks=2):
         assert forward == forward_order(case[4], ["c10d::_allgather_base_"])
         assert backward == backward_order(case[5], ["c10d::alltoall_base_"])
+
+
+def balanced_order_on_ranks(memory_format):
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "group"))
+    conv = parallelize(BalancedConv2d(GROUPS * 3, GROUPS * 5, 3, padding=1, groups=GROUPS), mesh)
+    return events_of(conv, torch.randn(2, GROUPS * 3 // ranks, 6, 6).to(memory_format=memory_format))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_the_mean_is_summed_under_the_local_convolution_and_its_gradient_under_the_gradients(
+    pool, memory_format
+):
+    start = ["sum started", "c10d::allreduce_"]
+    for forward, backward in pool.run(balanced_order_on_ranks, memory_format, ranks=2):
+        assert forward == [*start, "local", "sum waited", "mean"]
+        assert backward == ["mean gradients", *start, "local gradients", "mean gradients", "sum waited"]

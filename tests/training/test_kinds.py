@@ -3,6 +3,7 @@
 import pytest
 import torch
 from command import records, run
+from safetensors.torch import load_file
 
 import twolevel.models
 from twolevel.nn import DynamicGroupConv2d
@@ -12,6 +13,7 @@ KINDS = {
     "sc": [],
     "gc": ["--groups", 4],
     "gc2l": ["--groups", 4],
+    "bgc": ["--groups", 4],
     "shuffle": ["--groups", 4],
     "flgc": ["--groups", 4],
     "dgconv": ["--complexity-divisor", 4],
@@ -43,6 +45,22 @@ def test_two_replicas_learn_what_one_process_learns_of_the_joined_batch(pool, ti
     one, two = ([r["loss"] for r in records(tmp_path / name, "step")] for name in ("one", "two"))
     # float64; sums over replicas are added in another order.
     assert one == pytest.approx(two, rel=1e-9)
+
+
+@pytest.mark.parametrize("conv", ["gc", "bgc"])  # of gc2l test_resume.py has more
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_of_four_ranks_goes_on_and_is_exported_on_fewer(pool, tiny, tmp_path, conv, ranks):
+    options, files = [*tiny, "--conv", conv, "--ema-decay", 0.9], []
+    run(pool, "train", *options, "--output", tmp_path / "whole")
+    run(pool, "train", *options, "--output", tmp_path / "parts", "--max-steps", 4, ranks=4)
+    run(pool, "train", *options, "--output", tmp_path / "parts", "--resume", ranks=ranks)
+    for name in ("whole", "parts"):
+        files.append(tmp_path / f"{name}.safetensors")
+        run(pool, "export", tmp_path / name, files[-1])
+    whole, parts = ([r["loss"] for r in records(tmp_path / n, "step")] for n in ("whole", "parts"))
+    # float64; sums over ranks are added in another order, and steps amplify the rounding of those before them.
+    assert parts == pytest.approx(whole, rel=1e-10)
+    torch.testing.assert_close(load_file(files[1]), load_file(files[0]), rtol=1e-10, atol=1e-10)
 
 
 def test_a_bound_on_saliencies_is_in_the_run_its_export_and_the_inference_form(pool, tiny, tmp_path):

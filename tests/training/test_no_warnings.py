@@ -13,6 +13,7 @@ GC2L = {"conv": "gc2l", "groups": 4}
 # Ranks on the data axis, and what they train: every collective, and every kind of gradient that buckets of DDP take.
 CASES = {
     "group axis": (1, GC2L),
+    "group axis, balanced": (1, {"conv": "bgc", "groups": 4}),
     "data axis": (2, {"conv": "sc"}),
     "data axis, synchronised": (2, {"conv": "sc", "sync_batch_norm": True}),
     "data axis, two-level": (2, {**GC2L, "sync_batch_norm": True}),

@@ -127,6 +127,7 @@ def test_parts_one_after_the_other_learn_what_replicas_learn(pool, tiny, tmp_pat
         ["--lr-schedule", "linear", "--warmup-epochs", "0.5"],
         ["--lr-coarse", "0.5"],
         ["--conv", "gc"],
+        ["--conv", "bgc"],
         ["--conv", "sc", "--groups", "1"],
     ],
     ids=" ".join,

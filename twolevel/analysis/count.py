@@ -10,9 +10,9 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from twolevel.analysis.elementwise import ElementCounter
-from twolevel.analysis.traffic import Collective, logits_sum, representatives_exchange
+from twolevel.analysis.traffic import Collective, logits_sum, mean_exchange, representatives_exchange
 from twolevel.errors import UserError
-from twolevel.nn import TwoLevelConv2d, layout_of
+from twolevel.nn import BalancedConv2d, TwoLevelConv2d, layout_of
 from twolevel.nn.arguments import check_divides
 from twolevel.nn.base import ReplicatedConv2d, ShardedConv2d
 from twolevel.nn.convert import CONVOLUTIONS
@@ -49,8 +49,8 @@ class Count:
     `held_whole_ends` are the parameters of a rank with stem and classifier counted whole on every rank, although
     here they are split too. `published_parameters` leave out what a convolution needs only to choose its
     connections (FLGC's S and T, closed connections of DGConv). `elementwise` are an image's operations in
-    activations, pooling, the choice of channels and the biases of linear layers, one an element, which the papers of
-    CondenseNet and DGC count among the MACs.
+    activations, pooling, BGC's mean of groups, the choice of channels and the biases of linear layers, one an
+    element, which the papers of CondenseNet and DGC count among the MACs.
     """
 
     groups: int
@@ -125,7 +125,7 @@ def count(
     check_divides("ranks", ranks, groups=layout.groups)
 
     stem, classifier = ends(model)
-    outputs, elementwise = _output_shapes(model, input_shape)
+    inputs, outputs, elementwise = _map_shapes(model, input_shape)
     layers: list[LayerCount] = []
     held_whole_ends, published = 0, 0
     for name, module in named_layers(model):
@@ -153,6 +153,7 @@ def count(
                 realised_macs=realised,
                 collectives=_collectives(
                     module,
+                    inputs[name],
                     outputs[name],
                     batch_size=batch_size,
                     itemsize=dtype.itemsize,
@@ -172,21 +173,24 @@ def count(
     )
 
 
-def _output_shapes(
+def _map_shapes(
     model: nn.Module, input_shape: tuple[int, int, int]
-) -> tuple[dict[str, tuple[int, ...]], int]:
-    """The output shape, without the batch, of every layer that has parameters; elementwise operations in all."""
-    shapes: dict[str, tuple[int, ...]] = {}
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], int]:
+    """Input and output shapes, without the batch, of every layer that has parameters; elementwise operations in all."""
+    inputs: dict[str, tuple[int, ...]] = {}
+    outputs: dict[str, tuple[int, ...]] = {}
     hooks: list[RemovableHandle] = []
     names = {module: name for name, module in model.named_modules()}
 
-    def record(module: nn.Module, _: Any, output: Tensor) -> None:
-        shapes[names[module]] = tuple(output.shape[1:])
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        given = (*args, *kwargs.values())[0]
+        inputs[names[module]] = tuple(given.shape[1:])
+        outputs[names[module]] = tuple(output.shape[1:])
 
     for _, module in named_layers(model):
         ours = isinstance(module, ShardedConv2d | ReplicatedConv2d)
         if ours or any(True for _ in module.parameters(recurse=False)):
-            hooks.append(module.register_forward_hook(record))
+            hooks.append(module.register_forward_hook(record, with_kwargs=True))
     training = {module: module.training for module in model.modules()}
     tensors = {k: torch.empty_like(t, device="meta") for k, t in model.state_dict().items()}
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
@@ -202,7 +206,7 @@ def _output_shapes(
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return shapes, counter.operations
+    return inputs, outputs, counter.operations
 
 
 def _macs(name: str, module: nn.Module, output: tuple[int, ...]) -> tuple[int, int]:
@@ -237,6 +241,7 @@ def _elementwise(module: nn.Module) -> int:
 
 def _collectives(
     module: nn.Module,
+    given: tuple[int, ...],
     output: tuple[int, ...],
     *,
     batch_size: int,
@@ -251,6 +256,14 @@ def _collectives(
             batch=batch_size,
             representatives=module.groups * module.representatives,
             pixels=output[1] * output[2],
+            itemsize=itemsize,
+            ranks=ranks,
+        )
+    if isinstance(module, BalancedConv2d):
+        return mean_exchange(
+            batch=batch_size,
+            channels=given[0] // module.groups,
+            pixels=given[1] * given[2],
             itemsize=itemsize,
             ranks=ranks,
         )

@@ -49,6 +49,14 @@ def representatives_exchange(
     return collective("all-gather", size, ranks=ranks), collective("reduce-scatter", size, ranks=ranks)
 
 
+def mean_exchange(
+    *, batch: int, channels: int, pixels: int, itemsize: int, ranks: int
+) -> tuple[Collective, Collective]:
+    """The sum over ranks of the mean of groups of a balanced convolution, and that of its gradient."""
+    size = batch * channels * pixels * itemsize
+    return collective("all-reduce", size, ranks=ranks), collective("all-reduce", size, ranks=ranks)
+
+
 def logits_sum(*, batch: int, classes: int, itemsize: int, ranks: int) -> Collective:
     """The sum of the partial logits of a classifier that is split by input feature, in float32 at least."""
     return collective("all-reduce", batch * classes * max(itemsize, 4), ranks=ranks)

@@ -28,7 +28,7 @@ def parallelize(
     `twolevel.nn.initialize(model, seed, device)`: no rank ever builds the whole.
 
     In order: (1) convolutions, normalisations, stem and classifier are cut by channel group;
-    (2) two-level convolutions get the exchange of this `group` axis; (3) with `sync_batch_norm`, batch
+    (2) two-level and balanced convolutions get the exchange of this `group` axis; (3) with `sync_batch_norm`, batch
     statistics are taken over the `data` axis (over the group axis there is nothing to share: a channel
     lives on one rank). `replicate` then adds the gradients' all-reduce over `data`.
 

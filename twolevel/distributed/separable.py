@@ -33,8 +33,8 @@ SPATIAL = ({2, 3}, {-1, -2})
 def check_within_groups(model: nn.Module, ranks: int) -> None:
     """Raise UserError, naming the module or operation, unless the network can be cut by channel group.
 
-    Allowed between stem and classifier: two-level, group and depthwise convolutions, and what treats every
-    channel alone. After the classifier (the first linear layer) everything is whole on every rank, and free.
+    Allowed between stem and classifier: two-level, balanced, group and depthwise convolutions, and what treats
+    every channel alone. After the classifier (the first linear layer) everything is whole on every rank, and free.
     A piece of a network without a stem is taken to read this rank's channels.
     """
     if isinstance(model, (ShardedConv2d, *PER_CHANNEL)):
@@ -76,7 +76,7 @@ def _check_module(name: str, module: nn.Module, ranks: int) -> None:
     if isinstance(module, nn.Conv2d) and module.groups == 1:
         raise UserError(
             f"{name} is a dense convolution and cannot be split over group={ranks} ranks; "
-            f"use conv='gc' or 'gc2l', or replicate it with data={ranks}, group=1"
+            f"use conv='gc', 'gc2l' or 'bgc', or replicate it with data={ranks}, group=1"
         )
     if not _flattens(module) and not isinstance(module, (nn.Conv2d, ShardedConv2d, *PER_CHANNEL)):
         raise _refuse(f"{name} ({type(module).__name__})", ranks)

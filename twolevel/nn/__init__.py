@@ -1,5 +1,6 @@
 """Convolutions split by channel group, each a drop-in for torch.nn.Conv2d."""
 
+from twolevel.nn.balanced import BalancedConv2d
 from twolevel.nn.convert import Conversion, convert
 from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.dgconv import DGConv2d
@@ -13,6 +14,7 @@ from twolevel.nn.two_level import TwoLevelConv2d
 
 __all__ = [
     "KINDS",
+    "BalancedConv2d",
     "Conversion",
     "DGConv2d",
     "DynamicGroupConv2d",

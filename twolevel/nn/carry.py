@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from twolevel.nn.arguments import geometry, pair
+from twolevel.nn.balanced import BalancedConv2d
 from twolevel.nn.dgconv import DGConv2d
 from twolevel.nn.flgc import FLGConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
@@ -19,6 +20,7 @@ def carry_weights(old: nn.Conv2d, new: nn.Module) -> str:
     |--------------------|---------------------------|--------------------------------------------------|
     | g                  | group convolution, g      | the same weight                                  |
     | g                  | GC-2L, g                  | local = weight, C = 0                            |
+    | g                  | BGC, g                    | local = weight, B = 0                            |
     | any                | DGConv, g a power of two  | the dense weight, gates open within the groups   |
     | any                | FLGC, g                   | the dense weight, logits of contiguous groups    |
     """
@@ -28,6 +30,10 @@ def carry_weights(old: nn.Conv2d, new: nn.Module) -> str:
         new.local.weight.copy_(old.weight)
         new.coarse.weight.zero_()
         return "weights kept, C = 0"
+    if isinstance(new, BalancedConv2d) and new.groups == old.groups:
+        new.local.weight.copy_(old.weight)
+        new.mean.weight.zero_()
+        return "weights kept, B = 0"
     if type(new) is nn.Conv2d and new.groups == old.groups:
         new.weight.copy_(old.weight)
         return "weights kept"

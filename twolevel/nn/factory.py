@@ -7,6 +7,7 @@ from torch import nn
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import Padding, Size, check_groups
+from twolevel.nn.balanced import BalancedConv2d
 from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.dgconv import DGConv2d
 from twolevel.nn.flgc import FLGConv2d
@@ -16,7 +17,7 @@ from twolevel.nn.two_level import TwoLevelConv2d
 
 def _dense(*args: Any, groups: int, **options: Any) -> nn.Module:
     if groups != 1:
-        raise UserError(f"conv='sc' is dense and takes groups=1, not groups={groups}; use gc or gc2l")
+        raise UserError(f"conv='sc' is dense and takes groups=1, not groups={groups}; use gc, gc2l or bgc")
     return nn.Conv2d(*args, bias=False, **options)
 
 
@@ -34,6 +35,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "sc": _dense,
     "gc": _grouped,
     "gc2l": TwoLevelConv2d,
+    "bgc": BalancedConv2d,
     "shuffle": ShuffleConv2d,
     "flgc": FLGConv2d,
     "dgconv": _learned_groups,
@@ -54,11 +56,11 @@ def make_conv(
 ) -> nn.Module:
     """A convolution without bias, `[B, n, H, W] -> [B, m, H', W']`, of the given kind.
 
-    `sc` standard (dense), `gc` group convolution, `gc2l` two-level group convolution, `shuffle` group
-    convolution and channel shuffle, `flgc` fully learnable group convolution, `dgconv` dynamic grouping
-    convolution (GroupNet; its groups are learned, `groups` is where they start), `dgc` dynamic group
-    convolution with `groups` heads, which brings a batch norm and a ReLU of its own. `options` go to the
-    class of that kind.
+    `sc` standard (dense), `gc` group convolution, `gc2l` two-level group convolution, `bgc` balanced group
+    convolution, `shuffle` group convolution and channel shuffle, `flgc` fully learnable group convolution,
+    `dgconv` dynamic grouping convolution (GroupNet; its groups are learned, `groups` is where they start),
+    `dgc` dynamic group convolution with `groups` heads, which brings a batch norm and a ReLU of its own.
+    `options` go to the class of that kind.
 
     Raises UserError for an unknown kind, groups other than 1 with `sc`, and groups that do not divide
     both channel numbers.

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from twolevel.analysis.planner.workload import KIND_OF, VIEWS, End, Kind, Layer, Shape, Value, Workload
 from twolevel.errors import UserError
-from twolevel.nn import TwoLevelConv2d
+from twolevel.nn import BalancedConv2d, TwoLevelConv2d
 from twolevel.nn.base import ReplicatedConv2d
 from twolevel.nn.layout import channel_groups
 from twolevel.nn.structure import blocks, ends, named_layers
@@ -24,9 +24,10 @@ def trace(model: nn.Module, input_shape: Shape) -> Workload:
 
     Works on a model of any device, the meta device included, and leaves it as it was.
 
-    Raises UserError for convolutions that choose their connections (flgc, dgconv, dgc) and for shuffle.
+    Raises UserError for convolutions that choose their connections (flgc, dgconv, dgc), for shuffle and for bgc.
     """
-    kind = next((type(m).__name__ for m in model.modules() if isinstance(m, ReplicatedConv2d)), None)
+    unknown = (ReplicatedConv2d, BalancedConv2d)
+    kind = next((type(m).__name__ for m in model.modules() if isinstance(m, unknown)), None)
     if kind is not None:
         raise UserError(f"the cost model knows conv sc, gc and gc2l, not {kind}; use one of these")
     tracer = _Tracer(model)

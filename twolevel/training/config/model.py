@@ -23,7 +23,7 @@ class ModelConfig:
     """network: wrn-D-k, mobilenetv2, resnet18, resnext50, condensenet-50, ...; the README lists them all"""
 
     conv: str = field(default="gc2l", metadata=FIXED)
-    """convolution: sc (standard), gc (group), gc2l (two-level group), shuffle, flgc, dgconv or dgc"""
+    """convolution: sc (standard), gc (group), gc2l (two-level), bgc (balanced), shuffle, flgc, dgconv or dgc"""
 
     groups: int | None = field(default=None, metadata=FIXED)
     """channel groups, of dgc the heads; 4 unless given (32 for ResNeXt), 1 for sc; dgconv learns them"""
