@@ -115,10 +115,10 @@ def test_four_ranks_take_steps_in_bf16(pool, tiny, tmp_path, way):
 
 REFUSED = [
     ("--parallel channel --conv gc2l", "parallel=channel takes conv=sc or gc, not conv=gc2l"),
-    ("--parallel fsdp --conv dgc", "parallel=fsdp takes conv=sc or gc or gc2l, not conv=dgc"),
+    ("--parallel fsdp --conv dgc", "parallel=fsdp takes conv=sc or gc or gc2l or bgc, not conv=dgc"),
     (
         "--parallel 1f1b --conv dgconv",
-        "parallel=1f1b takes conv=sc or gc or gc2l or shuffle, not conv=dgconv",
+        "parallel=1f1b takes conv=sc or gc or gc2l or bgc or shuffle, not conv=dgconv",
     ),
     ("--parallel fsdp --conv sc --ema-decay 0.9", "ema_decay=0.9 is invalid with parallel=fsdp"),
     ("--parallel fsdp --conv sc --group-parallel 2", "group_parallel=2 is invalid with parallel=fsdp"),

@@ -25,7 +25,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 LATER = {"rtol": 1e-9, "atol": 1e-10}
 
 
-@pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc2l", 4)])
+@pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc2l", 4), ("bgc", 4)])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_training_with_batch_statistics_of_all_images(pool, ranks, conv, groups):
     images, labels = batch(8, 12)
@@ -75,7 +75,8 @@ def drawn(name, conv, groups, from_meta):
 
 @pytest.mark.parametrize("from_meta", [True, False])
 @pytest.mark.parametrize(
-    ("name", "conv", "groups"), [("wrn-16-2", "gc2l", 4), ("mobilenetv2-cifar", "sc", 1)]
+    ("name", "conv", "groups"),
+    [("wrn-16-2", "gc2l", 4), ("wrn-16-2", "bgc", 4), ("mobilenetv2-cifar", "sc", 1)],
 )
 def test_shards_start_as_those_of_the_whole(pool, name, conv, groups, from_meta):
     reference = create(name, conv=conv, groups=groups, seed=3)

@@ -37,7 +37,7 @@ def test_training(pool, schedule, microbatches, ranks, parts):
     assert_learned_the_same(stages, alone, close=CLOSE, later=LATER)
 
 
-@pytest.mark.parametrize(("conv", "groups"), [("gc2l", 4), ("shuffle", 4)])
+@pytest.mark.parametrize(("conv", "groups"), [("gc2l", 4), ("bgc", 4), ("shuffle", 4)])
 def test_training_of_group_convolutions_in_accumulated_parts(pool, conv, groups):
     images, labels = batch(8, 12)
     network = {"conv": conv, "groups": groups}

@@ -109,7 +109,7 @@ def shard_parameters(
     for name, module in model.named_modules():
         if isinstance(module, ReplicatedConv2d):
             raise UserError(
-                f"{name} is a {type(module).__name__}, which parallel=fsdp cannot shard; use conv sc, gc or gc2l"
+                f"{name} is a {type(module).__name__}, which parallel=fsdp cannot shard; use conv sc, gc, gc2l or bgc"
             )
     whole = layout_of(model)
     if sync_batch_norm:

@@ -7,8 +7,8 @@ from twolevel.settings import FREE, MICROBATCHED, PIPELINES, Carrier, Device, Pa
 from twolevel.training.validation import check, check_finite, check_least
 
 # The convolutions that a way to share a network can take; parallel=group takes all.
-CONVS_OF = {"channel": ("sc", "gc"), "fsdp": ("sc", "gc", "gc2l")}
-CONVS_OF |= dict.fromkeys(PIPELINES, ("sc", "gc", "gc2l", "shuffle"))
+CONVS_OF = {"channel": ("sc", "gc"), "fsdp": ("sc", "gc", "gc2l", "bgc")}
+CONVS_OF |= dict.fromkeys(PIPELINES, ("sc", "gc", "gc2l", "bgc", "shuffle"))
 
 LONGEST_TIMEOUT = 1e9  # torch adds it to the time of day in nanoseconds, in 64 bits
 
@@ -36,7 +36,7 @@ class MeshConfig:
     """where to compute"""
 
     exchange: Carrier = field(default="auto", metadata=FREE)
-    """what carries representatives: the ranks' process group (NCCL, Gloo) or mpi4py; auto: mpi under mpirun on CPUs"""
+    """what carries maps between groups: the process group (NCCL, Gloo) or mpi4py; auto: mpi under mpirun on CPUs"""
 
     timeout: float = field(default=600.0, metadata=FREE)
     """seconds after which a rank gives up waiting for the others"""
