@@ -8,12 +8,13 @@ from twolevel.grids import published
 from twolevel.grids.report import Case, cases_of, write_page
 
 
-def line(conv, groups, seed, error, *, model="wrn-28-10", representatives=1, **more):
+def line(conv, groups, seed, error, *, model="wrn-28-10", representatives=1, ranks=1, **more):
     completed = {"data": "cifar10", "model": model, "conv": conv, "groups": groups, "seed": seed}
     completed |= {"representatives": representatives, "recipe": "paper", "epochs": 2}
     return {
         "settings": {"conv": conv} | more,
         "completed": completed,
+        "ranks": ranks,
         "final": {"test_error": error, "test_mirrored_error": error - 0.25},
         "curve": [{"epoch": e, "train_loss": 2.0 / e + seed / 10} for e in (1, 2)],
         "seconds": 120.0,
@@ -73,7 +74,7 @@ def test_published_errors(case, error):
 
 def test_a_case_knows_its_name():
     assert Case.of(line("gc2l", 8, 0, 1.0, representatives=4)).kind == "GC-2L, 4 repr."
-    assert Case.of(line("gc2l", 4, 0, 1.0, group_parallel=2)).kind == "GC-2L, 2 ranks"
+    assert Case.of(line("gc2l", 4, 0, 1.0, ranks=2)).kind == "GC-2L, 2 ranks"
 
 
 def test_what_a_grid_varies_beside_kinds_is_a_case_of_its_own(tmp_path):

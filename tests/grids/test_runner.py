@@ -1,5 +1,6 @@
 """A grid trains every run once, whatever interrupts it, and leaves a line for each."""
 
+import fcntl
 import json
 import os
 import signal
@@ -47,6 +48,27 @@ def test_every_run_gets_its_line_and_is_not_repeated(tmp_path, grid, runner, cap
     assert len(runner(grid(0, 1, 2)).run()) == 15
     assert len(started(tmp_path)) == 15
     assert {path.name for path in (tmp_path / "work").iterdir() if path.is_dir()} == set()
+
+
+def test_a_line_is_of_its_settings_and_not_of_a_grids_name(tmp_path, grid, file, runner):
+    runner(grid(0)).run()
+    same = file.with_name("other.toml")
+    same.write_text(
+        file.read_text().replace("epochs = 2", "epochs = 2\nlearning_rate = 0.1")
+    )  # as the recipe has it
+    assert len(runner(declare.read(str(same), (0,))).run()) == 5 == len(started(tmp_path))
+    same.write_text(file.read_text().replace("epochs = 2", "epochs = 2\nlearning_rate = 0.2"))
+    runner(declare.read(str(same), (0,))).run()
+    assert len(started(tmp_path)) == 10
+
+
+def test_a_run_that_outlived_its_grid_is_left_to_itself(tmp_path, grid, runner):
+    first = tmp_path / "work" / grid(0).runs[0].name
+    first.mkdir(parents=True)
+    with (first / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        own = runner(grid(0))
+        assert len(own.run()) == 4 and own.elsewhere == 1
 
 
 def test_lines_hold_no_path(tmp_path, grid, runner):
@@ -103,7 +125,7 @@ def test_a_run_of_more_ranks_than_there_is_room_for_is_refused(file, runner):
 
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "lines.jsonl"
-    path.write_text('{"settings": {}, "final": {}}\n{"settings": {}\n')
+    path.write_text(json.dumps({key: 0 for key in results.KEYS}) + '\n{"settings": {}\n')
     with pytest.raises(UserError, match="line 2 is not that of a finished run; remove it"):
         results.read(path)
 

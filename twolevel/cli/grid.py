@@ -10,7 +10,9 @@ import tyro
 from twolevel.cli.options import parse
 from twolevel.errors import UserError
 from twolevel.grids import declare
+from twolevel.launchers import rank_of
 from twolevel.settings import Device
+from twolevel.terminal import program
 from twolevel.training.validation import check_least
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ class GridConfig:
 
 def run(argv: list[str]) -> None:
     config = parse(GridConfig, "grid", argv)
+    if rank_of() is not None:
+        raise UserError("a grid starts the ranks of its runs itself; call it without a launcher")
     grid = declare.read(config.grid, config.seeds)
     output = config.output or Path("runs", "grids", grid.name)
     lines = config.lines or output / "results.jsonl"
@@ -68,8 +72,11 @@ def run(argv: list[str]) -> None:
 
     options = ["--data-root", str(config.data_root), "--device", config.device]
     options += ["--download"] if config.download else []
-    Runner(grid, output, lines, _places(config), options, config.keep).run()
-    print(f"{lines}  {len(grid.runs)} runs")
+    runner = Runner(grid, output, lines, _places(config), options, config.keep)
+    found = runner.run()
+    elsewhere = f"; {runner.elsewhere} are trained by another process" if runner.elsewhere else ""
+    print(f"{lines}  {len(found)} of {len(grid.runs)} runs{elsewhere}")
+    print(f"page        {program()} report {lines}")
 
 
 def _list(grid: declare.Grid, lines: Path) -> None:

@@ -21,6 +21,7 @@ import itertools
 import json
 import tomllib
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,25 @@ class Run:
 
     settings: dict[str, Any]
 
+    @cached_property
+    def completed(self) -> dict[str, Any]:
+        """All settings by name that results depend on, the recipe's among them."""
+        return completed(self.config())
+
     @property
     def ranks(self) -> int:
         """Those that train it together."""
         mesh = self.config().mesh
         return mesh.data_parallel * (mesh.group_parallel or 1)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """That of its folder: what it trains, its seed, and a few digits that change with any setting."""
-        digits = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:6]
-        config = self.config()
-        groups = f"-{config.model.groups}" if config.model.groups != 1 else ""
-        ranks = f"-{self.ranks}-ranks" if self.ranks > 1 else ""
-        model = f"{config.model.model}-{config.model.conv}{groups}{ranks}-{config.data.data}"
-        return f"{model}-seed{config.run.seed}-{digits}"
+        got, ranks = self.completed, f"-{self.ranks}-ranks" if self.ranks > 1 else ""
+        settings = json.dumps(got | {"ranks": self.ranks}, sort_keys=True)
+        digits = hashlib.sha256(settings.encode()).hexdigest()[:6]
+        groups = f"-{got['groups']}" if got["groups"] != 1 else ""
+        return f"{got['model']}-{got['conv']}{groups}{ranks}-{got['data']}-seed{got['seed']}-{digits}"
 
     def config(self, **more: Any) -> TrainConfig:
         """The settings of the run as `twolevel train` completes them. Raises UserError for what it would refuse."""
@@ -69,6 +74,12 @@ class Run:
                 f"max_steps={given['max_steps']} is invalid: a run of a grid ends with its last epoch; leave it out"
             )
         return from_dict(TrainConfig, sections, "settings")
+
+
+def completed(config: TrainConfig) -> dict[str, Any]:
+    """The settings of a run that its results depend on: no path, and not how it is computed."""
+    on_resume = config.on_resume()
+    return {name: value for name, value in config.flat().items() if on_resume[name] in ("fixed", "warned")}
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,8 @@ class Case(NamedTuple):
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Case":
         got = line["completed"]
-        given = line["settings"]
-        ranks = (given.get("data_parallel") or 1) * (given.get("group_parallel") or 1)
-        variant = ", ".join(f"{name} {value}" for name, value in given.items() if name not in SAID)
-        more = (got.get("representatives", 1), got["recipe"], got["epochs"], ranks, variant)
+        variant = ", ".join(f"{name} {value}" for name, value in line["settings"].items() if name not in SAID)
+        more = (got.get("representatives", 1), got["recipe"], got["epochs"], line["ranks"], variant)
         return cls(got["data"], got["model"], got["conv"], got["groups"], *more)
 
     @property

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from twolevel.errors import UserError
-from twolevel.grids.declare import Run
+from twolevel.grids.declare import Run, completed
 from twolevel.host import processor
 from twolevel.training.config import TrainConfig
 
+KEYS = {"settings", "completed", "ranks", "final", "curve", "seconds", "counts"}
 # Of an epoch's record, what curves are drawn of.
 CURVE = ("epoch", "train_loss", "train_error", "test_loss", "test_error", "ema_test_error", "seconds")
 
@@ -25,7 +26,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(line))
         except ValueError:
             lines.append({})
-        if not isinstance(lines[-1], dict) or not {"settings", "final"} <= lines[-1].keys():
+        if not isinstance(lines[-1], dict) or not lines[-1].keys() >= KEYS:
             raise UserError(f"{path}, line {number} is not that of a finished run; remove it")
     return lines
 
@@ -42,8 +43,12 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def is_of(line: dict[str, Any], run: Run) -> bool:
-    """Whether a line is of a run with the same settings."""
-    return line["settings"] == json.loads(json.dumps(run.settings))
+    """Whether a line is of a run with the same settings, on as many ranks, whichever grid declared it.
+
+    A setting that is newer than the line had its default then.
+    """
+    theirs = line["completed"]
+    return line["ranks"] == run.ranks and all(theirs.get(k, v) == v for k, v in run.completed.items())
 
 
 def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
@@ -59,10 +64,6 @@ def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
 
     config = TrainConfig.from_dict(json.loads((folder / "config.json").read_text()), str(folder))
     epochs = list(metrics.read(folder, "epoch"))
-    on_resume = config.on_resume()
-    settings = {
-        name: value for name, value in config.flat().items() if on_resume[name] in ("fixed", "warned")
-    }
     # The groups of these two are values, which the meta device has not.
     device = "cpu" if config.model.conv in ("flgc", "dgconv") else "meta"
     with torch.device(device):
@@ -72,7 +73,8 @@ def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
         "grid": grid,
         "run": run.name,
         "settings": run.settings,
-        "completed": settings,
+        "completed": completed(config),
+        "ranks": run.ranks,
         "final": {name: value for name, value in epochs[-1].items() if name != "kind"},
         "curve": [{name: epoch[name] for name in CURVE if name in epoch} for epoch in epochs],
         "seconds": sum(epoch["seconds"] for epoch in epochs),

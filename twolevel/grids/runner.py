@@ -1,8 +1,8 @@
 """Train the runs of a grid that have no line yet, each in a process of its own.
 
 A run is claimed by a lock on its file NAME.lock in the grid's folder for as long as this process trains it: two grids
-in one folder share the work, and a crash releases what it held. A run that was interrupted goes on from its newest
-checkpoint. Each of a run's ranks has a GPU, or its share of the cores.
+in one folder share the work. A crash releases what it held, but for runs that outlive it, which are left alone. A run
+that was interrupted goes on from its newest checkpoint. Each of a run's ranks has a GPU, or its share of the cores.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from twolevel.grids import results
 from twolevel.grids.declare import Grid, Run
 from twolevel.grids.progress import Progress
 from twolevel.training import metrics
+from twolevel.training.output import LOCK
 
 LOOK_SECONDS = 0.5
 TORCHRUN = ("-m", "twolevel.torchrun", "--standalone")
@@ -121,8 +122,10 @@ class Runner:
         while waiting and waiting[0].ranks <= len(free) and self.stopping is None:
             run = waiting.popleft()
             lock = _locked(self.folder / f"{run.name}.lock")
-            if lock is None:
+            if lock is None or _is_held(self.folder / run.name):
                 self.elsewhere += 1
+                if lock is not None:
+                    lock.close()
             elif self._line_of(run):  # finished elsewhere while this one waited
                 lock.close()
             else:
@@ -223,6 +226,16 @@ def _locked(path: Path) -> TextIO | None:
         file.close()
         return None
     return file
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process still trains in a run's folder, as one that outlived its grid does."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = _locked(folder / LOCK)
+    if lock is not None:
+        lock.close()
+    return lock is None
 
 
 def _last_line(path: Path) -> str:
