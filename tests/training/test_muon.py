@@ -60,7 +60,9 @@ def test_a_step_is_the_formula():
     torch.testing.assert_close(kernel.detach(), wanted, rtol=1e-5, atol=1e-6)  # float32
 
 
-@pytest.mark.parametrize(("conv", "groups"), [("gc2l", 4), ("gc", 4), ("shuffle", 4), ("sc", 1), ("flgc", 4)])
+@pytest.mark.parametrize(
+    ("conv", "groups"), [("gc2l", 4), ("gc", 4), ("shuffle", 4), ("sc", 1), ("flgc", 4), ("bgc", 4)]
+)
 def test_kernels_are_of_muon_with_their_groups_and_the_rest_of_sgd(conv, groups):
     model, optimiser = optimiser_of(conv, groups)
     assert isinstance(optimiser, Muon)

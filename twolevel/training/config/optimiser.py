@@ -107,4 +107,4 @@ class OptimiserConfig:
         if self.lr_schedule == "multistep" and self.lr_milestones is None:
             raise UserError("lr_schedule=multistep needs --lr-milestones, which this recipe has not")
         if self.update == "muon" and self.lr_matrices is None:
-            raise UserError("update=muon needs --lr-matrices, the learning rate of the kernels, such as 0.05")
+            raise UserError("update=muon needs --lr-matrices, the learning rate of the kernels, such as 0.1")
