@@ -79,6 +79,12 @@ def test_settings_that_cannot_be_honoured(pool, fresh, options, message):
     assert not (fresh / "runs").exists() or not list(fresh.glob("runs/*/*"))
 
 
+def test_a_recipe_beside_a_complete_configuration_is_refused(pool, fresh):
+    (fresh / "own.json").write_text('{"optimiser": {"epochs": 2}}')
+    message = "--recipe completes settings, and those of own.json are complete"
+    assert message in refuse(pool, *TRAIN, "--config", "own.json", "--recipe", "fast")
+
+
 def test_ranks_that_do_not_divide_the_groups(pool, fresh):
     message = "group=3 ranks do not divide groups=4; use one of 1, 2, 4 ranks"
     assert message in refuse(pool, *TRAIN, "--groups", 4, ranks=3)

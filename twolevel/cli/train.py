@@ -34,6 +34,11 @@ def _take_config(argv: list[str]) -> tuple[list[str], TrainConfig | None]:
                 settings["run"].pop("resume", None)  # how a run was started, not what it was
             config = TrainConfig.from_dict(settings, path)
             rest = argv[:index] + rest
+            if any(word.partition("=")[0] == "--recipe" for word in rest):
+                raise UserError(
+                    f"--recipe completes settings, and those of {path} are complete; name what is to change, or "
+                    "leave --config out"
+                )
             if Path(path).resolve().parent == config.output.resolve() and "--resume" not in rest:
                 config.run.output = _new_beside(config.output)  # the file is a run's own record
             return rest, config

@@ -173,7 +173,7 @@ class Trainer:
             f"{config.model.model} {config.model.conv} groups={config.model.groups} on {config.data.data}: "
             f"{self.strategy} on {self.context.device.type} ({self.context.carriers(state.model)}), "
             f"{self.placed.num_parameters():,} parameters on this one, "
-            f"{config.epochs} epochs of {state.steps_per_epoch} steps{going_on}"
+            f"{config.epochs} epochs of {state.steps_per_epoch} steps by the {config.optimiser.recipe} recipe{going_on}"
         )
 
     def _closing_words(self, last: dict[str, Any] | None) -> None:
