@@ -72,6 +72,13 @@ def test_published_errors(case, error):
     assert published.error(*case, representatives=2) is None
 
 
+def test_time_is_drawn_against_processors_where_they_differ(tmp_path):
+    lines = [line("gc2l", 4, 0, 9.0, ranks=ranks) for ranks in (1, 2, 4)]
+    text = write_page(lines, tmp_path / "page.html").read_text()
+    assert "Time of a run against the number of processors." in text
+    assert "number of processors" not in write_page(LINES, tmp_path / "page.html").read_text()
+
+
 def test_a_case_knows_its_name():
     assert Case.of(line("gc2l", 8, 0, 1.0, representatives=4)).kind == "GC-2L, 4 repr."
     assert Case.of(line("gc2l", 4, 0, 1.0, ranks=2)).kind == "GC-2L, 2 ranks"

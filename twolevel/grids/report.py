@@ -179,6 +179,8 @@ def _table(cases: Found) -> tuple[list[str], list[list[str]], str]:
 def _figures(cases: Found) -> Iterable[tuple[Figure, str, list[dict[str, Any]]]]:
     yield _error_against_groups(cases)
     yield from _error_against_cost(cases)
+    if len({case.ranks for case in cases}) > 1:
+        yield _time_against_processors(cases)
     for conv in ("gc", "gc2l"):
         if any(case.conv == conv for case in cases):
             yield _loss_curves(cases, conv)
@@ -240,6 +242,23 @@ def _error_against_cost(cases: Found) -> Iterable[tuple[Figure, str, list[dict[s
         axes.set(xlabel=label, ylabel="test error, %")
         one_legend(figure)
         yield figure, f"Test error against {'the time of a run' if cost == 'time' else cost}.", rows
+
+
+def _time_against_processors(cases: Found) -> tuple[Figure, str, list[dict[str, Any]]]:
+    figure, (axes,) = new_figure()
+    rows, points = [], defaultdict(list)
+    for case, lines in cases.items():
+        minutes = [line["seconds"] / 60 for line in lines]
+        name = case._replace(ranks=1).kind + (f", G={case.groups}" if case.groups > 1 else "")
+        points[name].append((case.ranks, statistics.median(minutes)))
+        rows += [{"kind": name, "processors": case.ranks, "minutes": value} for value in minutes]
+    series = {name: Series(*map(list, zip(*sorted(of), strict=True))) for name, of in points.items()}
+    draw_lines(axes, series, looks_of(series))
+    from_zero(axes)
+    powers_of_two(axes, [case.ranks for case in cases])
+    axes.set(xlabel="processors", ylabel="minutes of training")
+    one_legend(figure)
+    return figure, "Time of a run against the number of processors.", rows
 
 
 def _loss_curves(cases: Found, conv: str) -> tuple[Figure, str, list[dict[str, Any]]]:
