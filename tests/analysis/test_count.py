@@ -169,7 +169,7 @@ def test_collectives_of_a_balanced_layer_by_hand():
     maps, logits = 5 * 2 * 9 * 7 * 4, 5 * 10 * 4
     sums = [Collective("all-reduce", size, size * 2 * 3 / 4) for size in (maps, maps, logits)]
     assert counted.collectives == sums
-    assert counted.elementwise == 16 * 9 * 7  # the mean reads every number once
+    assert counted.elementwise == 16 * 9 * 7 + 10  # the mean reads every number once; the biases
 
 
 class ByName(nn.Module):

@@ -68,7 +68,11 @@ def test_a_run_asked_to_stop_is_saved_and_goes_on(pool, tiny, tmp_path, ranks, n
 def assert_same_epochs(whole, output):
     keys = ("epoch", "step", "train_loss", "train_error", "test_loss", "test_error", "ema_test_loss")
     found = [[[r.get(k) for k in keys] for r in records(path, "epoch")] for path in (whole, output)]
-    assert found[0] == found[1] and len(found[0]) == 3
+    assert len(found[0]) == 3
+    for one, other in zip(*found, strict=True):
+        # A sum over the steps of an epoch, in parts that end where one stopped: three numbers added in another order.
+        assert one.pop(2) == pytest.approx(other.pop(2), rel=4e-16)
+        assert one == other
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
