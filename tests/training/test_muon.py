@@ -61,7 +61,8 @@ def test_a_step_is_the_formula():
 
 
 @pytest.mark.parametrize(
-    ("conv", "groups"), [("gc2l", 4), ("gc", 4), ("shuffle", 4), ("sc", 1), ("flgc", 4), ("bgc", 4)]
+    ("conv", "groups"),
+    [("gc2l", 4), ("gc2l", 16), ("gc", 4), ("shuffle", 4), ("sc", 1), ("flgc", 4), ("bgc", 4)],
 )
 def test_kernels_are_of_muon_with_their_groups_and_the_rest_of_sgd(conv, groups):
     model, optimiser = optimiser_of(conv, groups)
@@ -98,8 +99,9 @@ def test_a_stopped_run_goes_on(pool, tiny, tmp_path):
     assert whole == stopped
 
 
-def test_parts_of_kernels_are_refused(pool, tiny, tmp_path):
-    options = ["--conv", "sc", "--groups", 1, "--parallel", "fsdp", *MUON[:4], "--output", tmp_path / "run"]
+@pytest.mark.parametrize("parallel", ["fsdp", "channel"])
+def test_parts_of_kernels_are_refused(pool, tiny, tmp_path, parallel):
+    options = ["--conv", "sc", "--groups", 1, "--parallel", parallel, *MUON[:4], "--output", tmp_path / "run"]
     outcomes = pool.run(command, "train", *tiny, *options, ranks=2, init=False)
     assert [o.code for o in outcomes] == [2, 2]
-    assert "update=muon needs whole kernels" in outcomes[0].err
+    assert f"update=muon needs whole kernels, of which parallel={parallel} holds parts" in outcomes[0].err

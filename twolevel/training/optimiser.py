@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from twolevel.errors import UserError
 from twolevel.nn import TwoLevelConv2d, layout_of
 from twolevel.training.config import OptimiserConfig
 from twolevel.training.muon import Muon
@@ -19,15 +18,11 @@ def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Opt
 
     Each has the weight decay that it is to have: parameters that a convolution spares (gates) none, and without
     `decay_norm` those of one dimension (norms, biases). Of each parameter group `scale` is its learning rate as a
-    multiple of that of the step. DTensors have no fused form of SGD, and none of Muon.
-
-    Raises UserError for Muon where a rank holds parts of a kernel that are no channel groups.
+    multiple of that of the step. DTensors have no fused form of SGD.
     """
     assert config.weight_decay is not None and config.learning_rate is not None
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     kernels = _kernels(model) if config.update == "muon" else {}
-    if kernels and sharded:
-        raise UserError("update=muon needs whole kernels, of which parallel=fsdp holds parts; use nesterov")
     spared, parts = undecayed(model), _parts(model)
     groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -63,7 +58,7 @@ def _parts(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def _kernels(model: nn.Module) -> dict[nn.Parameter, int]:
-    """The kernels of convolutions, but for depthwise ones, and the number of channel groups in each."""
+    """The kernels of convolutions, and the number of channel groups in each: on every rank those that it holds."""
     layout = layout_of(model)
     found = {}
     for path, module in model.named_modules():
@@ -74,8 +69,6 @@ def _kernels(model: nn.Module) -> dict[nn.Parameter, int]:
             # A replicated convolution of ours holds a kernel of as many input channels as a group has.
             conv = isinstance(module, nn.Conv2d)
             groups = module.groups if conv else getattr(module, "in_channels", 1) // parameter.shape[1] or 1
-            if conv and 1 < groups == module.in_channels:
-                continue
             found[parameter] = max(groups, len(layout.held_groups()) if split else 1)
     return found
 

@@ -9,13 +9,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from twolevel import models
-from twolevel.data.registry import CIFAR_RECIPE
+from twolevel.data.config import DataConfig
 from twolevel.distributed.agreement import together
 from twolevel.distributed.strategies import Placed
 from twolevel.distributed.strategies.base import autocast
 from twolevel.settings import Carrier, Parallel
 from twolevel.training.config import MeshConfig, OptimiserConfig
-from twolevel.training.config.recipes import fill_in
+from twolevel.training.config.recipes import fill_in, recipe_of
 from twolevel.training.context import strategy_for
 from twolevel.training.evaluate import batch_sums
 from twolevel.training.optimiser import make_optimiser
@@ -106,5 +106,6 @@ def make_step(
     placed = strategy.place(network, seed, image_shape, sync_batch_norm=sync_batch_norm, compile=compile)
     placed.model.train()
     settings = replace(optimiser or OptimiserConfig())
-    fill_in(settings, CIFAR_RECIPE)
+    fill_in(settings, recipe_of(settings.recipe, DataConfig(data="cifar10"), model, conv))
+    config.check_update(settings.update)
     return TrainStep(placed, make_optimiser(placed.model, settings), settings)

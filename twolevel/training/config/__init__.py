@@ -44,6 +44,7 @@ class TrainConfig:
             )
         self.optimiser.check_together()
         self.mesh.check_conv(self.model.conv)
+        self.mesh.check_update(self.optimiser.update)
         if self.mesh.parallel == "fsdp" and self.optimiser.ema_decay is not None:
             raise UserError(
                 f"ema_decay={self.optimiser.ema_decay} is invalid with parallel=fsdp, whose parameters have no copy "

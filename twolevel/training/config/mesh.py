@@ -62,6 +62,13 @@ class MeshConfig:
                 "here; leave it out"
             )
 
+    def check_update(self, update: str | None) -> None:
+        """Raise UserError for an update of kernels of which ranks hold parts that are no channel groups."""
+        if update == "muon" and self.parallel in ("channel", "fsdp"):
+            raise UserError(
+                f"update=muon needs whole kernels, of which parallel={self.parallel} holds parts; use nesterov"
+            )
+
     def check_conv(self, conv: str) -> None:
         """Raise UserError for a kind of convolution that this way to share a network cannot take."""
         convs = CONVS_OF.get(self.parallel, (conv,))
