@@ -65,9 +65,8 @@ class Epochs:
     def train(self) -> bool:
         """Train to the end of the epoch, or to the last step if that comes first; returns whether the epoch ended."""
         state, run = self.state, self.config.run
-        epoch, began = state.epoch, time.perf_counter()
-        self.began = began
-        images_before = state.epoch_sums[2]
+        epoch = state.epoch
+        self.began = time.perf_counter()
         state.model.train()
         recorded = True
         for images, labels in self.data.train.batches(epoch, state.position):
@@ -89,7 +88,7 @@ class Epochs:
                 state.save()
             if stopping:
                 return False
-        self.finish(epoch, time.perf_counter() - began, images_before)
+        self.finish(epoch)
         return True
 
     def step(self, images: Tensor, labels: Tensor) -> float:
@@ -118,6 +117,7 @@ class Epochs:
             )
         state.epoch_sums = [a + b for a, b in zip(state.epoch_sums, sums, strict=True)]
         now = time.perf_counter()
+        state.epoch_seconds += now - self.began
         record = {
             "kind": "step",
             "epoch": epoch + 1,
@@ -132,8 +132,8 @@ class Epochs:
             self.metrics.write(record)
             self.display.step(record)
 
-    def finish(self, epoch: int, seconds: float, images_before: float) -> None:
-        """Keep a trained epoch's record until it is tested; `images_before` were seen by an earlier process."""
+    def finish(self, epoch: int) -> None:
+        """Keep a trained epoch's record until it is tested."""
         state = self.state
         loss, right, number = state.epoch_sums
         state.untested = {
@@ -143,10 +143,10 @@ class Epochs:
             "train_loss": loss / number,
             "train_error": 100 * (1 - right / number),
             "learning_rate": self.rate,
-            "images_per_second": (number - images_before) / seconds,
-            "seconds": seconds,
+            "images_per_second": number / state.epoch_seconds,
+            "seconds": state.epoch_seconds,
         }
-        state.epoch_sums = [0.0, 0.0, 0.0]
+        state.epoch_sums, state.epoch_seconds = [0.0, 0.0, 0.0], 0.0
         for rule in self.rules:
             state.untested |= rule.end_epoch()
         if state.ema is not None:

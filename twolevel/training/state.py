@@ -26,8 +26,8 @@ class TrainState:
     """The network and the state of its training. `step` counts from the start of the run.
 
     Batches, crops and learning rate are functions of the step, so the position in the epoch is all that
-    has to be kept of them. `epoch_sums` are the sums (loss, correct, images) of the epoch so far; `untested` is the
-    record of an epoch that was trained and not tested yet.
+    has to be kept of them. `epoch_sums` are the sums (loss, correct, images) of the epoch so far, `epoch_seconds` how
+    long it took, in all processes, and `untested` the record of an epoch that was trained and not tested yet.
     """
 
     config: TrainConfig
@@ -39,6 +39,7 @@ class TrainState:
     ema: AveragedModel | None = None
     step: int = 0
     epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    epoch_seconds: float = 0.0
     untested: dict[str, Any] | None = None
     saved: int | None = None
     """The step of the checkpoint that this process wrote or read last, in which all of this state is."""
@@ -83,6 +84,7 @@ class TrainState:
             "epoch": self.epoch,
             "position": self.position,
             "epoch_sums": self.epoch_sums,
+            "epoch_seconds": self.epoch_seconds,
             "untested": self.untested,
             "ranks": dist.get_world_size(),
         }
@@ -122,6 +124,7 @@ class TrainState:
             self.ema.n_averaged.fill_(state["step"])
         self.step = self.saved = state["step"]
         self.epoch_sums = state["epoch_sums"]
+        self.epoch_seconds = state.get("epoch_seconds", 0.0)
         self.untested = state.get("untested")
 
     def _device(self) -> torch.device:
