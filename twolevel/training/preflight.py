@@ -99,8 +99,15 @@ def _without_effect(config: TrainConfig, mesh: DeviceMesh) -> Iterator[tuple[obj
         yield config.run, "remeasure", f"{model.model} with conv={model.conv} is computed in one way"
     if model.schedule == "dense":
         yield model, "kernels", "schedule=dense is one convolution of torch"
-    if optimiser.lr_schedule == "cosine":
-        yield optimiser, "lr_gamma", "lr_schedule=cosine has no milestones"
+    if model.conv != "gc2l":
+        yield from (
+            (optimiser, f"lr_{part}", f"conv={model.conv} has no such part")
+            for part in ("restriction", "coarse")
+        )
+    if not config.data.augment:
+        yield config.data, "flip", "nothing is mirrored with --no-augment"
+    if optimiser.lr_schedule != "multistep":
+        yield optimiser, "lr_gamma", f"lr_schedule={optimiser.lr_schedule} has no milestones"
     elif all(milestone >= config.epochs for milestone in optimiser.lr_milestones or ()):
         yield optimiser, "lr_gamma", f"no milestone comes before epochs={config.epochs}"
     if not optimiser.weight_decay:
