@@ -39,11 +39,26 @@ def test_every_published_grid_can_be_read_and_says_what_it_is(name):
     [
         ("seeds = [0", "is no TOML"),
         ("speeds = [0]", "has 'speeds', which a grid has not; use about, seeds, settings, runs"),
-        ("seeds = []", r"seeds=\[\] is invalid"),
+        ("seeds = []", r"seeds=\[\] is invalid; give integers"),
+        ("seeds = 3", "seeds=3 is invalid; give integers"),
+        ("[[settings]]\nepochs = 2", r"write \[settings\] once"),
+        ("[runs]\nepochs = 2", r"write \[\[runs\]\], with two brackets"),
+        ("runs = []", "declares no run"),
+        ("[[runs]]\ngroups = []", "declares no run"),
         ('[settings]\nlearning = "deep"', "'learning' is no setting of `twolevel train`"),
         ('[settings]\nconv = "dense"\ngroups = "four"', "groups='four' is invalid"),
-        ("[settings]\nmax_steps = 3", "max_steps=3 is invalid: a run of a grid ends with its last epoch"),
-        ('[[runs]]\nconv = "gc"\n[[runs]]\nconv = "gc"', "declares a run twice"),
+        (
+            "[settings]\nmax_steps = 3",
+            "max_steps is no setting of a grid's run: a run of a grid ends with its last epoch",
+        ),
+        ("[settings]\nseed = 7", "seed is no setting of a grid's run: declare seeds"),
+        ('[[runs]]\ndata_root = "x"', "data_root is no setting of a grid's run: it is --data-root"),
+        ("[[runs]]\nlr_milestones = [3, 6]", r"write \[\[3, 6\]\]"),
+        ('[[runs]]\nconv = "gc"\n[[runs]]\nconv = "gc"', "wrn-28-10-gc-4-sample-seed0-.* twice"),
+        (
+            "[[runs]]\nwarmup_epochs = 0\n[[runs]]\nwarmup_epochs = 0.0",
+            "twice; no two runs may have the same settings",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_named_with_its_file(tmp_path, text, message):
@@ -52,6 +67,15 @@ def test_what_cannot_be_trained_is_named_with_its_file(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         declare.read(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_ranks_and_how_they_share_a_network_make_another_run(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(
+        '[settings]\nconv = "gc2l"\n[[runs]]\ndata_parallel = 2\n[[runs]]\ngroup_parallel = 2\n[[runs]]\n'
+    )
+    runs = declare.read(str(path)).runs
+    assert [run.ranks for run in runs] == [2, 2, 1] and len({run.name for run in runs}) == 3
 
 
 def test_an_unknown_grid_names_those_there_are():

@@ -1,6 +1,5 @@
 """A grid trains every run once, whatever interrupts it, and leaves a line for each."""
 
-import fcntl
 import json
 import os
 import signal
@@ -18,6 +17,13 @@ from twolevel.grids import declare, results
 from twolevel.grids.runner import Place, Runner
 
 PLACES = [Place(threads=1)] * 2
+HOLD = """
+import pathlib, sys
+from twolevel.training.output import _lock
+with _lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -65,10 +71,16 @@ def test_a_line_is_of_its_settings_and_not_of_a_grids_name(tmp_path, grid, file,
 def test_a_run_that_outlived_its_grid_is_left_to_itself(tmp_path, grid, runner):
     first = tmp_path / "work" / grid(0).runs[0].name
     first.mkdir(parents=True)
-    with (first / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        own = runner(grid(0))
-        assert len(own.run()) == 4 and own.elsewhere == 1
+    # As a run holds its folder, in a process of its own: locks of one process do not hinder it.
+    holding = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(first)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holding.stdout.readline() == "held\n"
+    own = runner(grid(0))
+    assert len(own.run()) == 4 and own.elsewhere == 1
+    assert (first / ".lock").read_text().startswith(f"process {holding.pid} ")
+    holding.communicate("")
+    assert len(runner(grid(0)).run()) == 5
 
 
 def test_lines_hold_no_path(tmp_path, grid, runner):
@@ -123,6 +135,33 @@ def test_a_run_of_more_ranks_than_there_is_room_for_is_refused(file, runner):
         runner(declare.read(str(file)), places=PLACES[:1]).run()
 
 
+def test_a_line_that_was_written_in_part_costs_no_other(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"settings": {}')
+    line = {key: 0 for key in results.KEYS}
+    results.append(path, line)
+    with pytest.raises(UserError, match="line 1 is not that of a finished run; remove it"):
+        results.read(path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]) + "\n")
+    assert results.read(path) == [line]
+
+
+def test_a_full_disk_is_told_and_the_run_is_kept(tmp_path, grid, runner, monkeypatch):
+    monkeypatch.setattr(results.os, "write", lambda file, text: len(text) // 2)
+    with pytest.raises(UserError, match=r"took \d+ of \d+ bytes of a result: is the disk full"):
+        runner(grid(0)).run()
+    assert len([path for path in (tmp_path / "work").iterdir() if path.is_dir()]) >= 1
+
+
+def test_a_line_without_a_setting_had_its_default(grid, runner):
+    (line, *_) = runner(grid(0)).run()
+    run = grid(0).runs[0]
+    del line["completed"]["representatives"], line["completed"]["label_smoothing"]
+    assert results.is_of(line, run)
+    other = declare.Run(run.settings | {"label_smoothing": 0.1})
+    assert not results.is_of(line, other)
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text(json.dumps({key: 0 for key in results.KEYS}) + '\n{"settings": {}\n')
@@ -158,3 +197,5 @@ def test_the_command_trains_for_real(tmp_path, capsys):
     assert all(len(line["curve"]) == 2 and line["seconds"] > 0 for line in lines)
     assert main([*words, "--list"]) == 0
     assert capsys.readouterr().out.count(" %\n") == 2
+    assert main(["report", str(tmp_path / "work"), "--page", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text().count("<td>GC-2L, 2 ranks</td>") == 1

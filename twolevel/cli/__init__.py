@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": "test a run, a checkpoint or an exported file",
     "export": "write a run's whole network into one safetensors file",
     "report": "draw a run: its curve, and what learned or dynamic groups chose",
-    "grid": "train the runs of a published table or figure, or of a grid of one's own",
+    "grid": "train the runs of a published table or figure, or of your own grid",
     "count": "count parameters, multiply-accumulates and bytes exchanged",
     "plan": "list the ways to train a network on so many processors, their cost, and which to take",
     "doctor": "show what this machine has and what twolevel uses of it",

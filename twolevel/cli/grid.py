@@ -25,7 +25,9 @@ _NAMES = ", ".join(declare.names())
 class GridConfig:
     """Train every run of a grid that has no line of results yet; go on with the same command where it was stopped."""
 
-    grid: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"{_NAMES}, or a TOML file of one's own")]
+    grid: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(help=f"{_NAMES}, or a TOML file that declares another")
+    ]
 
     output: Path | None = None
     """folder of the runs at work; runs/grids/GRID unless given"""
@@ -37,7 +39,7 @@ class GridConfig:
     """seeds instead of the grid's"""
 
     at_once: int | None = None
-    """runs at a time, or their ranks; one for each GPU, or each core, unless given"""
+    """ranks that train at the same time (a run of 2 ranks counts as 2); one for each GPU, or each core, unless given"""
 
     data_root: Path = field(default=Path("data"))
     """folder of the data sets"""
@@ -56,6 +58,10 @@ class GridConfig:
 
     def __post_init__(self):
         check_least(self, 1, "at_once")
+        if self.lines is not None and (self.lines.suffix != ".jsonl" or self.lines.is_dir()):
+            raise UserError(f"lines={self.lines} is invalid; name a file that ends in .jsonl")
+        if self.output is not None and self.output.exists() and not self.output.is_dir():
+            raise UserError(f"output={self.output} is a file; name a folder")
 
 
 def run(argv: list[str]) -> None:
@@ -106,6 +112,6 @@ def _places(config: GridConfig) -> "list[Place]":
         shown = shown[: config.at_once]
         return [Place(max(1, cores // len(shown)), gpu) for gpu in shown]
     if config.device == "cuda":
-        raise UserError("device=cuda, but no GPU is to be seen; use --device cpu")
+        raise UserError("device=cuda, but PyTorch finds no GPU; use --device cpu")
     number = config.at_once or cores
     return [Place(max(1, cores // number))] * number

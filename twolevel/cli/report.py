@@ -16,7 +16,7 @@ class ReportConfig:
     in its folder report/), of a grid's lines the errors against groups and cost, and the published ones."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """folders of runs, and files of results that `twolevel grid` wrote (.jsonl)"""
+    """folders of runs, and folders or files of results (.jsonl) that `twolevel grid` wrote"""
 
     page: Path | None = None
     """the page; by default report/index.html in the folder of the run, or report.html of several paths"""
@@ -45,8 +45,10 @@ def run(argv: list[str]) -> None:
     from twolevel.grids.report import write_page
     from twolevel.training.report import write_report
 
-    files = [path for path in config.paths if path.suffix == ".jsonl"]
-    folders = [path for path in config.paths if path not in files]
+    # A grid's folder stands for the results in it.
+    paths = [path / "results.jsonl" if (path / "results.jsonl").exists() else path for path in config.paths]
+    files = [path for path in paths if path.suffix == ".jsonl"]
+    folders = [path for path in paths if path not in files]
     if missing := [path for path in files if not path.is_file()]:
         raise UserError(
             f"{missing[0]} does not exist; `twolevel grid` writes it when its first run has finished"

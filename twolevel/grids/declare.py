@@ -47,15 +47,13 @@ class Run:
     @property
     def ranks(self) -> int:
         """Those that train it together."""
-        mesh = self.config().mesh
-        return mesh.data_parallel * (mesh.group_parallel or 1)
+        return self.completed["data_parallel"] * self.completed["group_parallel"]
 
     @cached_property
     def name(self) -> str:
         """That of its folder: what it trains, its seed, and a few digits that change with any setting."""
         got, ranks = self.completed, f"-{self.ranks}-ranks" if self.ranks > 1 else ""
-        settings = json.dumps(got | {"ranks": self.ranks}, sort_keys=True)
-        digits = hashlib.sha256(settings.encode()).hexdigest()[:6]
+        digits = hashlib.sha256(json.dumps(got, sort_keys=True).encode()).hexdigest()[:6]
         groups = f"-{got['groups']}" if got["groups"] != 1 else ""
         return f"{got['model']}-{got['conv']}{groups}{ranks}-{got['data']}-seed{got['seed']}-{digits}"
 
@@ -69,17 +67,28 @@ class Run:
         strange = given.keys() - {name for section in sections.values() for name in section}
         if strange:
             raise UserError(f"{min(strange)!r} is no setting of `twolevel train`")
-        if given.get("max_steps") is not None:
-            raise UserError(
-                f"max_steps={given['max_steps']} is invalid: a run of a grid ends with its last epoch; leave it out"
-            )
         return from_dict(TrainConfig, sections, "settings")
 
 
+# Settings that leave a run's training as it is and not its results: how ranks share it, and what is tested.
+ALSO = ("parallel", "data_parallel", "group_parallel", "mirrored_test")
+# Settings that are the grid's own, or the command's.
+NOT_OF_A_RUN = {
+    "seed": "declare seeds = [0, 1, 2]",
+    "output": "it is --output of `twolevel grid`",
+    "data_root": "it is --data-root of `twolevel grid`",
+    "download": "it is --download of `twolevel grid`",
+    "device": "it is --device of `twolevel grid`",
+    "resume": "a grid goes on by itself",
+    "max_steps": "a run of a grid ends with its last epoch",
+}
+
+
 def completed(config: TrainConfig) -> dict[str, Any]:
-    """The settings of a run that its results depend on: no path, and not how it is computed."""
+    """The settings of a run that its results depend on: no path, and not by which kernels it is computed."""
     on_resume = config.on_resume()
-    return {name: value for name, value in config.flat().items() if on_resume[name] in ("fixed", "warned")}
+    flat = config.flat() | {"group_parallel": config.mesh.group_parallel or 1}
+    return {k: v for k, v in flat.items() if on_resume[k] in ("fixed", "warned") or k in ALSO}
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,8 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def read(name: str, seeds: tuple[int, ...] | None = None, **settings: Any) -> Grid:
-    """The grid of this package with that name, or of a TOML file; `settings` replace those of every run.
+def read(name: str, seeds: tuple[int, ...] | None = None) -> Grid:
+    """The grid of this package with that name, or of a TOML file; `seeds` replace its own.
 
     Raises UserError where there is none, or its file declares what `twolevel train` would refuse.
     """
@@ -115,22 +124,35 @@ def read(name: str, seeds: tuple[int, ...] | None = None, **settings: Any) -> Gr
     if strange := text.keys() - set(KEYS):
         raise UserError(f"{path} has {min(strange)!r}, which a grid has not; use {', '.join(KEYS)}")
     common, cases = text.get("settings", {}), text.get("runs", [{}])
-    drawn = text.get("seeds", [0]) if seeds is None else seeds
-    if not drawn or not all(isinstance(seed, int) for seed in drawn):
-        raise UserError(f"{path}: seeds={drawn} is invalid; use a list of integers, such as [0, 1, 2]")
+    drawn = text.get("seeds", [0]) if seeds is None else list(seeds)
+    if not isinstance(common, dict):
+        raise UserError(f"{path}: write [settings] once, with single brackets")
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise UserError(f"{path}: write [[runs]], with two brackets, before the settings of each run")
+    if not isinstance(drawn, list) or not drawn or not all(isinstance(seed, int) for seed in drawn):
+        where, such = (f"{path}: seeds", "[0, 1, 2]") if seeds is None else ("--seeds", "0 1 2")
+        raise UserError(f"{where}={drawn} is invalid; give integers, such as {such}")
+    for name in sorted({name for settings in (common, *cases) for name in settings} & NOT_OF_A_RUN.keys()):
+        raise UserError(f"{path}: {name} is no setting of a grid's run: {NOT_OF_A_RUN[name]}")
     runs = [
-        Run(common | case | settings | {"seed": seed})
-        for seed in drawn
-        for one in cases
-        for case in _combinations(one)
+        Run(common | case | {"seed": seed}) for seed in drawn for one in cases for case in _combinations(one)
     ]
+    if not runs:
+        raise UserError(f"{path} declares no run: an empty list has no value to take")
+    seen: list[dict[str, Any]] = []
     for run in runs:
         try:
-            run.config()
+            again = run.completed in seen
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    if len({run.name for run in runs}) < len(runs):
-        raise UserError(f"{path} declares a run twice; no two runs may have the same settings")
+            hint = (
+                "; in [[runs]] a list is its values one by one: write [[3, 6]]"
+                if "tuple[" in str(error)
+                else ""
+            )
+            raise UserError(f"{path}: {error}{hint}") from error
+        if again:
+            raise UserError(f"{path} declares {run.name} twice; no two runs may have the same settings")
+        seen.append(run.completed)
     return Grid(path.stem, text.get("about", ""), runs)
 
 

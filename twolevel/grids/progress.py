@@ -74,11 +74,8 @@ class Progress:
 
     def complete(self) -> float:
         """Runs that are finished, and parts of those at work."""
-        have = [
-            line
-            for line in results.read(self.lines)
-            if any(results.is_of(line, run) for run in self.grid.runs)
-        ]
+        lines = results.read(self.lines)
+        have = [run for run in self.grid.runs if any(results.is_of(line, run) for line in lines)]
         return len(have) + sum(self.fractions().values())
 
     def left(self) -> str:

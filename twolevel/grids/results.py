@@ -3,6 +3,7 @@
 import json
 import os
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from twolevel.grids.declare import Run, completed
 from twolevel.host import processor
 from twolevel.training.config import TrainConfig
 
-KEYS = {"settings", "completed", "ranks", "final", "curve", "seconds", "counts"}
+KEYS = {"grid", "run", "settings", "completed", "final", "curve", "seconds", "counts", "machine", "torch"}
 # Of an epoch's record, what curves are drawn of.
 CURVE = ("epoch", "train_loss", "train_error", "test_loss", "test_error", "ema_test_error", "seconds")
 
@@ -22,6 +23,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -32,14 +35,22 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line as a whole, also where other grids add theirs."""
+    """Add a line as a whole, also where other grids add theirs. Raises UserError where the disk takes part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = (json.dumps(line) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, text)
+        size = os.fstat(descriptor).st_size
+        torn = (
+            size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        )  # part of a line, which is to stand alone
+        text = ("\n" * torn + json.dumps(line) + "\n").encode()
+        written = os.write(descriptor, text)
     finally:
         os.close(descriptor)
+    if written < len(text):
+        raise UserError(
+            f"{path} took {written} of {len(text)} bytes of a result: is the disk full? The run is kept"
+        )
 
 
 def is_of(line: dict[str, Any], run: Run) -> bool:
@@ -48,7 +59,12 @@ def is_of(line: dict[str, Any], run: Run) -> bool:
     A setting that is newer than the line had its default then.
     """
     theirs = line["completed"]
-    return line["ranks"] == run.ranks and all(theirs.get(k, v) == v for k, v in run.completed.items())
+    return all(theirs.get(name, _defaults()[name]) == value for name, value in run.completed.items())
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return completed(TrainConfig())
 
 
 def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
@@ -74,7 +90,6 @@ def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
         "run": run.name,
         "settings": run.settings,
         "completed": completed(config),
-        "ranks": run.ranks,
         "final": {name: value for name, value in epochs[-1].items() if name != "kind"},
         "curve": [{name: epoch[name] for name in CURVE if name in epoch} for epoch in epochs],
         "seconds": sum(epoch["seconds"] for epoch in epochs),

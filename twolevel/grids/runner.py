@@ -24,7 +24,7 @@ from twolevel.grids import results
 from twolevel.grids.declare import Grid, Run
 from twolevel.grids.progress import Progress
 from twolevel.training import metrics
-from twolevel.training.output import LOCK
+from twolevel.training.output import is_in_use
 
 LOOK_SECONDS = 0.5
 TORCHRUN = ("-m", "twolevel.torchrun", "--standalone")
@@ -94,11 +94,15 @@ class Runner:
         waiting = deque(run for run in self.grid.runs if not self._line_of(run))
         with Progress(self.grid, self.lines, self._fractions) as progress, self._signals():
             progress.begin(len(self.grid.runs) - len(waiting))
+            told = False
             while (waiting and self.stopping is None) or self.running:
                 self._start(waiting)
                 if not self.running:
                     break
                 time.sleep(LOOK_SECONDS)
+                if self.stopping is not None and not told:
+                    told = True
+                    progress.say(f"stopping: {len(self.running)} runs write checkpoints")
                 for trial in [trial for trial in self.running if trial.process.poll() is not None]:
                     self._finish(trial, progress)
                 progress.look()
@@ -122,7 +126,7 @@ class Runner:
         while waiting and waiting[0].ranks <= len(free) and self.stopping is None:
             run = waiting.popleft()
             lock = _locked(self.folder / f"{run.name}.lock")
-            if lock is None or _is_held(self.folder / run.name):
+            if lock is None or is_in_use(self.folder / run.name):
                 self.elsewhere += 1
                 if lock is not None:
                     lock.close()
@@ -131,6 +135,8 @@ class Runner:
             else:
                 self.running.append(self._begin(run, free[: run.ranks], lock))
                 free = free[run.ranks :]
+                if self.stopping is not None:  # asked while the run was being started
+                    self._ask_to_stop()
 
     def _begin(self, run: Run, places: list[int], lock: TextIO) -> Trial:
         folder = self.folder / run.name
@@ -181,15 +187,18 @@ class Runner:
             for trial in self.running
         }
 
+    def _ask_to_stop(self) -> None:
+        for trial in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                trial.process.send_signal(signal.SIGTERM)
+
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Pass what asks this process to stop on to the runs, which write a checkpoint."""
 
         def stop(number: int, _: object) -> None:
             self.stopping = number
-            for trial in self.running:
-                with contextlib.suppress(ProcessLookupError):
-                    trial.process.send_signal(signal.SIGTERM)
+            self._ask_to_stop()
 
         before = {number: signal.signal(number, stop) for number in SIGNALS}
         try:
@@ -226,16 +235,6 @@ def _locked(path: Path) -> TextIO | None:
         file.close()
         return None
     return file
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether a process still trains in a run's folder, as one that outlived its grid does."""
-    if not (folder / LOCK).exists():
-        return False
-    lock = _locked(folder / LOCK)
-    if lock is not None:
-        lock.close()
-    return lock is None
 
 
 def _last_line(path: Path) -> str:

@@ -84,6 +84,18 @@ def _lock(output: Path) -> Iterator[None]:
         os.close(file)
 
 
+def is_in_use(output: Path) -> bool:
+    """Whether a run of another process holds this folder."""
+    try:
+        with (output / LOCK).open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or where nothing can be locked
+        return True
+    return False
+
+
 def _locked(path: Path) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
