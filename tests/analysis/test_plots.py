@@ -32,6 +32,13 @@ def test_an_axis_whose_values_span_a_decade_is_logarithmic_with_plain_ticks():
     assert {"0.05", "0.1", "1"} <= set(labels(axes.xaxis))
 
 
+@pytest.mark.parametrize("values", [[], [0.0], [float("nan")]])
+def test_without_a_value_above_zero_there_is_an_axis_too(values):
+    _, (axes,) = drawn({"a": Series([1.0] * len(values), values)})
+    from_zero(axes)
+    assert axes.get_ylim() == (0, 1)
+
+
 def test_large_numbers_are_written_out():
     _, (axes,) = drawn({"a": Series([1, 2], [1e4, 2e6])})
     axes.set_yscale("log")
@@ -46,10 +53,17 @@ def test_there_is_one_legend_for_all_panes():
     assert not any(axes.get_legend() for axes in figure.axes)
 
 
-def test_series_differ_in_colour_and_marker():
-    looks = looks_of(str(i) for i in range(len(plots.PALETTE)))
-    colours, markers = zip(*looks.values(), strict=True)
-    assert len(set(colours)) == len(colours) == len(set(markers))
+def test_no_two_series_look_the_same():
+    looks = [*looks_of(str(i) for i in range(40)).values()]
+    assert len(set(looks)) == 40
+    assert len({colour for colour, _ in looks[:10]}) == 10 and len({marker for _, marker in looks[:9]}) == 9
+
+
+def test_long_names_take_fewer_columns():
+    for name, columns in (("a", 3), ("a name of a good forty letters, more or less", 1)):
+        figure, _ = drawn({f"{name}{i}": Series([1], [1]) for i in range(3)})
+        one_legend(figure)
+        assert figure.legends[0]._ncols == columns
 
 
 @pytest.mark.parametrize("theme", [plots.PAGE, plots.PAPER])

@@ -5,17 +5,26 @@ import re
 import pytest
 
 from twolevel.grids import published
-from twolevel.grids.report import Case, cases_of, write_page
+from twolevel.grids.cases import Case, sections
+from twolevel.grids.report import write_page
 
 
-def line(conv, groups, seed, error, *, model="wrn-28-10", representatives=1, ranks=1, **more):
+def line(conv, groups, seed, error, *, model="wrn-28-10", ranks=1, grid="a grid", **more):
+    """Of a run by the published recipe, unless `more` says otherwise."""
     completed = {"data": "cifar10", "model": model, "conv": conv, "groups": groups, "seed": seed}
-    completed |= {"representatives": representatives, "recipe": "paper", "epochs": 2}
+    completed |= {
+        "recipe": "paper",
+        "epochs": 200,
+        "data_parallel": 1,
+        "group_parallel": ranks,
+        "xi": 0.75,
+    } | more
     return {
+        "grid": grid,
+        "run": "a run",
         "settings": {"conv": conv} | more,
         "completed": completed,
-        "ranks": ranks,
-        "final": {"test_error": error, "test_mirrored_error": error - 0.25},
+        "final": {"test_error": error, "test_mirrored_error": max(0.0, error - 0.25)},
         "curve": [{"epoch": e, "train_loss": 2.0 / e + seed / 10} for e in (1, 2)],
         "seconds": 120.0,
         "counts": {"parameters": 10**7 // groups, "macs": 10**9 // groups},
@@ -48,28 +57,30 @@ def test_errors_are_means_over_seeds_beside_the_published(tmp_path):
 def test_networks_that_differ_are_not_compared(tmp_path):
     lines = [*LINES, line("gc", 4, 0, 20.0, model="wrn-10-2")]
     text = write_page(lines, tmp_path / "page.html").read_text()
-    assert "<h2>wrn-28-10 on cifar10" in text and "<h2>wrn-10-2 on cifar10" in text
-    assert "published" not in re.findall(r"<thead>(.*?)</thead>", text)[0]  # wrn-10-2 comes first
+    assert text.count("<h2>wrn-28-10 on cifar10") == text.count("<h2>wrn-10-2 on cifar10") == 1
+    assert "published" not in re.findall(r"<thead>(.*?)</thead>", text)[1]
 
 
-def test_a_seed_that_was_trained_twice_counts_once():
-    cases = cases_of([line("gc", 4, 0, 9.0), line("gc", 4, 0, 7.0)])
-    assert [[one["final"]["test_error"] for one in lines] for lines in cases.values()] == [[7.0]]
+def test_a_run_that_was_trained_twice_counts_once():
+    (section,) = sections([line("gc", 4, 0, 9.0), line("gc", 4, 0, 7.0, grid="another")])
+    assert [[one["final"]["test_error"] for one in lines] for lines in section.cases.values()] == [[7.0]]
 
 
-@pytest.mark.parametrize(
-    ("case", "error"),
-    [
-        (("cifar10", "wrn-28-10", "gc2l", 16), 4.95),
-        (("cifar100", "wrn-28-10", "flgc", 8), 30.78),
-        (("imagenet", "wrn-34-2", "gc", 16), 43.18),
-        (("imagenet", "mobilenetv2", "shuffle", 16), None),
-        (("cifar10", "wrn-10-2", "gc", 4), None),
-    ],
-)
-def test_published_errors(case, error):
-    assert published.error(*case) == error
-    assert published.error(*case, representatives=2) is None
+def test_recipes_and_lengths_are_compared_only_where_a_grid_varies_them(tmp_path):
+    fast = {"recipe": "fast", "epochs": 10}
+    apart = sections([line("gc", 4, 0, 9.0, grid="one"), line("gc", 4, 0, 8.0, grid="two", **fast)])
+    assert [[case.kind for case in section.cases] for section in apart] == [["group"], ["group"]]
+    (section,) = sections([line("gc", 4, 0, 9.0), line("gc", 4, 0, 8.0, **fast)])
+    assert section.kinds == ["group, recipe fast, epochs 10", "group, recipe paper, epochs 200"]
+
+
+def test_what_a_grid_varies_beside_kinds_is_a_case_of_its_own_and_what_all_have_is_said_once(tmp_path):
+    lines = [line("gc", 4, 0, 9.0, epochs=3), line("gc", 4, 0, 8.0, epochs=3, flip="random")]
+    (section,) = sections(lines)
+    assert section.kinds == ["group", "group, flip random"]
+    text = write_page(lines, tmp_path / "page.html").read_text()
+    assert [row[3] for row in rows_of(text)] == ["9.00", "8.00"]
+    assert "All have: recipe paper, epochs 3." in text
 
 
 def test_time_is_drawn_against_processors_where_they_differ(tmp_path):
@@ -79,13 +90,40 @@ def test_time_is_drawn_against_processors_where_they_differ(tmp_path):
     assert "number of processors" not in write_page(LINES, tmp_path / "page.html").read_text()
 
 
+def test_errors_of_zero_curves_of_two_lengths_and_no_lines_make_a_page(tmp_path):
+    short = line("gc", 4, 1, 0.0)
+    short["curve"] = short["curve"][:1]
+    assert [
+        row[4] for row in rows_of(write_page([line("gc", 4, 0, 0.0), short], tmp_path / "a.html").read_text())
+    ] == ["0.00"]
+    assert "No run has finished yet." in write_page([], tmp_path / "b.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "more", "error"),
+    [
+        (("gc2l", 16), {}, 4.95),
+        (("flgc", 8), {"data": "cifar100"}, 30.78),
+        (("gc", 16), {"data": "imagenet", "model": "wrn-34-2", "epochs": 90}, 43.18),
+        (("shuffle", 16), {"data": "imagenet", "model": "mobilenetv2", "epochs": 90}, None),
+        (("gc2l", 16), {"representatives": 2}, None),
+        (("gc2l", 16), {"recipe": "fast", "epochs": 12}, None),
+        (("gc2l", 16), {"epochs": 100}, None),
+        (("gc", 4), {"model": "wrn-10-2"}, None),
+        (("dgc", 4), {"model": "condensenet-50", "epochs": 300, "xi": 1 / 3}, 5.83),
+        (("dgc", 4), {"model": "condensenet-50", "epochs": 300, "xi": 0.5}, None),
+    ],
+)
+def test_a_published_error_is_of_the_same_training(case, more, error):
+    one = line(*case, 0, 9.0)
+    one["completed"] |= more
+    assert published.error_of(Case.of(one), one["completed"]["xi"]) == error
+
+
+def test_a_setting_that_a_case_varies_makes_it_another_training():
+    assert published.error_of(Case.of(line("gc", 16, 0, 9.0), [("flip", "alternating")])) is None
+
+
 def test_a_case_knows_its_name():
     assert Case.of(line("gc2l", 8, 0, 1.0, representatives=4)).kind == "GC-2L, 4 repr."
     assert Case.of(line("gc2l", 4, 0, 1.0, ranks=2)).kind == "GC-2L, 2 ranks"
-
-
-def test_what_a_grid_varies_beside_kinds_is_a_case_of_its_own(tmp_path):
-    lines = [line("gc", 4, 0, 9.0), line("gc", 4, 0, 8.0, flip="random")]
-    assert [case.kind for case in cases_of(lines)] == ["group", "group, flip random"]
-    rows = rows_of(write_page(lines, tmp_path / "page.html").read_text())
-    assert [row[3] for row in rows] == ["9.00", "8.00"]

@@ -6,6 +6,7 @@ series by their markers.
 """
 
 import io
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ PALETTE = (
     "#B2565B",
     "#7F7F7F",
 )
-MARKERS = "os^Dv<>PpX"
+MARKERS = "os^Dv<>Pp"  # one less than colours: pairs do not repeat for long
 
 
 class Theme(NamedTuple):
@@ -45,6 +46,7 @@ PAGE = Theme("#010203", "#040506", "none")
 PAPER = Theme("black", "#c9ced6", "white")
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
 SPAN = 8  # of the highest value and the lowest, from which on an axis is logarithmic
+LEGEND_LETTERS = 60  # on a line of a legend below axes of WIDTH
 WIDTH, HEIGHT = 4.9, 3.3  # inches: at 400 pixels as large as it is drawn
 
 
@@ -101,7 +103,8 @@ def from_zero(axes: Axes, *, x: bool = False) -> None:
 
     An x axis whose values span a decade is logarithmic instead.
     """
-    axes.set_ylim(0, 1.06 * axes.dataLim.y1)
+    top = 1.06 * axes.dataLim.y1
+    axes.set_ylim(0, top if 0 < top < math.inf else 1)  # there may be nothing, or zeros
     axes.yaxis.set_major_formatter(PLAIN)
     if not x:
         return
@@ -131,11 +134,13 @@ def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
 
 
 def one_legend(figure: Figure, *, columns: int = 3, beside: bool = False) -> None:
-    """The series of all axes, once, below them or on their right."""
+    """The series of all axes, once, below them in so many columns, fewer where names are long, or on their right."""
     found = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
+    widest = max(map(len, found), default=1)
+    columns = max(1, min(columns, LEGEND_LETTERS * len(figure.axes) // (widest + 6)))
     place = "outside right upper" if beside else "outside lower center"
     # matplotlib documents the "outside" places, and its type hints leave them out.
     legend = figure.legend(

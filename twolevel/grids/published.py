@@ -1,5 +1,9 @@
 """Test errors that were published, in percent: single runs, by data set, network, convolution and groups."""
 
+from twolevel.data.config import DataConfig
+from twolevel.grids.cases import Case
+from twolevel.training.config.recipes import recipe_of
+
 # Lee, Park, Lee, "Two-level Group Convolution" (arXiv 2110.05060), sections 4.1 to 4.3.
 _WRN = {
     "cifar10": {
@@ -40,16 +44,28 @@ ERRORS: dict[tuple[str, str], dict[str, dict[int, float]]] = {
     ("cifar10", "wrn-28-40"): {"sc": {1: 3.64}, "gc2l": {2: 3.58, 4: 3.73}},
     ("cifar10", "wrn-28-60"): {"sc": {1: 3.51}, "gc2l": {2: 3.68, 4: 3.91}},
     ("cifar10", "wrn-28-80"): {"sc": {1: 3.77}, "gc2l": {2: 3.75, 4: 4.08}},
-    # Su et al., "Dynamic Group Convolution" (arXiv 2007.04242).
-    ("imagenet", "resnet18"): {"dgc": {4: 31.22}},
-    ("imagenet", "condensenet-74"): {"dgc": {4: 25.4}},
-    ("cifar10", "condensenet-50"): {"dgc": {4: 5.83}},
-    ("cifar10", "mobilenetv2-cifar"): {"dgc": {4: 5.17}},
+}
+# Su et al., "Dynamic Group Convolution" (arXiv 2007.04242), four heads: the share of channels dropped, and the error.
+DGC = {
+    ("imagenet", "resnet18"): (0.55, 31.22),
+    ("imagenet", "condensenet-74"): (0.75, 25.4),
+    ("cifar10", "condensenet-50"): (1 / 3, 5.83),
+    ("cifar10", "mobilenetv2-cifar"): (0.65, 5.17),
 }
 
 
-def error(data: str, model: str, conv: str, groups: int, representatives: int = 1) -> float | None:
-    """The published test error in percent; None where there is none."""
-    if representatives != 1:
+def error_of(case: Case, xi: float | None = None) -> float | None:
+    """The published test error of a case in percent; None where there is none of such a training.
+
+    Of DGC only for the share `xi` of its table, by default that of the case.
+    """
+    published = recipe_of("paper", DataConfig(data=case.data), case.model, case.conv)
+    whole = case.recipe == "paper" and case.epochs == published.epochs and case.representatives == 1
+    varied = dict(case.variant)
+    if not whole or varied.keys() - {"xi", "recipe", "epochs"}:
         return None
-    return ERRORS.get((data, model), {}).get(conv, {}).get(groups)
+    if case.conv == "dgc":
+        share, error = DGC.get((case.data, case.model), (None, None))
+        asked = varied.get("xi", xi)
+        return error if share is not None and asked is not None and abs(asked - share) < 1e-9 else None
+    return ERRORS.get((case.data, case.model), {}).get(case.conv, {}).get(case.groups)

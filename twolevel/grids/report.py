@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -21,79 +21,11 @@ from twolevel.analysis.plots import (
 )
 from twolevel.errors import UserError
 from twolevel.grids import published
+from twolevel.grids.cases import NAMES, Case, Found, Section, errors_of, sections, spread
 from twolevel.training.report import Report
 
-NAMES = {
-    "sc": "standard",
-    "gc": "group",
-    "shuffle": "shuffle",
-    "flgc": "FLGC",
-    "bgc": "BGC",
-    "dgconv": "DGConv",
-    "dgc": "DGC",
-    "gc2l": "GC-2L",
-}
-# As in every figure: the order of the legend, and so the colours.
-ORDER = [*NAMES.values(), "GC-2L, 2 repr.", "GC-2L, 4 repr."]
-# What a case or its table says already, or what changes no result.
-SAID = {"data", "model", "conv", "groups", "representatives", "recipe", "epochs", "seed", "precision"}
-SAID |= {"data_parallel", "group_parallel", "mirrored_test", "image_size"}
-
-
-class Case(NamedTuple):
-    """What was trained, but for the seed."""
-
-    data: str
-    model: str
-    conv: str
-    groups: int
-    representatives: int
-    recipe: str
-    epochs: int
-    ranks: int
-    variant: str
-    """other settings that its grid declares"""
-
-    @classmethod
-    def of(cls, line: dict[str, Any]) -> "Case":
-        got = line["completed"]
-        variant = ", ".join(f"{name} {value}" for name, value in line["settings"].items() if name not in SAID)
-        more = (got.get("representatives", 1), got["recipe"], got["epochs"], line["ranks"], variant)
-        return cls(got["data"], got["model"], got["conv"], got["groups"], *more)
-
-    @property
-    def kind(self) -> str:
-        more = [f"{self.representatives} repr."] if self.representatives > 1 else []
-        more += [f"{self.ranks} ranks"] if self.ranks > 1 else []
-        more += [self.variant] if self.variant else []
-        return ", ".join([NAMES.get(self.conv, self.conv), *more])
-
-    @property
-    def setting(self) -> tuple[str, str, str, int]:
-        """What cases have in common that may be compared."""
-        return (self.data, self.model, self.recipe, self.epochs)
-
-
-Found = dict[Case, list[dict[str, Any]]]
-
-
-def cases_of(lines: Iterable[dict[str, Any]]) -> Found:
-    """The lines of each case, by seed; of a seed that was trained twice the later."""
-    found: dict[Case, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in lines:
-        found[Case.of(line)][line["completed"]["seed"]] = line
-    order = {name: index for index, name in enumerate(ORDER)}
-    cases = sorted(found, key=lambda case: (case.setting, order.get(case.kind, 99), case.groups))
-    return {case: [found[case][seed] for seed in sorted(found[case])] for case in cases}
-
-
-def errors_of(lines: list[dict[str, Any]]) -> list[float]:
-    return [line["final"]["test_error"] for line in lines]
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation, 0 of a single one."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+Looks = dict[str, tuple[str, str]]
+"""Colour and marker of each kind."""
 
 
 def write_page(
@@ -103,17 +35,15 @@ def write_page(
     runs: Mapping[Path, Report] | None = None,
 ) -> Path:
     """The page of these lines and of the pictures of these runs, which come from `files`."""
-    found = cases_of(lines)
-    page = Page("Errors of group convolutions" if lines else "What a run has learned")
+    page = Page("Errors of group convolutions" if lines or not runs else "What a run has learned")
     command = shlex.join(["twolevel", "report", *map(str, files)])
-    settings: dict[tuple[str, str, str, int], Found] = defaultdict(dict)
-    for case, of_case in found.items():
-        settings[case.setting][case] = of_case
-    for (data, model, recipe, epochs), cases in settings.items():
-        page.section(f"{model} on {data}: {epochs} epochs of the {recipe} recipe")
-        page.text(_sentence(cases))
-        page.table(*_table(cases))
-        for figure, caption, rows in _figures(cases):
+    if not lines and not runs:
+        page.text("No run has finished yet.")
+    for section in sections(lines):
+        page.section(f"{section.model} on {section.data}")
+        page.text(_sentence(section))
+        page.table(*_table(section))
+        for figure, caption, rows in _figures(section):
             page.figure(figure, caption, command=command, data=rows)
     for folder, report in (runs or {}).items():
         page.section(folder.resolve().name)
@@ -128,30 +58,29 @@ def write_page(
         raise UserError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
 
 
-def _sentence(cases: Found) -> str:
-    seeds = sorted({len(lines) for lines in cases.values()})
-    runs = sum(map(len, cases.values()))
-    machines = sorted(
-        {line["machine"]["gpu"] or line["machine"]["cpu"] for of in cases.values() for line in of}
-    )
-    torch = sorted({line["torch"] for of in cases.values() for line in of})
-    hours = sum(line["seconds"] for of in cases.values() for line in of) / 3600
+def _sentence(section: Section) -> str:
+    lines = [line for of_case in section.cases.values() for line in of_case]
+    seeds = sorted({len(of_case) for of_case in section.cases.values()})
     each = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    machines = sorted({line["machine"]["gpu"] or line["machine"]["cpu"] for line in lines})
+    versions = ", ".join(sorted({line["torch"] for line in lines}))
+    hours = sum(line["seconds"] for line in lines) / 3600
+    common = ", ".join(f"{name} {value}" for name, value in section.common.items())
     return (
-        f"{runs} runs, {each} seeds each, {hours:.1f} hours of training on {', '.join(machines)}, torch "
-        f"{', '.join(torch)}. Errors are of the test set after the last epoch; bands and what follows ± are one "
-        "standard deviation over seeds."
+        f"{len(lines)} runs, {each} seeds each, {hours:.1f} hours of training on {', '.join(machines)}, torch "
+        f"{versions}. All have: {common or 'nothing in common'}. Errors are of the test set after the last epoch; "
+        "bands and what follows ± are one standard deviation over seeds."
     )
 
 
-def _table(cases: Found) -> tuple[list[str], list[list[str]], str]:
+def _table(section: Section) -> tuple[list[str], list[list[str]], str]:
     header = ["", "G", "seeds", "error, %", "with mirror images, %", "published, %", "difference"]
     header += ["parameters", "multiplications", "minutes"]
     rows = []
-    for case, lines in cases.items():
+    for case, lines in section.cases.items():
         mean, deviation = spread(errors_of(lines))
         both = [line["final"].get("test_mirrored_error") for line in lines]
-        theirs = published.error(case.data, case.model, case.conv, case.groups, case.representatives)
+        theirs = published.error_of(case, lines[0]["completed"].get("xi"))
         counts = lines[0]["counts"]
         rows.append(
             [
@@ -159,7 +88,7 @@ def _table(cases: Found) -> tuple[list[str], list[list[str]], str]:
                 str(case.groups),
                 str(len(lines)),
                 f"{mean:.2f}" + (f" ± {deviation:.2f}" if len(lines) > 1 else ""),
-                "" if None in both else f"{statistics.fmean(filter(None, both)):.2f}",
+                "" if None in both else f"{statistics.fmean(both):.2f}",
                 "" if theirs is None else f"{theirs:.2f}",
                 "" if theirs is None else f"{mean - theirs:+.2f}",
                 f"{counts['parameters']:,.0f}",
@@ -176,17 +105,18 @@ def _table(cases: Found) -> tuple[list[str], list[list[str]], str]:
     )
 
 
-def _figures(cases: Found) -> Iterable[tuple[Figure, str, list[dict[str, Any]]]]:
-    yield _error_against_groups(cases)
-    yield from _error_against_cost(cases)
+def _figures(section: Section) -> Iterable[tuple[Figure, str, list[dict[str, Any]]]]:
+    cases, looks = section.cases, looks_of(section.kinds)
+    yield _error_against_groups(cases, looks)
+    yield from _error_against_cost(cases, looks)
     if len({case.ranks for case in cases}) > 1:
         yield _time_against_processors(cases)
     for conv in ("gc", "gc2l"):
-        if any(case.conv == conv for case in cases):
+        if any(_has_curve(case, conv) for case in cases):
             yield _loss_curves(cases, conv)
 
 
-def _error_against_groups(cases: Found) -> tuple[Figure, str, list[dict[str, Any]]]:
+def _error_against_groups(cases: Found, looks: Looks) -> tuple[Figure, str, list[dict[str, Any]]]:
     figure, (axes,) = new_figure()
     rows, series = [], {}
     for kind in dict.fromkeys(case.kind for case in cases if case.conv != "sc"):
@@ -201,12 +131,10 @@ def _error_against_groups(cases: Found) -> tuple[Figure, str, list[dict[str, Any
             {"kind": case.kind, "groups": case.groups, "seed": line["completed"]["seed"], "test_error": error}
             for line, error in zip(lines, errors_of(lines), strict=True)
         ]
-    draw_lines(axes, series, looks_of([*ORDER, *series]))
+    draw_lines(axes, series, looks)
     for case, lines in cases.items():
         if case.conv == "sc":
-            axes.axhline(
-                spread(errors_of(lines))[0], color=looks_of(ORDER)["standard"][0], ls="--", label="standard"
-            )
+            axes.axhline(spread(errors_of(lines))[0], color=looks[case.kind][0], ls="--", label=case.kind)
     from_zero(axes)
     powers_of_two(axes, [case.groups for case in cases if case.conv != "sc"] or [1])
     axes.set(xlabel="groups G", ylabel="test error, %")
@@ -221,7 +149,7 @@ COSTS = {
 }
 
 
-def _error_against_cost(cases: Found) -> Iterable[tuple[Figure, str, list[dict[str, Any]]]]:
+def _error_against_cost(cases: Found, looks: Looks) -> Iterable[tuple[Figure, str, list[dict[str, Any]]]]:
     for cost, (label, unit, value_of) in COSTS.items():
         figure, (axes,) = new_figure()
         rows, series = [], {}
@@ -237,7 +165,7 @@ def _error_against_cost(cases: Found) -> Iterable[tuple[Figure, str, list[dict[s
                     ]
             x, y = map(list, zip(*sorted(points), strict=True))
             series[kind] = Series(x, y)
-        draw_lines(axes, series, looks_of([*ORDER, *series]))
+        draw_lines(axes, series, looks)
         from_zero(axes, x=True)
         axes.set(xlabel=label, ylabel="test error, %")
         one_legend(figure)
@@ -261,17 +189,21 @@ def _time_against_processors(cases: Found) -> tuple[Figure, str, list[dict[str, 
     return figure, "Time of a run against the number of processors.", rows
 
 
+def _has_curve(case: Case, conv: str) -> bool:
+    return case.conv == conv and case.representatives == case.ranks == 1 and not case.variant
+
+
 def _loss_curves(cases: Found, conv: str) -> tuple[Figure, str, list[dict[str, Any]]]:
     """Of a kind with each number of groups, and of standard convolution."""
     figure, (axes,) = new_figure()
     rows, series = [], {}
     for case, lines in cases.items():
-        if case.conv not in ("sc", conv) or case.representatives > 1:
+        if not _has_curve(case, "sc") and not _has_curve(case, conv):
             continue
         name = case.kind if case.conv == "sc" else f"{case.kind}, G={case.groups}"
-        epochs = [epoch["epoch"] for epoch in lines[0]["curve"]]
+        epochs = [epoch["epoch"] for epoch in min((line["curve"] for line in lines), key=len)]
         losses = [[epoch["train_loss"] for epoch in line["curve"]] for line in lines]
-        spreads = [spread(list(of_epoch)) for of_epoch in zip(*losses, strict=True)]
+        spreads = [spread(list(of_epoch)) for of_epoch in zip(*losses, strict=False)]
         means = [mean for mean, _ in spreads]
         low, high = ([m + s * d for m, d in spreads] for s in (-1, 1))
         series[name] = Series(epochs, means, low, high)
