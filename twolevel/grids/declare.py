@@ -70,7 +70,7 @@ class Run:
         return from_dict(TrainConfig, sections, "settings")
 
 
-# Settings that leave a run's training as it is and not its results: how ranks share it, and what is tested.
+# What a resumed run may change and results depend on all the same: how ranks share a network, and what is tested.
 ALSO = ("parallel", "data_parallel", "group_parallel", "mirrored_test")
 # Settings that are the grid's own, or the command's.
 NOT_OF_A_RUN = {
