@@ -62,12 +62,13 @@ def _sentence(section: Section) -> str:
     lines = [line for of_case in section.cases.values() for line in of_case]
     seeds = sorted({len(of_case) for of_case in section.cases.values()})
     each = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    each += " seed" if each == "1" else " seeds"
     machines = sorted({line["machine"]["gpu"] or line["machine"]["cpu"] for line in lines})
     versions = ", ".join(sorted({line["torch"] for line in lines}))
     hours = sum(line["seconds"] for line in lines) / 3600
     common = ", ".join(f"{name} {value}" for name, value in section.common.items())
     return (
-        f"{len(lines)} runs, {each} seeds each, {hours:.1f} hours of training on {', '.join(machines)}, torch "
+        f"{len(lines)} runs, {each} each, {hours:.1f} hours of training on {', '.join(machines)}, torch "
         f"{versions}. All have: {common or 'nothing in common'}. Errors are of the test set after the last epoch; "
         "bands and what follows ± are one standard deviation over seeds."
     )
