@@ -24,7 +24,7 @@ with (output.parent / "started.txt").open("a") as file:
 if seed == 13:
     sys.exit("the loss is nan at step 1")
 (output / "config.json").write_text(json.dumps(config))
-if seed == 99 and not resumed:
+if seed == 99 and not resumed and not (output.parent / "go").exists():
     (output / "ready").touch()
     time.sleep(60)
 records = [

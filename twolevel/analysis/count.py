@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from twolevel import models
 from twolevel.analysis.elementwise import ElementCounter
 from twolevel.analysis.traffic import Collective, logits_sum, mean_exchange, representatives_exchange
 from twolevel.errors import UserError
@@ -96,6 +97,12 @@ class Count:
 
     def collectives_by_kind(self) -> Counter[str]:
         return Counter(c.kind for c in self.collectives)
+
+
+def countable(**options: Any) -> nn.Module:
+    """`models.create(**options)` without memory where it can do without: groups of FLGC and DGConv are values."""
+    with torch.device("cpu" if options["conv"] in ("flgc", "dgconv") else "meta"):
+        return models.create(**options)
 
 
 def count(

@@ -22,7 +22,7 @@ COMMANDS = {
     "train": "train a network on the ranks that a launcher started, or on one",
     "evaluate": "test a run, a checkpoint or an exported file",
     "export": "write a run's whole network into one safetensors file",
-    "report": "draw a run: its curve, and what learned or dynamic groups chose",
+    "report": "make a page of runs and grids: curves, errors, and what learned or dynamic groups chose",
     "grid": "train the runs of a published table or figure, or of your own grid",
     "count": "count parameters, multiply-accumulates and bytes exchanged",
     "plan": "list the ways to train a network on so many processors, their cost, and which to take",

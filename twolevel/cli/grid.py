@@ -90,7 +90,7 @@ def _list(grid: declare.Grid, lines: Path) -> None:
 
     found = results.read(lines)
     for one in grid.runs:
-        line = next((line for line in found if results.is_of(line, one)), None)
+        line = results.find(found, one)
         print(f"{one.name}  " + ("-" if line is None else f"{line['final']['test_error']:.2f} %"))
 
 

@@ -57,9 +57,9 @@ class Run:
         groups = f"-{got['groups']}" if got["groups"] != 1 else ""
         return f"{got['model']}-{got['conv']}{groups}{ranks}-{got['data']}-seed{got['seed']}-{digits}"
 
-    def config(self, **more: Any) -> TrainConfig:
+    def config(self) -> TrainConfig:
         """The settings of the run as `twolevel train` completes them. Raises UserError for what it would refuse."""
-        given = self.settings | more
+        given = self.settings
         sections: dict[str, dict[str, Any]] = {}
         for section in fields(TrainConfig):
             names = {setting.name for setting in fields(section.type)}  # pyright: ignore[reportArgumentType]

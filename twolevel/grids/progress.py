@@ -32,8 +32,7 @@ class Progress:
         self.bars = Bars(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bars.add_task(grid.name, total=len(grid.runs), left="")
         self.began = self.last_line = self.last_look = time.monotonic()
-        self.spent: list[float] = []
-        self.done = self.start = 0.0
+        self.start = 0.0
 
     def __enter__(self) -> "Progress":
         self.bars.start()
@@ -47,7 +46,7 @@ class Progress:
 
     def begin(self, finished: int) -> None:
         """`finished` runs have a line already."""
-        self.done = self.start = finished + sum(self.fractions().values())
+        self.start = finished + sum(self.fractions().values())
         about = f": {self.grid.about}" if self.grid.about else ""
         had = f", {finished} of them finished before" if finished else ""
         self.say(f"{self.grid.name}{about}; {len(self.grid.runs)} runs{had}")
@@ -75,7 +74,7 @@ class Progress:
     def complete(self) -> float:
         """Runs that are finished, and parts of those at work."""
         lines = results.read(self.lines)
-        have = [run for run in self.grid.runs if any(results.is_of(line, run) for line in lines)]
+        have = [run for run in self.grid.runs if results.find(lines, run)]
         return len(have) + sum(self.fractions().values())
 
     def left(self) -> str:

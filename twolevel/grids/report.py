@@ -117,16 +117,19 @@ def _figures(section: Section) -> Iterable[tuple[Figure, str, list[dict[str, Any
             yield _loss_curves(cases, conv)
 
 
+def _band(x: list[float], values: Iterable[list[float]]) -> Series:
+    """Means, and one standard deviation to either side."""
+    spreads = [spread(of_one) for of_one in values]
+    low, high = ([mean + sign * deviation for mean, deviation in spreads] for sign in (-1, 1))
+    return Series(x, [mean for mean, _ in spreads], low, high)
+
+
 def _error_against_groups(cases: Found, looks: Looks) -> tuple[Figure, str, list[dict[str, Any]]]:
     figure, (axes,) = new_figure()
     rows, series = [], {}
     for kind in dict.fromkeys(case.kind for case in cases if case.conv != "sc"):
-        points = [
-            (case.groups, *spread(errors_of(lines))) for case, lines in cases.items() if case.kind == kind
-        ]
-        groups, means, deviations = map(list, zip(*points, strict=True))
-        low, high = ([m + s * d for m, d in zip(means, deviations, strict=True)] for s in (-1, 1))
-        series[kind] = Series(groups, means, low, high)
+        own = {case.groups: errors_of(lines) for case, lines in cases.items() if case.kind == kind}
+        series[kind] = _band(list(own), own.values())
     for case, lines in cases.items():
         rows += [
             {"kind": case.kind, "groups": case.groups, "seed": line["completed"]["seed"], "test_error": error}
@@ -204,10 +207,7 @@ def _loss_curves(cases: Found, conv: str) -> tuple[Figure, str, list[dict[str, A
         name = case.kind if case.conv == "sc" else f"{case.kind}, G={case.groups}"
         epochs = [epoch["epoch"] for epoch in min((line["curve"] for line in lines), key=len)]
         losses = [[epoch["train_loss"] for epoch in line["curve"]] for line in lines]
-        spreads = [spread(list(of_epoch)) for of_epoch in zip(*losses, strict=False)]
-        means = [mean for mean, _ in spreads]
-        low, high = ([m + s * d for m, d in spreads] for s in (-1, 1))
-        series[name] = Series(epochs, means, low, high)
+        series[name] = _band(epochs, map(list, zip(*losses, strict=False)))
         rows += [
             {
                 "kind": name,

@@ -40,9 +40,8 @@ def append(path: Path, line: dict[str, Any]) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
-        torn = (
-            size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        )  # part of a line, which is to stand alone
+        # After part of a line this one is to stand alone.
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         text = ("\n" * torn + json.dumps(line) + "\n").encode()
         written = os.write(descriptor, text)
     finally:
@@ -62,6 +61,11 @@ def is_of(line: dict[str, Any], run: Run) -> bool:
     return all(theirs.get(name, _defaults()[name]) == value for name, value in run.completed.items())
 
 
+def find(lines: list[dict[str, Any]], run: Run) -> dict[str, Any] | None:
+    """The line that is of a run; None where there is none."""
+    return next((line for line in lines if is_of(line, run)), None)
+
+
 @cache
 def _defaults() -> dict[str, Any]:
     return completed(TrainConfig())
@@ -74,17 +78,13 @@ def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from twolevel import models
     from twolevel.analysis import count
+    from twolevel.analysis.count import countable
     from twolevel.training import metrics
 
     config = TrainConfig.from_dict(json.loads((folder / "config.json").read_text()), str(folder))
     epochs = list(metrics.read(folder, "epoch"))
-    # The groups of these two are values, which the meta device has not.
-    device = "cpu" if config.model.conv in ("flgc", "dgconv") else "meta"
-    with torch.device(device):
-        model = models.create(**config.model.create_options(), num_classes=config.data.num_classes)
-    sums = count(model, config.data.image_shape).sums()
+    model = countable(**config.model.create_options(), num_classes=config.data.num_classes)
     return {
         "grid": grid,
         "run": run.name,
@@ -93,7 +93,7 @@ def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
         "final": {name: value for name, value in epochs[-1].items() if name != "kind"},
         "curve": [{name: epoch[name] for name in CURVE if name in epoch} for epoch in epochs],
         "seconds": sum(epoch["seconds"] for epoch in epochs),
-        "counts": sums,
+        "counts": count(model, config.data.image_shape).sums(),
         "machine": {
             "cpu": processor(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -7,6 +7,7 @@ that was interrupted goes on from its newest checkpoint. Each of a run's ranks h
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -48,7 +49,6 @@ class Trial:
     places: list[int]
     lock: TextIO
     process: subprocess.Popen[bytes]
-    began: float = field(default_factory=time.monotonic)
 
     @property
     def log(self) -> Path:
@@ -91,7 +91,8 @@ class Runner:
                 f"use --at-once {most} on CPUs, or more GPUs"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        waiting = deque(run for run in self.grid.runs if not self._line_of(run))
+        lines = results.read(self.lines)
+        waiting = deque(run for run in self.grid.runs if results.find(lines, run) is None)
         with Progress(self.grid, self.lines, self._fractions) as progress, self._signals():
             progress.begin(len(self.grid.runs) - len(waiting))
             told = False
@@ -113,10 +114,8 @@ class Runner:
             raise UserError(
                 f"{len(self.failed)} of {len(self.grid.runs)} runs failed; {name} says why in {log}"
             )
-        return [line for run in self.grid.runs if (line := self._line_of(run))]
-
-    def _line_of(self, run: Run) -> dict[str, Any] | None:
-        return next((line for line in results.read(self.lines) if results.is_of(line, run)), None)
+        lines = results.read(self.lines)
+        return [line for run in self.grid.runs if (line := results.find(lines, run))]
 
     def _start(self, waiting: deque[Run]) -> None:
         """Fill the free places with runs that nobody trains; those of others are left to them."""
@@ -130,7 +129,7 @@ class Runner:
                 self.elsewhere += 1
                 if lock is not None:
                     lock.close()
-            elif self._line_of(run):  # finished elsewhere while this one waited
+            elif results.find(results.read(self.lines), run):  # finished elsewhere while this one waited
                 lock.close()
             else:
                 self.running.append(self._begin(run, free[: run.ranks], lock))
@@ -141,7 +140,7 @@ class Runner:
     def _begin(self, run: Run, places: list[int], lock: TextIO) -> Trial:
         folder = self.folder / run.name
         config = folder.with_name(f"{run.name}.json")
-        config.write_text(_json(run))
+        config.write_text(json.dumps(run.config().to_dict(), indent=1) + "\n")
         begun = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
         if folder.exists() and not begun:
             shutil.rmtree(folder)  # it ended before its first checkpoint
@@ -218,12 +217,6 @@ def _environment(places: list[Place]) -> dict[str, str]:
 
 def _log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
-
-
-def _json(run: Run) -> str:
-    import json
-
-    return json.dumps(run.config().to_dict(), indent=1) + "\n"
 
 
 def _locked(path: Path) -> TextIO | None:
