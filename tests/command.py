@@ -1,6 +1,7 @@
 """The command line, run inside a rank of the pool."""
 
 import contextlib
+import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -58,3 +59,10 @@ def write_image_folder(root: Path, size: int = 16) -> Path:
             pixels = noise.integers(0, 256, (size, size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{index:02}.png")
     return root
+
+
+def seal(checkpoint: Path) -> None:
+    """Give a checkpoint that a test has changed the checksums of what it holds now."""
+    files = sorted(path for path in checkpoint.iterdir() if path.name != "SHA256SUMS")
+    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
+    (checkpoint / "SHA256SUMS").write_text("".join(lines))

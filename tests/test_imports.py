@@ -20,7 +20,7 @@ ORDER = [
     "ops",
 ]
 # Beside the order: everything may import these, and they import nothing of the order.
-BESIDE = {"data", "settings", "errors", "host", "launchers", "streams", "terminal"}
+BESIDE = {"data", "durable", "settings", "errors", "host", "launchers", "streams", "terminal"}
 MOST_LINES = 300
 # These wait to load torch until it is needed, and what they import does too.
 LIGHT = ["errors", "settings", "launchers", "data.config", "data.registry", "training.config", "cli"]

@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from twolevel import durable
 from twolevel.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -76,9 +77,7 @@ class Ledger:
         self.steps[name] = {**found, "date": datetime.now().astimezone().isoformat(timespec="seconds")}
         text = json.dumps({"machine": self.machine, "steps": self.steps}, indent=1) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        made = self.path.with_suffix(".new")
-        made.write_text(text)
-        os.replace(made, self.path)
+        durable.write_text(self.path, text)
 
 
 def due(steps: Sequence[Step], ledger: Ledger, again: Sequence[str] = ()) -> list[Step]:

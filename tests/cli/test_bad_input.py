@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import command, command_by_rank, run, write_image_folder
+from command import command, command_by_rank, run, seal, write_image_folder
 
 import twolevel
 from twolevel.training.config.mesh import LONGEST_TIMEOUT
@@ -178,6 +178,7 @@ def test_a_checkpoint_whose_tensors_are_of_another_model_is_refused(pool, finish
     state = json.loads((checkpoint / "state.json").read_text())
     state["config"]["model"]["groups"] = 2
     (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
     line = refuse(pool, "evaluate", copy)
     assert "is of another network: model." in line and "this one needs" in line
 
@@ -192,6 +193,7 @@ def test_a_setting_of_a_checkpoint_that_does_not_exist_is_named(finished, fresh,
     state.pop("version")
     state |= {"version": version} if version else {}
     (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
     for argv in (["evaluate", copy], ["export", copy, fresh / "out.safetensors"], ["report", copy]):
         outcome = command(*argv)
         assert outcome.code == 2

@@ -83,7 +83,18 @@ def test_a_resumed_run_does_not_repeat_its_records(pool, tiny, tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(pool, tiny, tmp_path):
     output = tmp_path / "run"
-    run(pool, "train", *tiny, "--output", output, "--checkpoint-steps", 1, "--keep-checkpoints", 3)
+    run(
+        pool,
+        "train",
+        *tiny,
+        "--output",
+        output,
+        "--checkpoint-steps",
+        1,
+        "--keep-checkpoints",
+        3,
+        "--no-keep-best",
+    )
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == [
         "step-00000007",
         "step-00000008",

@@ -1,6 +1,7 @@
 """Failing together: an error on one rank is raised on all, so that none waits for one that is gone.
 
-All of it runs over the default process group, and needs no mesh. Ranks send each other JSON, as bytes.
+All of it runs over the default process group, or another of all ranks, and needs no mesh. Ranks send each other JSON,
+as bytes.
 """
 
 import json
@@ -15,7 +16,11 @@ from twolevel.errors import UserError
 _MAX_NAMED = 3  # differing settings that one message names
 
 
-def agree(error: Exception | None, device: torch.device | str | None = None) -> None:
+def agree(
+    error: Exception | None,
+    device: torch.device | str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Raise on every rank if any rank passes an error; a collective.
 
     The message is the first failing rank's, after "rank 2: " where this rank did not say the same. A rank whose own
@@ -23,12 +28,13 @@ def agree(error: Exception | None, device: torch.device | str | None = None) -> 
 
     Args:
         device: where the bytes travel from; None: the CPU if the group serves it, else the GPU.
+        group: a group of all ranks that carries them; None: the default one.
 
     Raises:
         UserError: some rank passed an error.
     """
     own = None if error is None else _describe(error)
-    reports = all_gather(own, device)
+    reports = all_gather(own, device, group)
     if error is not None and not isinstance(error, UserError):
         raise error
     for rank, report in enumerate(reports):
@@ -39,7 +45,9 @@ def agree(error: Exception | None, device: torch.device | str | None = None) -> 
 
 
 @contextmanager
-def together(device: torch.device | str | None = None) -> Iterator[None]:
+def together(
+    device: torch.device | str | None = None, group: dist.ProcessGroup | None = None
+) -> Iterator[None]:
     """Run the body on every rank; if it raises on any rank, every rank raises, as `agree` does.
 
     The body must not hold a collective that a failing rank would miss.
@@ -49,7 +57,7 @@ def together(device: torch.device | str | None = None) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    agree(error, device)
+    agree(error, device, group)
 
 
 def require_equal(what: str, value: Mapping[str, object], device: torch.device | str | None = None) -> None:
@@ -93,22 +101,24 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def all_gather(value: object, device: torch.device | str | None = None) -> list:
-    """Every rank's JSON value, in the order of ranks; a collective. `device` is as in `agree`."""
+def all_gather(
+    value: object, device: torch.device | str | None = None, group: dist.ProcessGroup | None = None
+) -> list:
+    """Every rank's JSON value, in the order of ranks; a collective. `device` and `group` are as in `agree`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     if device is None:
-        serves_cpu = "cpu" in dist.get_backend_config()
+        serves_cpu = "cpu" in dist.get_backend_config(group)
         device = "cpu" if serves_cpu else f"cuda:{torch.cuda.current_device()}"
     # Lengths first, then bytes padded to one length.
     own = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(own)], dtype=torch.int64, device=device))
+    dist.all_gather(lengths, torch.tensor([len(own)], dtype=torch.int64, device=device), group)
     longest = int(max(lengths))
     padded = own.new_zeros(longest)
     padded[: len(own)] = own
     texts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(texts, padded)
+    dist.all_gather(texts, padded, group)
     return [
         json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)
     ]

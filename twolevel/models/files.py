@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from twolevel import durable
 from twolevel.data import DataConfig
 from twolevel.errors import UserError
 from twolevel.models.registry import create
@@ -23,7 +24,8 @@ def save(path: Path | str, tensors: dict[str, Tensor], create: dict[str, Any], d
     """Write a single-process `state_dict()`, the arguments of `create` for its network, and its data set's settings."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path, metadata={_KEY: json.dumps({"create": create, "data": data})})
+        with durable.replacing(Path(path)) as made:
+            save_file(contiguous, made, metadata={_KEY: json.dumps({"create": create, "data": data})})
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
 

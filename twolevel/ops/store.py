@@ -8,11 +8,12 @@ import fcntl
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from twolevel import durable
 
 # Nothing can be read or written below it.
 NOWHERE = Path(os.devnull)
@@ -44,22 +45,6 @@ def warn_of_cache(folder: Path, error: OSError) -> None:
         f"{what}: kernels are compiled and measured for this process alone; "
         "set XDG_CACHE_HOME to a folder of this user"
     )
-
-
-def publish(made: Path, path: Path) -> None:
-    """Rename a whole file into place. After a crash of the machine there is the old one or the new one."""
-    _sync(made)
-    os.replace(made, path)
-    with contextlib.suppress(OSError):  # not every file system can
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Store:
@@ -104,14 +89,7 @@ class Store:
             yield
 
     def _write(self, known: dict[str, Any]) -> None:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
-            publish(Path(name), self.path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        durable.write_text(self.path, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
     def _read(self) -> dict[str, Any]:
         """Raises ValueError for a file that `keep` has not written, OSError for one that cannot be read."""

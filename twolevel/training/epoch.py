@@ -12,6 +12,7 @@ from twolevel.data import Data
 from twolevel.distributed import sync_buffers
 from twolevel.distributed.strategies import Placed
 from twolevel.errors import Stopped, UserError
+from twolevel.training.checkpoint import Saver
 from twolevel.training.config import TrainConfig
 from twolevel.training.display import Display
 from twolevel.training.evaluate import evaluate
@@ -39,6 +40,7 @@ class Epochs:
     data: Data
     placed: Placed
     state: TrainState
+    saver: Saver
     train_step: TrainStep | GraphedStep
     rules: list[Rule]
     display: Display
@@ -70,12 +72,19 @@ class Epochs:
         state.model.train()
         recorded = True
         for images, labels in self.data.train.batches(epoch, state.position):
-            if self.stop.due(state.step * UNITS):
-                if not recorded:
-                    self.record_steps(epoch)
+            unit = state.step * UNITS
+            stopping, saving = self.stop.due(unit), self.stop.save_due(unit)
+            if (stopping or saving) and not recorded:
+                self.record_steps(epoch)
+            if stopping:
                 raise self.stopped()
+            if saving and state.saved != state.step:
+                self.save()
+            elif saving:  # written for another reason meanwhile
+                self.stop.saved(unit)
             self.rate = self.step(images, labels)
             state.step += 1
+            state.test_error = None
             saving = run.checkpoint_steps is not None and state.step % run.checkpoint_steps == 0
             stopping = state.step == self.last_step
             ending = state.position == 0
@@ -85,7 +94,7 @@ class Epochs:
             if ending:
                 break
             if saving or stopping:
-                state.save()
+                self.save()
             if stopping:
                 return False
         self.finish(epoch)
@@ -164,9 +173,16 @@ class Epochs:
         if self.metrics is not None:
             self.metrics.write(record)
             self.display.epoch(record, self.config.epochs)
-        state.untested = None
-        state.save()
+        state.untested, state.test_error = None, record["test_error"]
+        self.save()
         return record
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of this step, with the records that lead to it."""
+        if self.metrics is not None:
+            self.metrics.sync()
+        self.state.save(self.saver)
+        self.stop.saved(self.state.step * UNITS)
 
     def test_network(self, network: nn.Module, epoch: int, first: int, prefix: str = "") -> dict[str, Any]:
         """Test one network; returns its part of the record of `epoch`. `first` is its first batch as a unit of work."""

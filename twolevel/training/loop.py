@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from twolevel import durable
 from twolevel.data import Data
 from twolevel.distributed.agreement import together
-from twolevel.errors import Stopped
+from twolevel.errors import Stopped, UserError
 from twolevel.terminal import program
 from twolevel.training import checkpoint, metrics
+from twolevel.training.checkpoint import Retention, Saver
 from twolevel.training.config import TrainConfig
 from twolevel.training.context import Context, join
 from twolevel.training.cudnn import autotuned
@@ -116,20 +118,23 @@ class Trainer:
 
     def run(self) -> dict[str, Any] | None:
         """Run all epochs that are left; returns the record of the last one, None if no epoch ends."""
-        state, first = self.state, self.context.first
+        state, run, first = self.state, self.config.run, self.context.first
+        kept = Retention(run.keep_checkpoints, run.keep_best, run.keep_epochs)
+        saver = Saver(self.config.output / "checkpoints", kept)
         self.display = Display(self.last_step, state.step, shown=first)
         metrics_log = None
         with together(self.context.device):
             if first:
                 metrics_log = self._begin_records()
         try:
-            with self.display, StopRequest() as stop:
+            with self.display, StopRequest(self._save_seconds()) as stop:
                 self._opening_words()
                 epochs = Epochs(
                     config=self.config,
                     data=self.data,
                     placed=self.placed,
                     state=state,
+                    saver=saver,
                     train_step=self.train_step,
                     rules=self.rules,
                     display=self.display,
@@ -139,11 +144,14 @@ class Trainer:
                     last_step=self.last_step,
                 )
                 last = epochs.run()
+                saver.finish()
         except Stopped:
             if state.saved != state.step:
-                state.save()
+                state.save(saver)
+            saver.finish()
             raise
         finally:
+            saver.close()
             if metrics_log is not None:
                 metrics_log.close()
         if first:
@@ -151,12 +159,22 @@ class Trainer:
         return last
 
     def _begin_records(self) -> MetricsLog:
-        """Write what is known before the first step."""
+        """Write what is known before the first step. Raises UserError where the folder takes nothing more."""
+        try:
+            return self._write_settings()
+        except OSError as error:
+            raise UserError(f"output={self.config.output} cannot be written: {error.strerror}") from error
+
+    def _write_settings(self) -> MetricsLog:
         output = self.config.output
-        (output / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+        durable.write_text(output / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
         if self.chosen.why:
-            (output / "forms.json").write_text(json.dumps(self.chosen.why, indent=1) + "\n")
+            durable.write_text(output / "forms.json", json.dumps(self.chosen.why, indent=1) + "\n")
         return MetricsLog(output, self.state.step)
+
+    def _save_seconds(self) -> float | None:
+        minutes = self.config.run.checkpoint_minutes
+        return None if minutes is None else 60 * minutes
 
     def _opening_words(self) -> None:
         self.display.say(self._headline())

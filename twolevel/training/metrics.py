@@ -1,12 +1,17 @@
 """Records of a run on disk: JSON lines, a table of epochs, TensorBoard."""
 
 import csv
+import io
 import json
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from twolevel import durable
+
+LINES, TABLE = "metrics.jsonl", "epochs.csv"
 EPOCH_COLUMNS = ["epoch", "step", "train_loss", "train_error", "test_loss", "test_error", "test_not_finite"]
 EPOCH_COLUMNS += ["test_mirrored_error", "ema_test_error", "ema_test_mirrored_error", "ema_test_not_finite"]
 EPOCH_COLUMNS += ["learning_rate", "images_per_second", "seconds"]
@@ -15,7 +20,8 @@ EPOCH_COLUMNS += ["learning_rate", "images_per_second", "seconds"]
 class MetricsLog:
     """Writes `metrics.jsonl` (every record), `epochs.csv` (a row an epoch) and `tensorboard/` into a run's folder.
 
-    Going on from step `start`, records of later steps, which are about to be made again, are removed first.
+    Going on from step `start`, records of later steps, which are about to be made again, are removed first. A disk
+    that takes no more does not end the run: what is missing of the first two files is added when there is room.
     """
 
     def __init__(self, output: Path, start: int = 0):
@@ -23,13 +29,8 @@ class MetricsLog:
 
         output.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read(output) if r["step"] <= start] if start else []
-        self.lines = (output / "metrics.jsonl").open("w", buffering=1)
-        self.table_file = (output / "epochs.csv").open("w", buffering=1, newline="")
-        self.table = csv.DictWriter(self.table_file, EPOCH_COLUMNS, extrasaction="ignore")
-        self.table.writeheader()
-        self.board = None
-        for record in kept:
-            self.write(record)
+        self.lines = durable.Appended(output / LINES, "".join(map(_line, kept)))
+        self.table = durable.Appended(output / TABLE, _table(kept, header=True))
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -38,19 +39,45 @@ class MetricsLog:
         A number that is not finite becomes null: JSON has no other word for it.
         """
         record = {name: value if _is_json(value) else None for name, value in record.items()}
-        self.lines.write(json.dumps(record, allow_nan=False) + "\n")
-        if record["kind"] == "epoch":
-            self.table.writerow(record)
-        if self.board is not None:
+        self.lines.add(_line(record))
+        self.table.add(_table([record]))
+        self._show(record)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        try:
             for name, value in record.items():
-                if isinstance(value, float):
+                if isinstance(value, float) and self.board is not None:
                     self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        except OSError as error:
+            warnings.warn(f"tensorboard/ is not written any more: {error.strerror}", stacklevel=3)
+            self.board = None
+
+    def sync(self) -> None:
+        """Wait until the records are on the disk."""
+        self.lines.sync()
+        self.table.sync()
 
     def close(self) -> None:
         self.lines.close()
-        self.table_file.close()
+        self.table.close()
         if self.board is not None:
-            self.board.close()
+            try:
+                self.board.close()
+            except OSError as error:
+                warnings.warn(f"tensorboard/ is not whole: {error.strerror}", stacklevel=2)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _table(records: Iterable[dict[str, Any]], *, header: bool = False) -> str:
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, EPOCH_COLUMNS, extrasaction="ignore")
+    if header:
+        table.writeheader()
+    table.writerows(record for record in records if record["kind"] == "epoch")
+    return text.getvalue()
 
 
 def _is_json(value: Any) -> bool:
@@ -59,11 +86,11 @@ def _is_json(value: Any) -> bool:
 
 def read(output: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """The records of a run in their order, all or those of one kind; a half-written last line is left out."""
-    path = output / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
+    path = output / LINES
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if kind is None or record["kind"] == kind:
+        if isinstance(record, dict) and "kind" in record and (kind is None or record["kind"] == kind):
             yield record

@@ -33,22 +33,23 @@ def claim(output: Path, *, resume: bool, first: bool, device: torch.device) -> I
     `resume` is not asked for, or not all ranks see it.
     """
     with contextlib.ExitStack() as held:
-        start = mark = None
+        mark = None
         with together(device):
             if first:
                 held.enter_context(_folder(output))
                 held.enter_context(_lock(output))
-                start = _start(output, resume)
+                _check_leftovers(output, resume)
+                checkpoint.recover(output / "checkpoints")
                 mark = output / f".seen-{secrets.token_hex(8)}"
                 _write(mark)
-        start, mark = all_gather([start and str(start), mark and mark.name], device)[0]
+        mark = all_gather(mark and mark.name, device)[0]
         try:
             with together(device):
                 _look_for(output / mark)
         finally:
             if first:
                 (output / mark).unlink(missing_ok=True)
-        yield Path(start) if start else None
+        yield _start(output) if resume else None
 
 
 @contextlib.contextmanager
@@ -120,19 +121,21 @@ def _locked(path: Path) -> int:
         os.close(file)
 
 
-def _start(output: Path, resume: bool) -> Path | None:
-    start = checkpoint.newest(output / "checkpoints")
-    if resume:
-        if start is None:
-            warnings.warn(f"nothing to resume in {output}: starting from the beginning", stacklevel=2)
-        return start
+def _check_leftovers(output: Path, resume: bool) -> None:
     left = [name for name in LEFTOVERS if (output / name).exists()]
-    if left:
+    if left and not resume:
         raise UserError(
             f"output={output} holds a run already; go on with --resume, or name another --output "
             f"(found {', '.join(left)})"
         )
-    return None
+
+
+def _start(output: Path) -> Path | None:
+    """The newest checkpoint that is whole; every rank calls this."""
+    start = checkpoint.newest_good(output / "checkpoints", set_aside=True)
+    if start is None:
+        warnings.warn(f"nothing to resume in {output}: starting from the beginning", stacklevel=2)
+    return start
 
 
 def _write(mark: Path) -> None:

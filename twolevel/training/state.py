@@ -8,13 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from twolevel import __version__
 from twolevel.distributed import sync_buffers
-from twolevel.distributed.agreement import together
-from twolevel.errors import UserError
 from twolevel.nn import layout_of
 from twolevel.streams import stream
 from twolevel.training import checkpoint
@@ -41,8 +38,10 @@ class TrainState:
     epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     epoch_seconds: float = 0.0
     untested: dict[str, Any] | None = None
+    test_error: float | None = None
+    """Percent, after this very step; None where it was not tested."""
     saved: int | None = None
-    """The step of the checkpoint that this process wrote or read last, in which all of this state is."""
+    """The step of the checkpoint that this process began to write, or read, last: all of this state is in it."""
 
     @property
     def epoch(self) -> int:
@@ -66,16 +65,11 @@ class TrainState:
             parts |= named_parts("ema", self.ema.module, self.mesh)
         return parts | {f"random.{dist.get_rank()}.{k}": t for k, t in self._random_states().items()}
 
-    def save(self) -> None:
-        """Write a checkpoint of this step; every rank calls it.
-
-        Raises UserError, on every rank, where a tensor is not finite or the checkpoint cannot be written.
-        """
-        self.require_finite()
+    def save(self, saver: checkpoint.Saver) -> None:
+        """Begin to write a checkpoint of this step; every rank calls it. Raises as `Saver.save` does."""
         for model in (self.model, self.ema):
             if model is not None:
                 sync_buffers(model, self.mesh)
-        path = checkpoint.folder(self.config.output / "checkpoints", self.step)
         state = {
             "version": __version__,
             "config": self.config.to_dict(),
@@ -86,23 +80,11 @@ class TrainState:
             "epoch_sums": self.epoch_sums,
             "epoch_seconds": self.epoch_seconds,
             "untested": self.untested,
+            "test_error": self.test_error,
             "ranks": dist.get_world_size(),
         }
-        checkpoint.save(path, self.tensors(), state, keep=self.config.run.keep_checkpoints)
+        saver.save(self.step, self.tensors(), state)
         self.saved = self.step
-
-    def require_finite(self) -> None:
-        """Raise UserError, on every rank, where weights or momentum are not finite on any; waits for the device."""
-        with together(self._device()), torch.no_grad():
-            floating = {name: t for name, t in self.tensors().items() if t.is_floating_point()}
-            parts = [t.to_local() if isinstance(t, DTensor) else t for t in floating.values()]
-            finite = torch.stack([part.isfinite().all() for part in parts]).tolist()
-            bad = [name for name, good in zip(floating, finite, strict=True) if not good]
-            if bad:
-                raise UserError(
-                    f"{len(bad)} tensors are not finite after step {self.step}, {bad[0]} among them, and were not "
-                    "saved; try a lower --learning-rate, a --warmup-epochs, or a --clip-norm"
-                )
 
     def load(self, path: Path) -> None:
         """Load the state of a checkpoint, whatever the number of ranks that wrote it."""

@@ -9,6 +9,7 @@ thread on each rank talks to the others every INTERVAL seconds, however long a u
 No rank begins a unit between its answer to the second question and the result, so none goes past it.
 """
 
+import math
 import os
 import signal
 import sys
@@ -33,10 +34,14 @@ PATIENCE = timedelta(days=1)
 class StopRequest:
     """Records a signal instead of exiting, as a context that every rank enters. A second Ctrl-C ends the process.
 
-    Signals reach ranks at different times, or one rank alone: `due` is how they stop together.
+    Signals reach ranks at different times, or one rank alone: `due` is how they stop together. With `save_seconds`
+    they also agree, by the clock of rank 0, on when to write a checkpoint.
     """
 
-    def __init__(self):
+    def __init__(self, save_seconds: float | None = None):
+        self.save_seconds = save_seconds
+        self._save_at = math.inf if save_seconds is None else time.monotonic() + save_seconds
+        self._save_after: int | None = None
         self.asked_at: float | None = None
         self.agreed = threading.Event()
         self._begun, self._last = -1, None
@@ -55,6 +60,21 @@ class StopRequest:
                 return True
             self._begun = unit
             return False
+
+    def save_due(self, unit: int) -> bool:
+        """Whether to write a checkpoint before beginning this unit of work; called before training steps."""
+        if self._thread is None:
+            return time.monotonic() >= self._save_at
+        with self._lock:
+            return self._save_after is not None and unit > self._save_after
+
+    def saved(self, unit: int) -> None:
+        """A checkpoint was written before this unit, on every rank; the next one is due in `save_seconds`."""
+        with self._lock:
+            if self._save_after is not None and unit > self._save_after:
+                self._save_after = None
+            if self.save_seconds is not None:
+                self._save_at = time.monotonic() + self.save_seconds
 
     def __enter__(self) -> "StopRequest":
         self._process = os.getpid()
@@ -100,13 +120,23 @@ class StopRequest:
         try:
             while not self.agreed.is_set():
                 self._wake.wait(INTERVAL)
-                asked, running, failed = self._max(self.asked_at is not None, not self._done, self._failed)
+                asked, running, failed, saving, pending = self._max(
+                    self.asked_at is not None,
+                    not self._done,
+                    self._failed,
+                    dist.get_rank() == 0 and time.monotonic() >= self._save_at,
+                    self._save_after is not None,
+                )
                 if failed or not running:
                     return
-                if asked:
+                if asked or (saving and not pending):
                     with self._lock:
-                        (self._last,) = self._max(self._begun)
-                    self.agreed.set()
+                        (last,) = self._max(self._begun)
+                        if asked:
+                            self._last = last
+                            self.agreed.set()
+                        else:
+                            self._save_after = last
         except RuntimeError:
             pass  # a rank is gone, which the run itself reports
 

@@ -46,11 +46,13 @@ class Weights:
                 )
             options, data, _ = files.read(path)
             return cls(path, options, data, which)
-        newest = checkpoint.newest(path / "checkpoints")
+        newest = checkpoint.newest_good(path / "checkpoints")
         if newest is None and not (path / checkpoint.STATE).exists():
             raise UserError(
                 f"{path} holds no checkpoint; give a run's folder, one of its checkpoints, or a file"
             )
+        if newest is None:
+            checkpoint.verify(path)
         path = newest or path
         state = checkpoint.read_state(path)
         config = _config(path, state)

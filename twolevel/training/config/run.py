@@ -1,5 +1,6 @@
 """Settings of where results are written and how the run is executed."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ import tyro
 
 from twolevel.errors import UserError
 from twolevel.settings import FIXED, FREE, KERNELS, NORMALISERS, SCHEDULES, STARTING, Precision
-from twolevel.training.validation import check_least
+from twolevel.training.validation import check, check_least
 
 
 @dataclass
@@ -39,8 +40,17 @@ class RunConfig:
     checkpoint_steps: int | None = field(default=None, metadata=FREE)
     """write a checkpoint every so many steps, besides the one after each epoch"""
 
+    checkpoint_minutes: float | None = field(default=None, metadata=FREE)
+    """write a checkpoint when so many minutes have passed since the last one"""
+
     keep_checkpoints: int = field(default=2, metadata=FREE)
     """newest checkpoints to keep"""
+
+    keep_best: bool = field(default=True, metadata=FREE)
+    """also keep the checkpoint of the epoch with the least test error"""
+
+    keep_epochs: int | None = field(default=None, metadata=FREE)
+    """also keep the checkpoint after every so many epochs"""
 
     mirrored_test: bool = field(default=False, metadata=FREE)
     """also test with the mean of the outputs for each image and its mirror image; a test then takes twice the time"""
@@ -56,7 +66,9 @@ class RunConfig:
 
     def __post_init__(self):
         self.output = self.output and Path(self.output).expanduser()
-        check_least(self, 1, "max_steps", "checkpoint_steps", "keep_checkpoints", "log_steps")
+        check_least(self, 1, "max_steps", "checkpoint_steps", "keep_checkpoints", "keep_epochs", "log_steps")
+        positive = self.checkpoint_minutes is None or 0 < self.checkpoint_minutes < math.inf
+        check(self, "checkpoint_minutes", positive, "a positive number")
         for title, form in self.forms.items():
             schedule, _, kernels = form.partition(" ")
             of_norm = schedule == "normalise" and kernels in NORMALISERS

@@ -17,7 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from twolevel.ops.store import cache_folder, publish, warn, warn_of_cache
+from twolevel.durable import publish
+from twolevel.ops.store import cache_folder, warn, warn_of_cache
 
 FLAGS = ("-O3", "-shared", "-fPIC")
 # How compilers name the processor they run on; without any of them code is for the least of its family.
