@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class NotFinite(UserError):
+    """A loss, a gradient or a weight is infinite or no number; raised on every rank."""
+
+
 class Stopped(Exception):
     """A run was asked to stop, and has: all that it did is in a checkpoint. The message says where."""
 

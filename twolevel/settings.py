@@ -50,6 +50,9 @@ RecipeName = Literal["paper", "fast"]
 Update = Literal["momentum", "nesterov", "muon"]
 Flip = Literal["random", "alternating"]
 
+# What a run does where a loss or a gradient is not finite.
+OnNotFinite = Literal["stop", "skip", "back"]
+
 # Which weights of a run: as trained, or their exponential moving average.
 WeightsOf = Literal["model", "ema"]
 

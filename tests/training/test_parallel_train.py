@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_another_way_to_share_the_network(pool, tiny, alone, 
         run(pool, *argv, "--resume", "--parallel", way, "--max-steps", step, ranks=ranks)
     run(pool, *argv, "--resume", "--parallel", "fsdp", "--sync-batch-norm", ranks=2)
     torch.testing.assert_close(losses(tmp_path / "run"), losses(alone(1)), rtol=TOLERANCE, atol=TOLERANCE)
-    assert [r["ranks"] for r in states(tmp_path / "run")] == [1, 2]
+    assert [r["ranks"] for r in states(tmp_path / "run")][-2:] == [1, 2]
 
 
 def states(output):

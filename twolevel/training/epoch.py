@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from twolevel.data import Data
 from twolevel.distributed import sync_buffers
 from twolevel.distributed.strategies import Placed
-from twolevel.errors import Stopped, UserError
-from twolevel.training.checkpoint import Saver
+from twolevel.errors import NotFinite, Stopped
+from twolevel.training.checkpoint import Saver, newest_good
 from twolevel.training.config import TrainConfig
 from twolevel.training.display import Display
 from twolevel.training.evaluate import evaluate
@@ -53,6 +54,8 @@ class Epochs:
     rate: float = field(default=0.0, init=False)
     """The learning rate of the last step."""
 
+    gone_back_to: set[Path] = field(default_factory=set, init=False)
+
     def __post_init__(self):
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.placed.device)
 
@@ -60,9 +63,33 @@ class Epochs:
         """Run all epochs that are left; returns the record of the last one, None if no epoch ends."""
         last = None
         while self.state.untested or self.state.step < self.last_step:
-            if self.state.untested or self.train():
-                last = self.test()
+            try:
+                if self.state.untested or self.train():
+                    last = self.test()
+            except NotFinite as error:
+                self.go_back(error)
         return last
+
+    def go_back(self, error: NotFinite) -> None:
+        """Load the newest checkpoint instead of what is not finite; raises `error` where that is not to be done.
+
+        A fault of the hardware does not come again. What does is a matter of the settings.
+        """
+        state, root = self.state, self.config.output / "checkpoints"
+        if self.config.run.on_not_finite != "back":
+            raise error
+        self.saver.close()
+        start = newest_good(root)
+        if start is None:
+            raise NotFinite(f"{error}; there is no checkpoint to go back to") from error
+        if start in self.gone_back_to:
+            raise NotFinite(f"{error}; it came again after going back to step {state.saved}") from error
+        self.gone_back_to.add(start)
+        state.load(start)
+        self.sums.zero_()
+        if self.metrics is not None:
+            self.metrics.rewind(state.step)
+        self.display.say(f"{str(error).partition(';')[0]}: went back to step {state.step}")
 
     def train(self) -> bool:
         """Train to the end of the epoch, or to the last step if that comes first; returns whether the epoch ended."""
@@ -108,6 +135,8 @@ class Epochs:
         for rule in self.rules:
             rule.begin_step(state.step / self.all_steps)
         self.sums += self.train_step(images, labels)
+        if isinstance(self.train_step, TrainStep) and self.train_step.skipped:
+            self.display.say(f"step {state.step + 1} is skipped: its loss or gradients are not finite")
         if state.ema is not None:
             state.ema.update_parameters(state.model)
             copy_choices(state.model, state.ema.module)
@@ -120,7 +149,7 @@ class Epochs:
         self.sums.zero_()
         loss, right, number = sums
         if not math.isfinite(loss):
-            raise UserError(
+            raise NotFinite(
                 f"the loss is {loss} at step {state.step} with learning_rate={self.rate:g}; "
                 "try a lower --learning-rate, a --warmup-epochs, or a --clip-norm"
             )
@@ -131,8 +160,8 @@ class Epochs:
             "kind": "step",
             "epoch": epoch + 1,
             "step": state.step,
-            "loss": loss / number,
-            "error": 100 * (1 - right / number),
+            "loss": loss / number if number else math.nan,  # all steps were skipped
+            "error": 100 * (1 - right / number) if number else math.nan,
             "learning_rate": self.rate,
             "images_per_second": number / (now - self.began),
         }
@@ -145,6 +174,8 @@ class Epochs:
         """Keep a trained epoch's record until it is tested."""
         state = self.state
         loss, right, number = state.epoch_sums
+        if not number:
+            raise NotFinite(f"every step of epoch {epoch + 1} was skipped: nothing has been learned in it")
         state.untested = {
             "kind": "epoch",
             "epoch": epoch + 1,
@@ -203,7 +234,7 @@ class Epochs:
         mirrored = self.config.run.mirrored_test
         tested = evaluate(self.placed, self.data.test, network, mirrored=mirrored, pause=pause_in_test)
         if tested.not_finite == tested.images:
-            raise UserError(
+            raise NotFinite(
                 f"no output of the network is finite for any of {tested.images} test images after step "
                 f"{self.state.step}; nothing of this epoch was saved; try a lower --learning-rate or a --clip-norm"
             )

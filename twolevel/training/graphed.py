@@ -34,6 +34,8 @@ def check_capturable(config: TrainConfig, world: World) -> None:
         why = f"cannot follow conv={config.model.conv}, whose rule changes from step to step"
     elif config.optimiser.accumulate > 1:
         why = f"takes accumulate=1, not {config.optimiser.accumulate}"
+    elif config.run.on_not_finite != "stop":
+        why = f"takes on_not_finite=stop, not {config.run.on_not_finite}, for which the host looks at every step"
     if why is not None:
         raise UserError(f"cuda_graph=True {why}; leave it out")
 

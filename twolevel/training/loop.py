@@ -88,7 +88,8 @@ class Trainer:
         if start is not None:
             self.state.load(start)
         self.rules = rules_for(model, config.rules)
-        step = TrainStep(self.placed, self.state.optimiser, optimiser, self.rules)
+        skip = run.on_not_finite == "skip"
+        step = TrainStep(self.placed, self.state.optimiser, optimiser, self.rules, skip=skip)
         self.train_step = GraphedStep(step) if run.cuda_graph else step
         self.all_steps = config.epochs * self.state.steps_per_epoch
         self.last_step = min(self.all_steps, run.max_steps or self.all_steps)

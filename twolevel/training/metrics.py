@@ -28,10 +28,20 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         output.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read(output) if r["step"] <= start] if start else []
-        self.lines = durable.Appended(output / LINES, "".join(map(_line, kept)))
-        self.table = durable.Appended(output / TABLE, _table(kept, header=True))
-        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else None)
+        self.output, self.writer = output, SummaryWriter
+        self._begin(start)
+
+    def _begin(self, start: int) -> None:
+        kept = [r for r in read(self.output) if r["step"] <= start] if start else []
+        self.lines = durable.Appended(self.output / LINES, "".join(map(_line, kept)))
+        self.table = durable.Appended(self.output / TABLE, _table(kept, header=True))
+        purge = start + 1 if start else None
+        self.board = self.writer(str(self.output / "tensorboard"), purge_step=purge)
+
+    def rewind(self, start: int) -> None:
+        """Remove the records of later steps than `start`, from which the run goes on."""
+        self.close()
+        self._begin(start)
 
     def write(self, record: dict[str, Any]) -> None:
         """A record of kind "step" or "epoch"; both have `step`, the number of steps done.

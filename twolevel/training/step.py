@@ -13,6 +13,7 @@ from twolevel.data.config import DataConfig
 from twolevel.distributed.agreement import together
 from twolevel.distributed.strategies import Placed
 from twolevel.distributed.strategies.base import autocast
+from twolevel.errors import NotFinite
 from twolevel.settings import Carrier, Parallel
 from twolevel.training.config import MeshConfig, OptimiserConfig
 from twolevel.training.config.recipes import fill_in, recipe_of
@@ -26,8 +27,11 @@ class TrainStep:
     """`step(images, labels)`: gradients of this rank's share of a batch, clipping, optimiser; no host wait.
 
     Returns [sum of losses, number right, number of images] of the logits that this rank has; `placed.total` sums
-    them over the ranks.
+    them over the ranks. With `skip` a step whose loss or gradients are not finite, on any rank, changes nothing and
+    returns zeros; it then waits for the device, and raises NotFinite where MOST_SKIPPED follow each other.
     """
+
+    MOST_SKIPPED = 10
 
     def __init__(
         self,
@@ -35,9 +39,12 @@ class TrainStep:
         optimiser: torch.optim.Optimizer,
         config: OptimiserConfig,
         rules: Sequence[Rule] = (),
+        *,
+        skip: bool = False,
     ):
         self.placed, self.optimiser = placed, optimiser
         self.config, self.rules = config, rules
+        self.skip, self.skipped = skip, 0
 
     def set_rate(self, rate: float) -> None:
         """The learning rate of the steps to come."""
@@ -47,11 +54,28 @@ class TrainStep:
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.placed.device)
+        before = [buffer.clone() for buffer in self.placed.model.buffers()] if self.skip else []
         self.placed.forward_backward(images, labels, self._loss, self.config.accumulate)
+        if self.skip and not self.placed.all_finite(self.sums):
+            return self._skipped(before)
+        self.skipped = 0
         if self.config.clip_norm is not None:
             self.placed.clip_(self.config.clip_norm)
         self.optimiser.step()
         return self.sums
+
+    @torch.no_grad()
+    def _skipped(self, before: list[Tensor]) -> Tensor:
+        """Batch norm has taken its statistics of this step already: give it back those of before."""
+        self.skipped += 1
+        if self.skipped == self.MOST_SKIPPED:
+            raise NotFinite(
+                f"loss or gradients were not finite in {self.skipped} steps one after the other; "
+                "try a lower --learning-rate, a --warmup-epochs, or a --clip-norm"
+            )
+        for buffer, value in zip(self.placed.model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        return self.sums.zero_()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of one part of a batch, with what the training rules add to it."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from twolevel.data.split import EvalSplit
 from twolevel.distributed.agreement import together
@@ -136,6 +137,16 @@ class Placed:
     def clip_(self, max_norm: float) -> Tensor:
         """Scale the gradients of the whole network down to this norm; returns their norm before, a scalar."""
         return clip_gradients_(self.model, self.mesh, max_norm)
+
+    @torch.no_grad()
+    def all_finite(self, sums: Tensor) -> bool:
+        """Whether `sums` and the gradients of every rank are finite; waits for the device."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        own = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        finite = torch.stack([part.isfinite().all() for part in (sums, *own)]).all().float()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite)
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor | None:
         """The whole network's logits on the ranks that have them; `model` is `self.model` or a copy, as its average."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from twolevel.distributed.agreement import together
-from twolevel.errors import UserError
+from twolevel.errors import NotFinite, UserError
 from twolevel.training.checkpoint import folders
 from twolevel.training.checkpoint.retention import Retention
 from twolevel.training.checkpoint.write import write
@@ -33,7 +33,7 @@ class Saver:
     def __init__(self, root: Path, retention: Retention):
         self.root, self.retention = root, retention
         self._thread: threading.Thread | None = None
-        self._not_finite: UserError | None = None
+        self._not_finite: NotFinite | None = None
         self._failed: Exception | None = None
         self._group: dist.ProcessGroup | None = None
         if dist.get_world_size() > 1:
@@ -45,7 +45,7 @@ class Saver:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin to write the checkpoint of a step, once the one before is written.
 
-        Raises UserError, on every rank, where weights or momentum in the one before were not finite.
+        Raises NotFinite, on every rank, where weights or momentum in the one before were not finite.
         """
         self._wait()
         copies = {name: _on_host(tensor) for name, tensor in tensors.items()}
@@ -57,7 +57,8 @@ class Saver:
     def finish(self) -> None:
         """Wait until the last checkpoint is written.
 
-        Raises UserError, on every rank, where it could not be, or weights or momentum in it were not finite.
+        Raises UserError, on every rank, where it could not be, and NotFinite where weights or momentum in it were not
+        finite.
         """
         self._wait(last=True)
 
@@ -72,7 +73,8 @@ class Saver:
             self._thread.join()
             self._thread = None
         if self._not_finite is not None:
-            raise self._not_finite
+            error, self._not_finite = self._not_finite, None
+            raise error
         if self._failed is not None and (last or not isinstance(self._failed, UserError)):
             raise self._failed
         if self._failed is not None:
@@ -85,7 +87,7 @@ class Saver:
                 with together(group=self._group):
                     _require_finite(step, tensors)
             except UserError as error:
-                self._not_finite = error
+                self._not_finite = NotFinite(str(error))
                 return
             write(folders.folder(self.root, step), tensors, state, group=self._group)
             if dist.get_rank() == 0:

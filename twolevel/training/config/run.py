@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from twolevel.errors import UserError
-from twolevel.settings import FIXED, FREE, KERNELS, NORMALISERS, SCHEDULES, STARTING, Precision
+from twolevel.settings import FIXED, FREE, KERNELS, NORMALISERS, SCHEDULES, STARTING, OnNotFinite, Precision
 from twolevel.training.validation import check, check_least
 
 
@@ -51,6 +51,10 @@ class RunConfig:
 
     keep_epochs: int | None = field(default=None, metadata=FREE)
     """also keep the checkpoint after every so many epochs"""
+
+    on_not_finite: OnNotFinite = field(default="stop", metadata=FREE)
+    """where loss or gradients are not finite: stop, skip the step (waits for the device in each), or go back to the
+    newest checkpoint, once from each: the same again stops"""
 
     mirrored_test: bool = field(default=False, metadata=FREE)
     """also test with the mean of the outputs for each image and its mirror image; a test then takes twice the time"""
