@@ -106,3 +106,11 @@ def he_normal_(weight: Tensor, generator: torch.Generator | None = None) -> Tens
         return weight
     draws = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
     return weight.copy_(draws * math.sqrt(2 / math.prod(weight.shape[1:])))
+
+
+@torch.no_grad()
+def set_blocks_(weight: Tensor, conv: nn.Conv2d) -> None:
+    """Set the weights within the groups of an nn.Conv2d, in a dense `weight` `[m, n, k, k]`, to those of it."""
+    blocks = zip(weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
+    for group, (rows, block) in enumerate(blocks):
+        rows[:, group * block.shape[1] :][:, : block.shape[1]] = block

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError, unknown
 from twolevel.nn.arguments import Padding, Size
-from twolevel.nn.base import ReplicatedConv2d, he_normal_
+from twolevel.nn.base import ReplicatedConv2d, he_normal_, set_blocks_
 from twolevel.nn.channels import PermuteChannels
 from twolevel.nn.inference.grouped import frozen_conv2d
 
@@ -213,9 +213,7 @@ class DGConv2d(ReplicatedConv2d):
             dtype=conv.weight.dtype,
         )
         layer.reset_parameters(generator)
-        blocks = zip(layer.weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
-        for group, (rows, block) in enumerate(blocks):
-            rows[:, group * block.shape[1] :][:, : block.shape[1]] = block
+        set_blocks_(layer.weight, conv)
         return layer.train(conv.training)
 
     def extra_repr(self) -> str:

@@ -8,10 +8,8 @@ from torch.nn import functional as F
 
 from twolevel.errors import UserError
 from twolevel.nn.arguments import Padding, Size, as_given, as_images
-from twolevel.nn.base import ReplicatedConv2d, he_normal_
-from twolevel.nn.inference.gathered import GatheredConv2d
-from twolevel.nn.inference.grouped import RegroupedConv2d
-from twolevel.ops.kernels.native import gathered
+from twolevel.nn.base import ReplicatedConv2d, he_normal_, set_blocks_
+from twolevel.nn.inference.gathered import of_members
 
 
 def one_hot_rows(logits: Tensor) -> Tensor:
@@ -108,9 +106,7 @@ class FLGConv2d(ReplicatedConv2d):
         groups = torch.eye(conv.groups, device=conv.weight.device, dtype=conv.weight.dtype)
         for logits in (layer.input_logits, layer.output_logits):
             logits.copy_(logit * groups.repeat_interleave(len(logits) // conv.groups, 0))
-        blocks = zip(layer.weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
-        for group, (rows, block) in enumerate(blocks):
-            rows[:, group * block.shape[1] :][:, : block.shape[1]] = block
+        set_blocks_(layer.weight, conv)
         return layer.train(conv.training)
 
     @torch.no_grad()
@@ -163,10 +159,7 @@ class FLGConv2d(ReplicatedConv2d):
         """
         inputs, outputs = self.groups_of()
         members = [((inputs == g).nonzero()[:, 0], (outputs == g).nonzero()[:, 0]) for g in outputs.unique()]
-        weight = self.weight.detach()
-        if gathered.takes(weight, weight):
-            return GatheredConv2d.of_members(weight, self.geometry, members)
-        return RegroupedConv2d(weight, self.geometry, members).eval()
+        return of_members(self.weight.detach(), self.geometry, members)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

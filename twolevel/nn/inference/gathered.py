@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from twolevel.nn.arguments import as_given, as_images, pair
 from twolevel.nn.channels import PermuteChannels
-from twolevel.nn.inference.grouped import TakeChannels, block, taking
+from twolevel.nn.inference.grouped import RegroupedConv2d, TakeChannels, block, taking
 from twolevel.ops import Geometry
 from twolevel.ops.kernels.native import gathered
 
@@ -83,6 +83,13 @@ class GatheredConv2d(nn.Module):
             return self.order(groups(self.take(x)))
         images, indices = as_images(x, self.in_channels), (_index(self.take), _index(self.order))
         return as_given(gathered.convolve_groups(images, groups.native, filters, groups.bias, *indices), x)
+
+
+def of_members(weight: Tensor, geometry: Geometry, members: Members) -> nn.Module:
+    """`weight` `[m, n, k, k]` within groups of `members`: by the C kernels where they can compute it, else by torch."""
+    if gathered.takes(weight, weight):
+        return GatheredConv2d.of_members(weight, geometry, members)
+    return RegroupedConv2d(weight, geometry, members).eval()
 
 
 def _index(module: nn.Module) -> Tensor | None:
