@@ -43,7 +43,8 @@ def create(
     For images of 32 x 32 and 10 classes: `wrn-D-k`, but for `wrn-34-2`; `mobilenetv2-cifar`,
     `condensenet-50`, `condensenet-86`. For 224 x 224 and 1000 classes: `wrn-34-2`, `mobilenetv2`, `resnet18`,
     `resnet50`, `resnext50`, `resnext101`, `condensenet-74`. `options` go to every convolution of kind `conv`,
-    but for `strides` and `width` of `mobilenetv2` and `mobilenetv2-cifar`, which are the network's own.
+    but for the network's own: `strides` and `width` of `mobilenetv2` and `mobilenetv2-cifar`, `groups_3x3` of
+    `condensenet-*`.
     Under `torch.device("meta")` nothing is drawn: call `twolevel.nn.initialize` afterwards.
 
     Raises UserError for an unknown name or kind, and for channels that `groups` does not divide.
