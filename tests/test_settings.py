@@ -32,7 +32,8 @@ def test_every_policy_on_resume_is_of_some_setting_and_no_other_is(policy):
 
 def test_what_the_state_of_a_checkpoint_depends_on_is_fixed_on_resume():
     fixed = [name for name, policy in TrainConfig().on_resume().items() if policy == "fixed"]
-    assert fixed == ["model", "conv", "groups", "representatives", "data", "batch_size", "seed"]
+    of_model = ["model", "conv", "groups", "representatives", "condensation"]
+    assert fixed == [*of_model, "data", "batch_size", "seed"]
 
 
 def test_how_a_run_is_started_is_in_no_record_of_it():

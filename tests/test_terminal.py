@@ -27,6 +27,7 @@ def lines_of(words: str) -> list[str]:
         "count --model wrn-28-80 --groups 16",
         "count --model mobilenetv2",
         "count --model condensenet-86 --conv dgc",
+        "count --model condensenet-86 --conv lgc",
         "plan --model wrn-28-80 --ranks 4 --machine titan-rtx --groups 4",
         "plan --model wrn-16-4 --ranks 16 --machine h100 --batch-size 1024",
         "plan --model wrn-16-4 --ranks 8 --machine a100-80 --scaling",

@@ -7,7 +7,7 @@ Data sets are in `twolevel.data.registry`, networks in `twolevel.models.registry
 from typing import Literal, get_args
 
 # Convolutions; `twolevel.nn.factory` builds them.
-Conv = Literal["sc", "gc", "gc2l", "bgc", "shuffle", "flgc", "dgconv", "dgc"]
+Conv = Literal["sc", "gc", "gc2l", "bgc", "shuffle", "flgc", "dgconv", "dgc", "lgc"]
 CONVS: tuple[str, ...] = get_args(Conv)
 UNGROUPED = ("sc", "dgconv")  # groups is 1 unless given
 

@@ -107,7 +107,7 @@ def test_channel_parallelism_sends_every_channel_and_a_group_one_of_each():
     assert channel.bytes_sent > 10 * group.bytes_sent
 
 
-@pytest.mark.parametrize("conv", ["flgc", "dgconv", "dgc", "shuffle", "bgc"])
+@pytest.mark.parametrize("conv", ["flgc", "dgconv", "dgc", "lgc", "shuffle", "bgc"])
 def test_convolutions_that_are_not_known_are_refused(conv):
     with pytest.raises(UserError, match="the cost model knows conv sc, gc and gc2l"):
         trace(models.create("wrn-10-1", conv=conv, groups=1 if conv == "dgconv" else 4), (3, 16, 16))

@@ -18,7 +18,7 @@ from twolevel.analysis.patterns import (
     layers_of,
     spread,
 )
-from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
+from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, LearnedGroupConv2d
 
 
 def layer_by_brightness() -> DynamicGroupConv2d:
@@ -130,6 +130,17 @@ LAYERS = {
     # Group 0 has no input: its outputs see nothing. Group 2 has no output: its input is not seen.
     "empty": (learned([2, 1, 3, 1], [0, 3, 1, 0, 3, 3], 4), [(1, 2), (3, 1)]),
 }
+
+
+def test_connections_of_learned_groups_are_the_weights_that_reach_the_output():
+    layer = LearnedGroupConv2d(8, 12, 1, groups=4)
+    layer.set_progress(0.4)
+    with torch.no_grad():
+        reached = layer(torch.eye(8)[:, :, None, None])[:, :, 0, 0].t()
+    mask = connections(layer)
+    assert torch.equal(mask, reached != 0)
+    rows, _ = by_group(mask)
+    assert all(len({row % 4 for row in group}) == 1 for group in rows.view(4, 3).tolist())
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -288,6 +288,9 @@ def test_what_a_checkpoint_does_not_keep_is_not_resumed(pool, finished):
         ("--model mobilenetv2-cifar --conv gc --remeasure", ["remeasure=True"]),
         ("--conv gc --remeasure", []),
         ("--weight-decay 0 --no-decay-norm", ["decay_norm=False"]),
+        ("--conv dgc --group-lasso 0.1", ["group_lasso=0.1"]),
+        ("--conv lgc --condensation 1 --group-lasso 0.1", ["group_lasso=0.1"]),
+        ("--conv lgc --group-lasso 0.1 --lasso 0.1", ["lasso=0.1"]),
         # What a recipe or another setting fills in is not the user's.
         ("--epochs 3", []),
         ("--lr-schedule cosine", []),

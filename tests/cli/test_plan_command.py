@@ -110,6 +110,7 @@ def test_link_is_measured_between_ranks(pool, tmp_path):
         ("--machine h100 --model wrn-11-2", "depth=11 is not 6 n + 4"),
         ("--machine h100 --conv flgc", "flgc"),
         ("--machine h100 --conv bgc", "bgc"),
+        ("--machine h100 --conv lgc", "lgc"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(words, message):

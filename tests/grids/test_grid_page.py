@@ -112,12 +112,17 @@ def test_errors_of_zero_curves_of_two_lengths_and_no_lines_make_a_page(tmp_path)
         (("gc", 4), {"model": "wrn-10-2"}, None),
         (("dgc", 4), {"model": "condensenet-50", "epochs": 300, "xi": 1 / 3}, 5.83),
         (("dgc", 4), {"model": "condensenet-50", "epochs": 300, "xi": 0.5}, None),
+        (("lgc", 4), {"model": "condensenet-86", "epochs": 300}, 5.00),
+        (("lgc", 4), {"model": "condensenet-86", "epochs": 300, "condensation": 4}, 5.00),
+        (("lgc", 4), {"model": "condensenet-86", "epochs": 300, "condensation": 2}, None),
+        (("lgc", 4), {"data": "imagenet", "model": "condensenet-74", "epochs": 120}, 26.2),
     ],
 )
 def test_a_published_error_is_of_the_same_training(case, more, error):
     one = line(*case, 0, 9.0)
     one["completed"] |= more
-    assert published.error_of(Case.of(one), one["completed"]["xi"]) == error
+    completed = one["completed"]
+    assert published.error_of(Case.of(one), completed["xi"], completed.get("condensation")) == error
 
 
 def test_a_setting_that_a_case_varies_makes_it_another_training():

@@ -15,6 +15,7 @@ from twolevel.nn import (
     DGConv2d,
     DynamicGroupConv2d,
     FLGConv2d,
+    LearnedGroupConv2d,
     ShuffleConv2d,
     TwoLevelConv2d,
 )
@@ -49,8 +50,40 @@ def test_learned_group_convolution_at_66m_is_the_dense_network():
     """DGC's paper compares with it at condensation 1, where no 1x1 convolution has groups."""
     got = counted("condensenet-50", conv="sc")
     assert round((got.macs + got.elementwise) / 1e6) == 66
+    learned = counted("condensenet-50", conv="lgc", groups=4, condensation=1)
+    assert (learned.macs, learned.elementwise) == (got.macs, got.elementwise)
     grouped = counted("condensenet-50", conv="gc", groups=4)  # what condensation 4 would cost
     assert round((grouped.macs + grouped.elementwise) / 1e6) == 29
+
+
+# Of the paper: name, groups and condensation, parameters in millions; the operations that its authors' code counts.
+LGC = [
+    ("condensenet-74", 4, "4.8", 529_328_264),
+    ("condensenet-74", 8, "2.9", 274_233_480),
+]
+
+
+@pytest.mark.parametrize(("name", "groups", "parameters", "operations"), LGC)
+def test_condensenet_has_the_published_counts(name, groups, parameters, operations):
+    """Its classifier is condensed too, after training, and takes the half of its features. Ours takes them all."""
+    got = counted(name, conv="lgc", groups=groups, groups_3x3=groups)
+    dropped = 2064 // 2 * 1000
+    assert got.macs - dropped + got.elementwise == operations
+    assert f"{(got.published_parameters - dropped) / 1e6:.1f}" == parameters
+
+
+def test_condensenet_86_has_the_published_counts():
+    """0.52M parameters and 65M operations, without the fraction."""
+    got = counted("condensenet-86", conv="lgc", groups=4)
+    assert f"{got.published_parameters / 1e6:.2f}" == "0.52"
+    assert (got.macs + got.elementwise) // 10**6 == 65
+    dense = counted("condensenet-86", conv="sc")
+    assert (got.realised_macs, got.parameters) == (dense.macs, dense.parameters)  # untrained
+
+
+def test_groups_of_the_3x3_convolutions_that_do_not_divide_the_growth_are_refused():
+    with pytest.raises(UserError, match="groups_3x3=16 does not divide growth=8; use one of 1, 2, 4, 8"):
+        create("condensenet-50", conv="lgc", groups=4, groups_3x3=16)
 
 
 def test_dense_resnet18_has_the_published_operations():
@@ -97,6 +130,7 @@ CLASSES = {
     "flgc": FLGConv2d,
     "dgconv": DGConv2d,
     "dgc": DynamicGroupConv2d,
+    "lgc": LearnedGroupConv2d,
 }
 
 
@@ -114,6 +148,8 @@ def parameters_of(layer: torch.nn.Module, conv: str) -> int:
         return 2 * (dense // 4)  # local, mean
     if conv == "flgc":
         return dense + 4 * (n + m)  # a logit for each channel and group
+    if conv == "lgc":
+        return dense
     if conv == "dgconv":
         return dense + layer.gates.numel()
     if conv == "dgc":
@@ -127,6 +163,9 @@ def loss_of(name: str, conv: str) -> tuple[torch.nn.Module, float]:
     """A network after a backward from the loss of four images of different classes, and that loss."""
     torch.manual_seed(0)
     model = create(name, conv=conv, groups=groups_of(conv), num_classes=7)
+    for module in model.modules():
+        if isinstance(module, LearnedGroupConv2d):
+            module.set_progress(1)  # before, it is dense
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits = model(x)
     assert logits.shape == (4, 7) and logits.isfinite().all()

@@ -14,6 +14,7 @@ from twolevel.nn import (
     DGConv2d,
     DynamicGroupConv2d,
     FLGConv2d,
+    LearnedGroupConv2d,
     ShuffleConv2d,
     TwoLevelConv2d,
     initialize,
@@ -28,6 +29,7 @@ CLASSES = {
     "flgc": FLGConv2d,
     "dgconv": DGConv2d,
     "dgc": DynamicGroupConv2d,
+    "lgc": LearnedGroupConv2d,
 }
 
 
@@ -69,6 +71,8 @@ KEPT = [  # from a convolution of so many groups, to a kind with so many
     (2, "dgconv", 2),
     (1, "flgc", 1),
     (4, "flgc", 4),
+    (1, "lgc", 4),
+    (2, "lgc", 4),
 ]
 
 

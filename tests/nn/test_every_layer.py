@@ -21,6 +21,7 @@ LAYERS = {
     "dgconv": {},
     "dgc": {"groups": 2},
     "dgc global": {"groups": 2, "threshold": "global"},
+    "lgc": {"groups": 4},
 }
 assert {name.split()[0] for name in LAYERS} == set(CONVS)
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -33,6 +34,7 @@ def layer(name: str) -> torch.nn.Module:
     )
     if hasattr(conv, "set_progress"):
         conv.set_progress(0.5)  # some channels are dropped, and none because of a tie
+    if hasattr(conv, "offset"):
         torch.nn.init.uniform_(conv.offset, 0.5, 2)
     return conv
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from twolevel.errors import UserError
-from twolevel.nn import KINDS, BalancedConv2d, TwoLevelConv2d, make_conv
+from twolevel.nn import KINDS, BalancedConv2d, LearnedGroupConv2d, TwoLevelConv2d, make_conv
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from twolevel.nn import KINDS, BalancedConv2d, TwoLevelConv2d, make_conv
         ("gc", 4, nn.Conv2d, 4),
         ("gc2l", 4, TwoLevelConv2d, 4),
         ("bgc", 4, BalancedConv2d, 4),
+        ("lgc", 4, LearnedGroupConv2d, 4),
     ],
 )
 def test_kind_is_a_class_and_a_number_of_groups(kind, groups, cls, conv_groups):
@@ -25,7 +26,7 @@ def test_kind_is_a_class_and_a_number_of_groups(kind, groups, cls, conv_groups):
     assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (8, 12, (3, 5))
 
 
-@pytest.mark.parametrize("kind", ["sc", "gc", "gc2l", "bgc"])
+@pytest.mark.parametrize("kind", ["sc", "gc", "gc2l", "bgc", "lgc"])
 def test_drop_in_for_conv2d_without_bias(kind):
     """Positional stride and padding mean what they mean there, and so does every option."""
     groups = {} if kind == "sc" else {"groups": 2}
@@ -40,6 +41,7 @@ def test_drop_in_for_conv2d_without_bias(kind):
 
 def test_options_go_to_the_class_of_the_kind():
     assert make_conv("gc2l", 8, 8, 3, groups=2, schedule="fused").schedule == "fused"
+    assert make_conv("lgc", 8, 8, 3, groups=2, condensation=4).condensation == 4
 
 
 @pytest.mark.parametrize(

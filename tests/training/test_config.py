@@ -41,6 +41,21 @@ def test_dgc_gets_its_papers():
         assert (rule.optimiser.lr_milestones, rule.optimiser.weight_decay) == (None, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("data", "model", "sizes"),
+    [
+        ("cifar10", "condensenet-86", (64, 300)),
+        ("imagenet", "condensenet-74", (256, 120)),
+        ("imagenet", "mobilenetv2", (256, 120)),
+    ],
+)
+def test_lgc_gets_its_papers(data, model, sizes):
+    rule = TrainConfig(data=DataConfig(data=data), model=ModelConfig(model=model, conv="lgc"))
+    assert (rule.data.batch_size, rule.optimiser.epochs) == sizes
+    assert (rule.optimiser.update, rule.optimiser.lr_schedule) == ("nesterov", "cosine")
+    assert (rule.optimiser.learning_rate, rule.optimiser.weight_decay) == (0.1, 1e-4)
+
+
 def test_the_fast_recipe_is_a_start_that_settings_change():
     fast = TrainConfig(optimiser=OptimiserConfig(recipe="fast"))
     assert (fast.optimiser.update, fast.optimiser.lr_schedule, fast.data.flip) == (
@@ -135,6 +150,9 @@ def test_setting_names_are_unique_across_sections():
         ),
         (lambda: ModelConfig(conv="gc", schedule="fused"), "schedule=fused"),
         (lambda: ModelConfig(conv="gc", saliency_bound=6.0), "saliency_bound=6.0 is of conv=dgc"),
+        (lambda: ModelConfig(conv="gc", condensation=4), "condensation=4 is of conv=lgc"),
+        (lambda: ModelConfig(conv="lgc", condensation=0), "condensation=0 is invalid; use 1 or more"),
+        (lambda: RuleConfig(group_lasso=-1.0), "group_lasso=-1.0 is invalid; use 0 or more"),
         (lambda: ModelConfig(conv="dgc", saliency_bound=0.0), "saliency_bound=0.0"),
         (lambda: ModelConfig(conv="dgc", saliency_bound=float("inf")), "saliency_bound=inf"),
         (lambda: TrainConfig(optimiser=OptimiserConfig(epochs=2, warmup_epochs=3)), "warmup_epochs=3"),

@@ -53,6 +53,7 @@ def test_runs_whose_steps_leave_nothing_to_the_host_are_captured(run, ranks):
             "takes the exchange of NCCL, not of gloo, which goes by way of the host",
         ),
         (config("dgconv"), world(), "cannot follow conv=dgconv, whose rule changes from step to step"),
+        (config("lgc"), world(), "cannot follow conv=lgc, whose rule changes from step to step"),
         (config("dgc"), world(), "cannot follow conv=dgc, whose rule changes from step to step"),
         (config(accumulate=2), world(), "takes accumulate=1, not 2"),
     ],

@@ -6,7 +6,7 @@ from command import records, run
 from safetensors.torch import load_file
 
 import twolevel.models
-from twolevel.nn import DynamicGroupConv2d
+from twolevel.nn import DynamicGroupConv2d, LearnedGroupConv2d, for_inference
 from twolevel.settings import CONVS
 
 KINDS = {
@@ -18,6 +18,7 @@ KINDS = {
     "flgc": ["--groups", 4],
     "dgconv": ["--complexity-divisor", 4],
     "dgc": ["--groups", 4, "--lasso", 1e-4],
+    "lgc": ["--groups", 4, "--group-lasso", 1e-4],
 }
 
 assert set(KINDS) == set(CONVS)
@@ -86,8 +87,36 @@ def test_a_bound_on_saliencies_is_in_the_run_its_export_and_the_inference_form(p
         torch.testing.assert_close(model(images), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_progress_and_gates_are_in_the_checkpoint(pool, tiny, tmp_path):
-    for conv in ("dgc", "dgconv"):
+def test_a_condensed_network_is_recorded_exported_and_prepared_for_inference(pool, tiny, tmp_path):
+    output, file = tmp_path / "run", tmp_path / "whole.safetensors"
+    run(
+        pool,
+        "train",
+        *tiny,
+        "--conv",
+        "lgc",
+        "--condensation",
+        2,
+        "--learning-rate",
+        0.01,
+        "--output",
+        output,
+    )
+    run(pool, "export", output, file)
+    model = twolevel.models.load(file).eval()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LearnedGroupConv2d)}
+    assert len(layers) > 1
+    kept = {name: [layer.in_channels // 2] * 4 for name, layer in layers.items()}
+    assert records(output, "epoch")[-1]["lgc_kept"] == kept
+    assert {name: layer.kept.sum(1).tolist() for name, layer in layers.items()} == kept
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        # float64; the kept inputs are added up in another order.
+        torch.testing.assert_close(for_inference(model)(images), model(images), rtol=1e-9, atol=1e-9)
+
+
+def test_progress_gates_and_kept_inputs_are_in_the_checkpoint(pool, tiny, tmp_path):
+    for conv in ("dgc", "dgconv", "lgc"):
         options = [*tiny, "--conv", conv, *KINDS[conv], *(["--groups", 1] if conv == "dgconv" else [])]
         run(pool, "train", *options, "--output", tmp_path / f"{conv}-whole")
         run(pool, "train", *options, "--output", tmp_path / conv, "--max-steps", 4)

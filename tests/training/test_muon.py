@@ -62,7 +62,7 @@ def test_a_step_is_the_formula():
 
 @pytest.mark.parametrize(
     ("conv", "groups"),
-    [("gc2l", 4), ("gc2l", 16), ("gc", 4), ("shuffle", 4), ("sc", 1), ("flgc", 4), ("bgc", 4)],
+    [("gc2l", 4), ("gc2l", 16), ("gc", 4), ("shuffle", 4), ("sc", 1), ("flgc", 4), ("lgc", 4), ("bgc", 4)],
 )
 def test_kernels_are_of_muon_with_their_groups_and_the_rest_of_sgd(conv, groups):
     model, optimiser = optimiser_of(conv, groups)
@@ -72,7 +72,7 @@ def test_kernels_are_of_muon_with_their_groups_and_the_rest_of_sgd(conv, groups)
     assert len(of_muon) + len(of_sgd) == len([*model.parameters()])
     assert all(p.dim() == 4 for p in of_muon) and all(p.dim() != 4 for p in of_sgd)
     inner = [p for name, p in model.named_parameters() if p.dim() == 4 and "stages.1" in name]
-    assert {of_muon[p] for p in inner} == {1 if conv == "flgc" else groups}
+    assert {of_muon[p] for p in inner} == {1 if conv in ("flgc", "lgc") else groups}
 
 
 def test_restriction_and_coarse_have_rates_of_their_own():

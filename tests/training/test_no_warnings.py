@@ -20,6 +20,7 @@ CASES = {
     "data axis, two-level in bf16": (2, {**GC2L, "precision": "bf16"}),
     "data axis, flgc": (2, {"conv": "flgc", "groups": 4}),
     "data axis, dgconv": (2, {"conv": "dgconv", "groups": 4}),
+    "data axis, lgc": (2, {"conv": "lgc", "groups": 4}),
     "channel": (1, {"parallel": "channel"}),
     "fsdp": (2, {"parallel": "fsdp"}),
     "1f1b": (1, {"parallel": "1f1b"}),

@@ -23,6 +23,7 @@ PICTURES = {
     "dgc": ["curve.png", "kept_channels.png", "drop_frequency.png"],
     "dgconv": ["curve.png", "groups.png", "connectivity.png"],
     "flgc": ["curve.png", "groups.png", "connectivity.png"],
+    "lgc": ["curve.png", "connectivity.png"],
 }
 
 

@@ -146,10 +146,17 @@ def test_a_complete_run_says_so(pool, tiny, tmp_path):
     assert "is complete: 1 epochs; raise --epochs to go on" in outcome.out
 
 
-def test_the_average_keeps_the_progress_of_pruning_and_its_threshold(pool, tiny, tmp_path):
-    options = ["--conv", "dgc", "--threshold", "global", "--ema-decay", 0.99, "--output", tmp_path / "run"]
-    run(pool, "train", *tiny, *options)
+@pytest.mark.parametrize(
+    ("conv", "ends"),
+    [
+        (["--conv", "dgc", "--threshold", "global"], ("progress", ".threshold")),
+        (["--conv", "lgc"], (".kept",)),
+    ],
+    ids=["dgc", "lgc"],
+)
+def test_the_average_keeps_the_choices_of_its_network(pool, tiny, tmp_path, conv, ends):
+    run(pool, "train", *tiny, *conv, "--ema-decay", 0.99, "--output", tmp_path / "run")
     kept = [weights(pool, tmp_path / "run", which) for which in ("model", "ema")]
-    names = [n for n in kept[0] if n.endswith(("progress", ".threshold"))]
+    names = [n for n in kept[0] if n.endswith(ends)]
     assert names
     assert all(torch.equal(kept[0][n], kept[1][n]) for n in names)

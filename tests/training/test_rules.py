@@ -1,17 +1,20 @@
-"""The training rules of DGC, DGConv and FLGC."""
+"""The training rules of DGC, DGConv, FLGC and LGC."""
 
 import pytest
 import torch
 from torch import nn
 
-from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, TwoLevelConv2d
+from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, LearnedGroupConv2d, TwoLevelConv2d
 from twolevel.training.config import OptimiserConfig, RuleConfig
 from twolevel.training.optimiser import make_optimiser
 from twolevel.training.rules import (
     ComplexityBudget,
+    Condensation,
     GlobalThreshold,
+    GroupLasso,
     ProgressivePruning,
     SaliencyLasso,
+    copy_choices,
     rules_for,
 )
 
@@ -34,6 +37,7 @@ def test_a_network_gets_the_rules_of_its_convolutions():
     assert kinds(nn.Conv2d(4, 4, 1), TwoLevelConv2d(4, 4, 1, groups=2)) == []
     assert kinds(DGConv2d(8, 8, 1)) == ["ComplexityBudget"]
     assert kinds(FLGConv2d(8, 8, 1, groups=2)) == ["GroupRecord"]
+    assert kinds(LearnedGroupConv2d(8, 8, 1, groups=2)) == ["Condensation", "GroupLasso"]
     head, by_threshold = dynamic_layers(1), dynamic_layers(1, threshold="global")
     assert kinds(*head.values()) == ["ProgressivePruning", "SaliencyLasso"]
     assert kinds(*by_threshold.values()) == ["ProgressivePruning", "SaliencyLasso", "GlobalThreshold"]
@@ -150,3 +154,106 @@ def test_gates_and_logits_are_spared_weight_decay():
     )
     decay = {id(p): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
     assert decay[id(model[2].weight)] == 0 and decay[id(model[0].weight)] == 0.01
+
+
+def condensed_layers(**options) -> dict[str, LearnedGroupConv2d]:
+    torch.manual_seed(0)
+    return {
+        f"layer{i}": LearnedGroupConv2d(n, 8, k, groups=4, **options)
+        for i, (n, k) in enumerate([(8, 1), (12, 3)])
+    }
+
+
+def test_inputs_are_dropped_stage_by_stage_and_how_many_are_kept_is_recorded():
+    layers = condensed_layers()
+    rule, seen = Condensation(layers), []
+    for step in range(12):
+        rule.begin_step(step / 12)
+        kept = rule.end_epoch()["lgc_kept"]
+        assert all(len(set(groups)) == 1 and len(groups) == 4 for groups in kept.values())
+        seen.append(tuple(groups[0] for groups in kept.values()))
+    assert seen == [(8, 12)] * 2 + [(6, 9)] * 2 + [(4, 6)] * 2 + [(2, 3)] * 6
+
+
+def test_each_stage_is_computed_once():
+    layers = condensed_layers()
+    rule = Condensation(layers)
+    rule.begin_step(0.2)
+    (layer, _) = layers.values()
+    version = layer.kept._version
+    rule.begin_step(0.3)
+    assert layer.kept._version == version
+    rule.begin_step(0.4)
+    assert layer.kept._version > version
+
+
+@pytest.mark.parametrize(
+    ("progress", "shares"), [(0.1, 1.0), (0.2, 0.75), (0.4, 0.5), (0.5, 0.0), (0.9, 0.0)]
+)
+def test_group_lasso_is_the_norms_of_kept_inputs_until_the_last_are_dropped(progress, shares):
+    layers = condensed_layers(dtype=torch.float64)
+    rule = GroupLasso(layers, 0.1)
+    for one in (Condensation(layers), rule):
+        one.begin_step(progress)
+    expected, counted = 0.0, 0
+    for layer in layers.values():
+        for group in range(4):
+            for j in range(layer.in_channels):
+                if layer.kept[group, j]:
+                    squares = [w**2 for row in layer.weight[group::4].tolist() for w in _flat(row[j])]
+                    expected += sum(squares) ** 0.5
+                    counted += 1
+    assert (counted == shares * 4 * (8 + 12)) == (progress < 0.5)
+    got = rule.loss(torch.tensor(2.0, dtype=torch.float64))
+    assert got.item() == pytest.approx(2 + (0.1 * expected if shares else 0), rel=1e-12)
+
+
+def _flat(taps: list[list[float]]) -> list[float]:
+    return [tap for row in taps for tap in row]
+
+
+def test_group_lasso_pulls_at_kept_weights_alone_and_is_safe_at_zero():
+    layers = condensed_layers()
+    Condensation(layers).begin_step(0.2)
+    (layer, _) = layers.values()
+    with torch.no_grad():
+        layer.weight[:, 0] = 0
+    GroupLasso(layers, 1.0).loss(torch.zeros(())).backward()
+    kept = layer.mask() & (layer.weight != 0)[:, :, 0, 0]
+    assert torch.equal(layer.weight.grad[:, :, 0, 0] != 0, kept)
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_without_condensation_there_is_no_group_lasso():
+    rule = GroupLasso(condensed_layers(condensation=1), 1.0)
+    assert rule.loss(torch.tensor(3.0)).item() == 3.0
+
+
+def test_an_average_keeps_the_inputs_that_its_network_keeps():
+    network, average = (nn.Sequential(LearnedGroupConv2d(8, 8, 1, groups=4)) for _ in range(2))
+    network[0].set_progress(0.4)
+    average[0].set_progress(1)
+    copy_choices(network, average)
+    assert torch.equal(average[0].kept, network[0].kept)
+
+
+def test_a_small_network_condenses_while_it_learns():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), LearnedGroupConv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(32, 2)
+    )
+    x, labels = images(16, 3, 6, 6), torch.arange(16) % 2
+    rules, losses = rules_for(model, RuleConfig()), []
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    for step in range(40):
+        for rule in rules:
+            rule.begin_step(step / 40)
+        loss = nn.functional.cross_entropy(model(x), labels)
+        losses.append(loss.item())
+        for rule in rules:
+            loss = rule.loss(loss)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    assert rules[0].end_epoch() == {"lgc_kept": {"2": [2, 2, 2, 2]}}
+    assert losses[-1] < losses[0] / 2

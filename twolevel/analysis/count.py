@@ -25,7 +25,7 @@ class LayerCount:
     """One layer: `parameters` of the whole and `held` by one rank, multiply-accumulates of one image.
 
     Convolutions that choose their connections are counted as papers do (FLGC: balanced groups; DGC: the final
-    share of channels dropped); `realised_macs` is what they do as they are now.
+    share of channels dropped; LGC: the final share of inputs kept); `realised_macs` is what they do as they are now.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Count:
 
     `held_whole_ends` are the parameters of a rank with stem and classifier counted whole on every rank, although
     here they are split too. `published_parameters` leave out what a convolution needs only to choose its
-    connections (FLGC's S and T, closed connections of DGConv). `elementwise` are an image's operations in
-    activations, pooling, BGC's mean of groups, the choice of channels and the biases of linear layers, one an
-    element, which the papers of CondenseNet and DGC count among the MACs.
+    connections (FLGC's S and T, closed connections of DGConv, inputs that LGC drops). `elementwise` are an image's
+    operations in activations, pooling, BGC's mean of groups, the choice of channels and the biases of linear layers,
+    one an element, which the papers of CondenseNet and DGC count among the MACs.
     """
 
     groups: int

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
+from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, LearnedGroupConv2d
 
 T = TypeVar("T")
 
@@ -112,10 +112,12 @@ def _first_of_new_classes(labels: list[int], seen: list[int]) -> list[int]:
     return [at for at, label in enumerate(labels) if label not in seen and label not in labels[:at]]
 
 
-def connections(layer: DGConv2d | FLGConv2d) -> Tensor:
+def connections(layer: DGConv2d | FLGConv2d | LearnedGroupConv2d) -> Tensor:
     """Which input reaches which output now, bool `[m, n]`, on the CPU."""
     if isinstance(layer, DGConv2d):
         return layer.connectivity()
+    if isinstance(layer, LearnedGroupConv2d):
+        return layer.mask().cpu()
     inputs, outputs = (group.cpu() for group in layer.groups_of())
     return outputs[:, None] == inputs
 
@@ -123,16 +125,17 @@ def connections(layer: DGConv2d | FLGConv2d) -> Tensor:
 def by_group(connected: Tensor) -> tuple[Tensor, Tensor]:
     """The orders of outputs `[m]` and inputs `[n]` that make each group of a mask `[m, n]` one block.
 
-    Blocks lie along the diagonal, in the order of their first inputs; what is connected to nothing comes last.
+    Blocks lie along the diagonal, in the order of their first inputs; what is connected to nothing comes last. Groups
+    that share inputs are blocks of rows.
     """
-    rows = _first_true(connected).argsort(stable=True)
-    columns = _first_true(connected[rows].t()).argsort(stable=True)
-    return rows, columns
+    rows = _alike_together(connected)
+    return rows, _alike_together(connected[rows].t())
 
 
-def _first_true(mask: Tensor) -> Tensor:
-    """The column of the first True in each row, the number of columns where there is none."""
-    return torch.where(mask.any(1), mask.int().argmax(1), mask.shape[1])
+def _alike_together(mask: Tensor) -> Tensor:
+    """The order in which equal rows follow each other, those whose first True comes first in front."""
+    kind = mask.int().unique(dim=0, return_inverse=True)[1]
+    return kind.argsort(descending=True, stable=True)
 
 
 def group_numbers(epochs: list[dict[str, Any]]) -> dict[str, list[int]]:

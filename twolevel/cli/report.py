@@ -12,8 +12,8 @@ from twolevel.settings import Device
 
 @dataclass
 class ReportConfig:
-    """Make a page of runs and grids: of a run its curve and what its dgc, dgconv or flgc convolutions chose (pictures
-    in its folder report/), of a grid's lines the errors against groups and cost, and the published ones."""
+    """Make a page of runs and grids: of a run its curve and what its dgc, dgconv, flgc or lgc convolutions chose
+    (pictures in its folder report/), of a grid's lines the errors against groups and cost, and the published ones."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
     """folders of runs, and folders or files of results (.jsonl) that `twolevel grid` wrote"""

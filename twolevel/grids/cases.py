@@ -15,6 +15,7 @@ NAMES = {
     "bgc": "BGC",
     "dgconv": "DGConv",
     "dgc": "DGC",
+    "lgc": "LGC",
     "gc2l": "GC-2L",
 }
 # Declared settings that a case says by itself, or that change no result.

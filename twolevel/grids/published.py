@@ -44,6 +44,9 @@ ERRORS: dict[tuple[str, str], dict[str, dict[int, float]]] = {
     ("cifar10", "wrn-28-40"): {"sc": {1: 3.64}, "gc2l": {2: 3.58, 4: 3.73}},
     ("cifar10", "wrn-28-60"): {"sc": {1: 3.51}, "gc2l": {2: 3.68, 4: 3.91}},
     ("cifar10", "wrn-28-80"): {"sc": {1: 3.77}, "gc2l": {2: 3.75, 4: 4.08}},
+    # Huang et al., "CondenseNet" (arXiv 1711.09224), condensation 4.
+    ("cifar10", "condensenet-86"): {"lgc": {4: 5.00}},
+    ("imagenet", "condensenet-74"): {"lgc": {4: 26.2}},
 }
 # Su et al., "Dynamic Group Convolution" (arXiv 2007.04242), four heads: the share of channels dropped, and the error.
 DGC = {
@@ -54,15 +57,18 @@ DGC = {
 }
 
 
-def error_of(case: Case, xi: float | None = None) -> float | None:
+def error_of(case: Case, xi: float | None = None, condensation: int | None = None) -> float | None:
     """The published test error of a case in percent; None where there is none of such a training.
 
-    Of DGC only for the share `xi` of its table, by default that of the case.
+    Of DGC only for the share `xi` of its table, of LGC only for a `condensation` of as many as groups; each by default
+    that of the case.
     """
     published = recipe_of("paper", DataConfig(data=case.data), case.model, case.conv)
     whole = case.recipe == "paper" and case.epochs == published.epochs and case.representatives == 1
     varied = dict(case.variant)
-    if not whole or varied.keys() - {"xi", "recipe", "epochs"}:
+    if not whole or varied.keys() - {"xi", "condensation", "recipe", "epochs"}:
+        return None
+    if varied.get("condensation", condensation) not in (None, case.groups):
         return None
     if case.conv == "dgc":
         share, error = DGC.get((case.data, case.model), (None, None))

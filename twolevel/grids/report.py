@@ -81,7 +81,8 @@ def _table(section: Section) -> tuple[list[str], list[list[str]], str]:
     for case, lines in section.cases.items():
         mean, deviation = spread(errors_of(lines))
         both = [line["final"].get("test_mirrored_error") for line in lines]
-        theirs = published.error_of(case, lines[0]["completed"].get("xi"))
+        completed = lines[0]["completed"]
+        theirs = published.error_of(case, completed.get("xi"), completed.get("condensation"))
         counts = lines[0]["counts"]
         rows.append(
             [

@@ -9,6 +9,7 @@ from twolevel.nn.flgc import FLGConv2d
 from twolevel.nn.inference.network import for_inference
 from twolevel.nn.init import initialize
 from twolevel.nn.layout import Layout, layout_of
+from twolevel.nn.lgc import LearnedGroupConv2d
 from twolevel.nn.shuffle import ShuffleConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
 
@@ -20,6 +21,7 @@ __all__ = [
     "DynamicGroupConv2d",
     "FLGConv2d",
     "Layout",
+    "LearnedGroupConv2d",
     "ShuffleConv2d",
     "TwoLevelConv2d",
     "convert",

@@ -5,8 +5,10 @@ from torch import nn
 
 from twolevel.nn.arguments import geometry, pair
 from twolevel.nn.balanced import BalancedConv2d
+from twolevel.nn.base import set_blocks_
 from twolevel.nn.dgconv import DGConv2d
 from twolevel.nn.flgc import FLGConv2d
+from twolevel.nn.lgc import LearnedGroupConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
 
 DRAWN = "weights drawn anew"
@@ -23,6 +25,7 @@ def carry_weights(old: nn.Conv2d, new: nn.Module) -> str:
     | g                  | BGC, g                    | local = weight, B = 0                            |
     | any                | DGConv, g a power of two  | the dense weight, gates open within the groups   |
     | any                | FLGC, g                   | the dense weight, logits of contiguous groups    |
+    | any                | LGC, any                  | the dense weight, no input dropped               |
     """
     if old.weight.is_meta:
         return DRAWN
@@ -37,6 +40,9 @@ def carry_weights(old: nn.Conv2d, new: nn.Module) -> str:
     if type(new) is nn.Conv2d and new.groups == old.groups:
         new.weight.copy_(old.weight)
         return "weights kept"
+    if isinstance(new, LearnedGroupConv2d):
+        set_blocks_(new.weight.zero_(), old)
+        return "weights kept, dense"
     doubling = old.groups & (old.groups - 1) == 0 and old.groups <= 2 ** len(getattr(new, "gates", ()))
     if (isinstance(new, DGConv2d) and doubling) or (isinstance(new, FLGConv2d) and new.groups == old.groups):
         new.load_state_dict(type(new).from_grouped(_without_bias(old)).state_dict())

@@ -11,6 +11,7 @@ from twolevel.nn.balanced import BalancedConv2d
 from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.dgconv import DGConv2d
 from twolevel.nn.flgc import FLGConv2d
+from twolevel.nn.lgc import LearnedGroupConv2d
 from twolevel.nn.shuffle import ShuffleConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
 
@@ -40,6 +41,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "flgc": FLGConv2d,
     "dgconv": _learned_groups,
     "dgc": DynamicGroupConv2d,
+    "lgc": LearnedGroupConv2d,
 }
 
 
@@ -59,7 +61,8 @@ def make_conv(
     `sc` standard (dense), `gc` group convolution, `gc2l` two-level group convolution, `bgc` balanced group
     convolution, `shuffle` group convolution and channel shuffle, `flgc` fully learnable group convolution,
     `dgconv` dynamic grouping convolution (GroupNet; its groups are learned, `groups` is where they start),
-    `dgc` dynamic group convolution with `groups` heads, which brings a batch norm and a ReLU of its own.
+    `dgc` dynamic group convolution with `groups` heads, which brings a batch norm and a ReLU of its own,
+    `lgc` learned group convolution (CondenseNet), whose groups each keep 1/`condensation` of the inputs in the end.
     `options` go to the class of that kind.
 
     Raises UserError for an unknown kind, groups other than 1 with `sc`, and groups that do not divide

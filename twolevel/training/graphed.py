@@ -19,8 +19,8 @@ def check_capturable(config: TrainConfig, world: World) -> None:
     """Raise UserError where a step of this run cannot be captured.
 
     A graph replays kernels and NCCL's collectives on the memory in which they were captured. So nothing in a step may
-    be decided by the host (rules of DGC and DGConv), go by way of it (Gloo), or move to other memory (parameters of
-    fsdp, activations between stages). Filters over ranks (channel) and parts of a batch (accumulate) have not been
+    be decided by the host (rules of DGC, DGConv and LGC), go by way of it (Gloo), or move to other memory (parameters
+    of fsdp, activations between stages). Filters over ranks (channel) and parts of a batch (accumulate) have not been
     tried.
     """
     why = None
@@ -30,7 +30,7 @@ def check_capturable(config: TrainConfig, world: World) -> None:
         why = f"takes parallel=group, not {config.mesh.parallel}"
     elif world.size > 1 and "nccl" not in world.backend:
         why = f"takes the exchange of NCCL, not of {world.backend}, which goes by way of the host"
-    elif config.model.conv in ("dgc", "dgconv"):
+    elif config.model.conv in ("dgc", "dgconv", "lgc"):
         why = f"cannot follow conv={config.model.conv}, whose rule changes from step to step"
     elif config.optimiser.accumulate > 1:
         why = f"takes accumulate=1, not {config.optimiser.accumulate}"

@@ -74,6 +74,7 @@ def _normalised_together(settings: dict[str, Any], ranks: int) -> int:
 RULE_SETTINGS = {
     "dgc": ("lasso", "lasso_form", "threshold_steps"),
     "dgconv": ("complexity_divisor", "complexity_exponent"),
+    "lgc": ("group_lasso",),
 }
 
 
@@ -95,6 +96,8 @@ def _without_effect(config: TrainConfig, mesh: DeviceMesh) -> Iterator[tuple[obj
         yield rules, "threshold_steps", "threshold=head takes none over steps; use --threshold global"
     if model.conv == "dgconv" and rules.complexity_divisor is None:
         yield rules, "complexity_exponent", "there is no budget without --complexity-divisor"
+    if model.conv == "lgc" and (model.condensation or model.groups) == 1:
+        yield rules, "group_lasso", "condensation=1 drops no input"
     if model.conv != "gc2l" and not model.model.startswith("wrn-") and not config.mesh.sync_batch_norm:
         yield config.run, "remeasure", f"{model.model} with conv={model.conv} is computed in one way"
     if model.schedule == "dense":

@@ -27,7 +27,7 @@ from twolevel.data.augment import Normalise
 from twolevel.data.config import DataConfig
 from twolevel.distributed.strategies.base import EVAL_BATCH
 from twolevel.errors import UserError
-from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
+from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, LearnedGroupConv2d
 from twolevel.settings import Device
 from twolevel.training import checkpoint, metrics
 from twolevel.training.config import MeshConfig
@@ -42,6 +42,13 @@ IMAGES, BATCHES = 6, 10
 
 MOST_IMAGES = 50
 """Rows of a picture that is still of use; matplotlib draws no more than 65,536 pixels in one direction."""
+
+# Convolutions that learn which channels they connect, and where records of epochs hold it.
+LEARNED = {
+    "dgconv": (DGConv2d, "dgconv_gates"),
+    "flgc": (FLGConv2d, "flgc_groups"),
+    "lgc": (LearnedGroupConv2d, None),
+}
 
 
 @dataclass
@@ -113,7 +120,7 @@ def write_report(
 
     Always `curve.png`. DGC: `kept_channels.png` of the first `images` test images of different classes, and
     `drop_frequency.png` over the first `batches` batches of test images. DGConv and FLGC: `groups.png` over
-    epochs, and `connectivity.png`. Warns of records that are missing and of options without effect.
+    epochs, and `connectivity.png`, which LGC has too. Warns of records that are missing and of options without effect.
 
     Raises UserError under more than one rank, for numbers out of range, where there is no run or its data
     set cannot be read, and where pictures cannot be written.
@@ -148,7 +155,7 @@ def _draw_all(run: Run, context: Context, given: dict[str, Any]) -> Report:
     else:
         for name, value in given.items():
             _warn(f"{name}={str(value)!r} is ignored: no picture of conv={conv} takes test images")
-        if conv not in ("dgconv", "flgc"):
+        if conv not in LEARNED:
             report.note = f"conv={conv} learns no groups and drops no channels: there is the curve alone"
             return report
         pictures = _group_pictures(run, context)
@@ -194,17 +201,17 @@ def _kept_pictures(run: Run, context: Context, given: dict[str, Any]) -> Iterato
 
 
 def _group_pictures(run: Run, context: Context) -> Iterator[Picture]:
-    """The groups that the layers of a DGConv or FLGC network have learned: over epochs, and now."""
-    gated = run.weights.options["conv"] == "dgconv"
-    epochs = run.epochs_with("dgconv_gates" if gated else "flgc_groups")
+    """The groups that the layers of a network have learned: of DGConv and FLGC over epochs, and of all now."""
+    kind, recorded = LEARNED[run.weights.options["conv"]]
+    epochs = run.epochs_with(recorded) if recorded else []
     when = [epoch["epoch"] for epoch in epochs]
-    if epochs and gated:
+    if epochs and kind is DGConv2d:
         figure = draw.groups_over_epochs(when, group_numbers(epochs), run.title)
         yield "groups.png", figure, "number of groups of each layer over epochs"
     elif epochs:
         figure = draw.group_sizes_over_epochs(when, spread(group_sizes(epochs)), run.title)
         yield "groups.png", figure, "channels of each group over epochs"
-    layers = spread(layers_of(_network(run, context), DGConv2d if gated else FLGConv2d))
+    layers = spread(layers_of(_network(run, context), kind))
     masks = {name: connections(layer) for name, layer in layers.items()}
     yield "connectivity.png", draw.connectivity(masks, run.title), "which channels are connected now"
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d
+from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, LearnedGroupConv2d
 from twolevel.nn.base import ReplicatedConv2d
 from twolevel.training.config import RuleConfig
 
@@ -32,6 +32,7 @@ def rules_for(model: nn.Module, config: RuleConfig) -> list[Rule]:
     dynamic = {name: m for name, m in model.named_modules() if isinstance(m, DynamicGroupConv2d)}
     gated = {name: m for name, m in model.named_modules() if isinstance(m, DGConv2d)}
     learned = {name: m for name, m in model.named_modules() if isinstance(m, FLGConv2d)}
+    condensed = {name: m for name, m in model.named_modules() if isinstance(m, LearnedGroupConv2d)}
     rules: list[Rule] = []
     if dynamic:
         rules.append(ProgressivePruning(dynamic))
@@ -42,6 +43,9 @@ def rules_for(model: nn.Module, config: RuleConfig) -> list[Rule]:
         rules.append(ComplexityBudget(gated, config.complexity_divisor, config.complexity_exponent))
     if learned:
         rules.append(GroupRecord(learned))
+    if condensed:
+        rules.append(Condensation(condensed))
+        rules.append(GroupLasso(condensed, config.group_lasso))
     return rules
 
 
@@ -53,7 +57,7 @@ def undecayed(model: nn.Module) -> set[nn.Parameter]:
 
 @torch.no_grad()
 def copy_choices(model: nn.Module, average: nn.Module) -> None:
-    """Give a moving average what must not be averaged: how far DGC has pruned, and its threshold."""
+    """Give a moving average what must not be averaged: how far DGC has pruned, its threshold, what LGC keeps."""
     for source, target in zip(model.modules(), average.modules(), strict=True):
         if isinstance(source, ReplicatedConv2d):
             for mine, its in zip(source.buffers(recurse=False), target.buffers(recurse=False), strict=True):
@@ -193,3 +197,38 @@ class GroupRecord(_Silent):
             return [torch.bincount(of, minlength=layer.groups).tolist() for of in layer.groups_of()]
 
         return {"flgc_groups": {name: sizes(layer) for name, layer in self.layers.items()}}
+
+
+class Condensation(_Silent):
+    """LGC drops inputs stage by stage in the first half of training. Also records how many each group keeps."""
+
+    def __init__(self, layers: dict[str, LearnedGroupConv2d]):
+        self.layers = layers
+        self.entered: dict[str, int] = {}
+
+    def begin_step(self, progress: float) -> None:
+        for name, layer in self.layers.items():
+            stage = layer.stage_at(progress)
+            if self.entered.get(name) != stage:
+                layer.condense(stage)
+                self.entered[name] = stage
+
+    def end_epoch(self) -> dict[str, Any]:
+        return {"lgc_kept": {name: layer.kept.sum(1).tolist() for name, layer in self.layers.items()}}
+
+
+class GroupLasso(_Silent):
+    """LGC's sparsity term: lambda times the sum over layers, groups and kept inputs j of |W_g[:, j]|_2.
+
+    Huang et al. (arXiv 1711.09224), section 3.1. A layer is left out once it has entered its last stage.
+    """
+
+    def __init__(self, layers: dict[str, LearnedGroupConv2d], weight: float):
+        self.layers, self.weight = [*layers.values()], weight
+        self.begin_step(0)
+
+    def begin_step(self, progress: float) -> None:
+        self.condensing = [layer for layer in self.layers if layer.stage_at(progress) < layer.stages]
+
+    def loss(self, loss: Tensor) -> Tensor:
+        return loss + self.weight * sum(layer.group_lasso() for layer in self.condensing)

@@ -9,7 +9,7 @@ from torch import nn
 
 from twolevel import models
 from twolevel.errors import UserError
-from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, ShuffleConv2d
+from twolevel.nn import DGConv2d, DynamicGroupConv2d, FLGConv2d, LearnedGroupConv2d, ShuffleConv2d
 from twolevel.nn.inference.dgc import DynamicGroupInference
 from twolevel.nn.inference.gathered import GatheredConv2d
 from twolevel.nn.inference.grouped import RegroupedConv2d
@@ -37,6 +37,8 @@ def trained(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module
             module.offset.copy_(
                 torch.randperm(module.offset.numel()).view(module.offset.shape) / module.offset.numel()
             )
+        if isinstance(module, LearnedGroupConv2d):
+            module.set_progress(1)
     return network.to(dtype).eval()
 
 
@@ -67,6 +69,7 @@ CONVS = {
     "shuffle": lambda: ShuffleConv2d(8, 16, 3, padding=1, groups=4),
     "flgc": lambda: FLGConv2d(8, 16, 3, padding=1, groups=3),
     "dgconv": lambda: DGConv2d(8, 16, 3, padding=1),
+    "lgc": lambda: LearnedGroupConv2d(8, 16, 3, padding=1, groups=4),
     "dgc": lambda: DynamicGroupConv2d(8, 16, 3, padding=1, groups=4),
     "dgc 1x1": lambda: DynamicGroupConv2d(8, 16, 1, groups=2, threshold="global"),
     "dgc transposed_last": lambda: DynamicGroupConv2d(8, 20, 3, padding=1, groups=2, saliency_bound=0.5),

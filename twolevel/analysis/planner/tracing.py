@@ -24,7 +24,7 @@ def trace(model: nn.Module, input_shape: Shape) -> Workload:
 
     Works on a model of any device, the meta device included, and leaves it as it was.
 
-    Raises UserError for convolutions that choose their connections (flgc, dgconv, dgc), for shuffle and for bgc.
+    Raises UserError for convolutions that choose their connections (flgc, dgconv, dgc, lgc), for shuffle and for bgc.
     """
     unknown = (ReplicatedConv2d, BalancedConv2d)
     kind = next((type(m).__name__ for m in model.modules() if isinstance(m, unknown)), None)

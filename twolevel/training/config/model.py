@@ -12,6 +12,7 @@ CONV_OPTIONS = {
     "gc2l": ["representatives", "schedule", "kernels"],
     "shuffle": ["permutation_seed"],
     "dgc": ["xi", "threshold", "saliency_bound"],
+    "lgc": ["condensation"],
 }
 
 
@@ -23,7 +24,7 @@ class ModelConfig:
     """network: wrn-D-k, mobilenetv2, resnet18, resnext50, condensenet-50, ...; the README lists them all"""
 
     conv: str = field(default="gc2l", metadata=FIXED)
-    """convolution: sc (standard), gc (group), gc2l (two-level), bgc (balanced), shuffle, flgc, dgconv or dgc"""
+    """convolution: sc (standard), gc (group), gc2l (two-level), bgc (balanced), shuffle, flgc, dgconv, dgc, lgc"""
 
     groups: int | None = field(default=None, metadata=FIXED)
     """channel groups, of dgc the heads; 4 unless given (32 for ResNeXt), 1 for sc; dgconv learns them"""
@@ -49,6 +50,9 @@ class ModelConfig:
     saliency_bound: float | None = None
     """dgc: kept channels are multiplied by no more than this; the paper has no bound"""
 
+    condensation: int | None = field(default=None, metadata=FIXED)
+    """lgc: each group keeps one input in so many in the end; as many as groups unless given"""
+
     def __post_init__(self):
         if self.groups is None:
             default = 32 if self.model.startswith("resnext") else 4
@@ -58,7 +62,7 @@ class ModelConfig:
         check(self, "permutation_seed", seed is None or -(2**63) <= seed < 2**64, "an integer of 64 bits")
         bound = self.saliency_bound
         check(self, "saliency_bound", bound is None or bound > 0, "a positive number, such as 6")
-        check_least(self, 1, "representatives")
+        check_least(self, 1, "representatives", "condensation")
         check(self, "xi", 0 <= self.xi < 1, "a number from 0 to below 1")
         for conv, names in CONV_OPTIONS.items():
             for name in names:

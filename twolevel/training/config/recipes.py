@@ -8,9 +8,10 @@ from twolevel.data.registry import Recipe
 from twolevel.errors import UserError
 from twolevel.settings import RecipeName
 
-# Su et al., "Dynamic Group Convolution", section 4: 0.1, on MobileNetV2 0.05, to 0 by a cosine; batches of 64 on CIFAR
-# and 256 on ImageNet. They name 150 and 300 epochs of CIFAR and 120 to 150 of ImageNet.
-_DGC = {"update": "nesterov", "lr_schedule": "cosine", "lr_milestones": None, "weight_decay": 1e-4}
+# Huang et al., "CondenseNet", section 4: 0.1, to 0 by a cosine; on CIFAR batches of 64 and 300 epochs, on ImageNet 256
+# and 120. Su et al., "Dynamic Group Convolution", section 4: the same, but 0.05 on MobileNetV2; they name 150 and 300
+# epochs of CIFAR and 120 to 150 of ImageNet.
+_COSINE = {"update": "nesterov", "lr_schedule": "cosine", "lr_milestones": None, "weight_decay": 1e-4}
 
 # Settings that only one value of another has a use for.
 ONLY_WITH = {"lr_milestones": ("lr_schedule", "multistep"), "lr_matrices": ("update", "muon")}
@@ -41,12 +42,12 @@ def recipe_of(name: RecipeName, data: DataConfig, model: str, conv: str) -> Reci
                 f"recipe=fast is of WRN and ResNet on CIFAR, not of {model} on {data.data}; use paper"
             )
         return FAST
-    if conv != "dgc":
+    if conv not in ("dgc", "lgc"):
         return published
     small = data.data_set.image_size == 32
     sizes = {"batch_size": 64, "epochs": 300} if small else {"batch_size": 256, "epochs": 120}
-    rate = 0.05 if model.startswith("mobilenetv2") else 0.1
-    return replace(published, **_DGC, **sizes, learning_rate=rate)
+    rate = 0.05 if conv == "dgc" and model.startswith("mobilenetv2") else 0.1
+    return replace(published, **_COSINE, **sizes, learning_rate=rate)
 
 
 def fill_in(settings: Any, recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from twolevel.training.validation import check, check_finite, check_least
 
 @dataclass
 class RuleConfig:
-    """What DGC and DGConv add to the loss; other convolutions have no such settings."""
+    """What DGC, DGConv and LGC add to the loss; other convolutions have no such settings."""
 
     lasso: float = 1e-5
     """dgc: weight of the saliencies' L1 norm"""
@@ -25,9 +25,13 @@ class RuleConfig:
     complexity_exponent: float = 0.02
     """dgconv: exponent of the excess over the wanted complexity"""
 
+    group_lasso: float = 1e-5
+    """lgc: weight of the L2 norms of each group's weights of each input, until the last inputs are dropped"""
+
     def __post_init__(self):
         check_finite(self)
         check(self, "lasso", self.lasso >= 0, "0 or more")
+        check(self, "group_lasso", self.group_lasso >= 0, "0 or more")
         check_least(self, 1, "threshold_steps")
         divisor = self.complexity_divisor
         check(self, "complexity_divisor", divisor is None or divisor >= 1, "1 or more")
