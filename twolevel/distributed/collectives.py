@@ -32,6 +32,7 @@ def _started(work: dist.Work | None) -> dist.Work:
 class _InFlight(NamedTuple):
     work: dist.Work
     result: Tensor
+    what: str
 
     def wait(self) -> Tensor:
         self.work.wait()
@@ -42,6 +43,7 @@ class _Unsummed(NamedTuple):
     work: dist.Work
     parts: Tensor  # one of every rank
     ranks: int
+    what: str = "reduce-scatter"
 
     def wait(self) -> Tensor:
         self.work.wait()
@@ -59,7 +61,9 @@ class MeshAxis:
     def gather(self, own: Tensor) -> _InFlight:
         """Start the all-gather `[G/P, ...] -> [G, ...]`."""
         result = own.new_empty(self.ranks * len(own), *own.shape[1:])
-        return _InFlight(_started(all_gather_single(result, own, self.group, async_op=True)), result)
+        return _InFlight(
+            _started(all_gather_single(result, own, self.group, async_op=True)), result, "all-gather"
+        )
 
     def scatter_sum(self, parts: Tensor) -> _InFlight | _Unsummed:
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
@@ -71,13 +75,13 @@ class MeshAxis:
             return _Unsummed(_started(work), received, self.ranks)
         result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         work = reduce_scatter_single(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
-        return _InFlight(_started(work), result)
+        return _InFlight(_started(work), result, "reduce-scatter")
 
     def sum(self, own: Tensor) -> _InFlight:
         """Start the sum over ranks, in the memory of `own`, which is contiguous."""
         refuse_second_derivative(own)
         work = dist.all_reduce(own, dist.ReduceOp.SUM, self.group, async_op=True)
-        return _InFlight(_started(work), own)
+        return _InFlight(_started(work), own, "all-reduce")
 
     def sum_logits(self, partial: Tensor) -> Tensor:
         """The sum over ranks of `[B, classes]`, the same on each; its gradient passes unchanged."""

@@ -34,6 +34,8 @@ class World:
     launcher: str
     owns_group: bool = field(default=False, repr=False, compare=False)
     """Whether `start` made the group for this world, so that `stop` ends it."""
+    store: Store | None = field(default=None, repr=False, compare=False)
+    """Where these ranks can leave each other word; None for a group that existed before."""
 
 
 def start(device: str = "auto", timeout_s: float = 600) -> World:
@@ -102,6 +104,7 @@ def start(device: str = "auto", timeout_s: float = 600) -> World:
         backend=backend,
         launcher=ranks.launcher,
         owns_group=True,
+        store=PrefixStore("word", store),
     )
 
 

@@ -97,7 +97,7 @@ class MPIAxis(MeshAxis):
         request = self._comm.Iallgather([sent, item], [received, item])
         if many:
             item.Free()  # once the request is done
-        return _InFlight(request, own, result, own.dtype, self)
+        return _InFlight(request, own, result, own.dtype, self, "all-gather")
 
     def scatter_sum(self, parts: Tensor) -> "_InFlight":
         """Start the reduce-scatter `[G, ...] -> [G/P, ...]`."""
@@ -106,7 +106,7 @@ class MPIAxis(MeshAxis):
         result = wide.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         _check_count(result)
         request = self._comm.Ireduce_scatter_block(_memory(wide), _memory(result), self._mpi.SUM)
-        return _InFlight(request, wide, result, parts.dtype, self)
+        return _InFlight(request, wide, result, parts.dtype, self, "reduce-scatter")
 
     def sum(self, own: Tensor) -> "_InFlight":
         """Start the sum over ranks, in the memory of `own`, which is contiguous, unless that is of 16 bits."""
@@ -124,7 +124,7 @@ class MPIAxis(MeshAxis):
         wide = _widened(plain)
         _check_count(wide)
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, _memory(wide), self._mpi.SUM)
-        return _InFlight(request, wide, wide, plain.dtype, self)
+        return _InFlight(request, wide, wide, plain.dtype, self, "all-reduce")
 
     def _item_of(self, size: int) -> Any:
         """An MPI type whose one item is so many bytes."""
@@ -147,6 +147,7 @@ class _InFlight(NamedTuple):
     result: Tensor
     dtype: torch.dtype
     axis: MPIAxis
+    what: str
 
     def wait(self) -> Tensor:
         # Not MPI's own wait: it has no end, where a peer has failed, and it keeps the core busy, which costs

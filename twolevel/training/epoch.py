@@ -17,6 +17,7 @@ from twolevel.training.checkpoint import Saver, newest_good
 from twolevel.training.config import TrainConfig
 from twolevel.training.display import Display
 from twolevel.training.evaluate import evaluate
+from twolevel.training.fingerprint import fingerprint
 from twolevel.training.graphed import GraphedStep
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate
@@ -25,6 +26,7 @@ from twolevel.training.rules import Rule, copy_choices
 from twolevel.training.state import TrainState
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest
+from twolevel.training.watchdog import Watchdog
 
 # A batch of test images is a unit of work between two steps; of both tests of an epoch there are fewer than this.
 UNITS = 1 << 20
@@ -42,6 +44,7 @@ class Epochs:
     placed: Placed
     state: TrainState
     saver: Saver
+    watchdog: Watchdog | None
     train_step: TrainStep | GraphedStep
     rules: list[Rule]
     display: Display
@@ -112,6 +115,12 @@ class Epochs:
             self.rate = self.step(images, labels)
             state.step += 1
             state.test_error = None
+            if (
+                self.watchdog is not None
+                and run.fingerprint_steps
+                and state.step % run.fingerprint_steps == 0
+            ):
+                self.leave_fingerprint(images, labels)
             saving = run.checkpoint_steps is not None and state.step % run.checkpoint_steps == 0
             stopping = state.step == self.last_step
             ending = state.position == 0
@@ -126,6 +135,13 @@ class Epochs:
                 return False
         self.finish(epoch)
         return True
+
+    def leave_fingerprint(self, *batch: Tensor) -> None:
+        state, parallel = self.state, self.config.mesh.parallel
+        assert self.watchdog is not None
+        shared = parallel in ("group", "channel")
+        numbers = fingerprint(state.model, state.mesh, state.step, batch, shared=shared)
+        self.watchdog.leave_fingerprint(state.step, numbers)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         """One optimiser step on this rank's share of a batch; returns the learning rate. No host wait."""

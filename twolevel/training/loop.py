@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ from twolevel.training.rules import rules_for
 from twolevel.training.state import TrainState, seed_ranks
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest
+from twolevel.training.watchdog import Watchdog
+from twolevel.training.whereabouts import Finder
+
+# Of the time-out of collectives, after which torch would say less.
+PATIENT = 0.9
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
@@ -128,7 +134,7 @@ class Trainer:
             if first:
                 metrics_log = self._begin_records()
         try:
-            with self.display, StopRequest(self._save_seconds()) as stop:
+            with self.display, StopRequest(self._save_seconds()) as stop, self._watchdog() as watchdog:
                 self._opening_words()
                 epochs = Epochs(
                     config=self.config,
@@ -136,6 +142,7 @@ class Trainer:
                     placed=self.placed,
                     state=state,
                     saver=saver,
+                    watchdog=watchdog,
                     train_step=self.train_step,
                     rules=self.rules,
                     display=self.display,
@@ -172,6 +179,18 @@ class Trainer:
         if self.chosen.why:
             durable.write_text(output / "forms.json", json.dumps(self.chosen.why, indent=1) + "\n")
         return MetricsLog(output, self.state.step)
+
+    def _watchdog(self) -> AbstractContextManager[Watchdog | None]:
+        world, mesh = self.context.world, self.context.mesh
+        if world.store is None or world.size == 1:
+            return nullcontext()
+        return Watchdog(
+            world.store,
+            (mesh["data"].size(), mesh["group"].size()),
+            Finder(self.placed.model, replicas=mesh["data"].size() > 1).find,
+            silence=self.config.mesh.silence,
+            patience=PATIENT * self.config.mesh.timeout,
+        )
 
     def _save_seconds(self) -> float | None:
         minutes = self.config.run.checkpoint_minutes

@@ -41,11 +41,20 @@ class MeshConfig:
     timeout: float = field(default=600.0, metadata=FREE)
     """seconds after which a rank gives up waiting for the others"""
 
+    silence: float = field(default=60.0, metadata=FREE)
+    """seconds without a sign of life after which a rank is taken for lost, and the others end"""
+
     def __post_init__(self):
         check_finite(self)
         check_least(self, 1, "data_parallel", "group_parallel", "microbatches")
         in_range = 0 < self.timeout <= LONGEST_TIMEOUT
         check(self, "timeout", in_range, f"a positive number of seconds, at most {LONGEST_TIMEOUT:g}")
+        check(
+            self,
+            "silence",
+            0 < self.silence <= LONGEST_TIMEOUT,
+            f"a positive number, at most {LONGEST_TIMEOUT:g}",
+        )
         if self.microbatches is not None and self.parallel not in MICROBATCHED:
             raise UserError(
                 f"microbatches={self.microbatches} are of parallel=gpipe and 1f1b, not of "

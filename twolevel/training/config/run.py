@@ -43,6 +43,9 @@ class RunConfig:
     checkpoint_minutes: float | None = field(default=None, metadata=FREE)
     """write a checkpoint when so many minutes have passed since the last one"""
 
+    fingerprint_steps: int | None = field(default=100, metadata=FREE)
+    """steps after which ranks compare, by sums of bits, what they should have alike: step, images, parameters"""
+
     keep_checkpoints: int = field(default=2, metadata=FREE)
     """newest checkpoints to keep"""
 
@@ -70,7 +73,16 @@ class RunConfig:
 
     def __post_init__(self):
         self.output = self.output and Path(self.output).expanduser()
-        check_least(self, 1, "max_steps", "checkpoint_steps", "keep_checkpoints", "keep_epochs", "log_steps")
+        check_least(
+            self,
+            1,
+            "max_steps",
+            "checkpoint_steps",
+            "keep_checkpoints",
+            "keep_epochs",
+            "log_steps",
+            "fingerprint_steps",
+        )
         positive = self.checkpoint_minutes is None or 0 < self.checkpoint_minutes < math.inf
         check(self, "checkpoint_minutes", positive, "a positive number")
         for title, form in self.forms.items():
