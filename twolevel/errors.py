@@ -19,6 +19,10 @@ class Stopped(Exception):
     """A run was asked to stop, and has: all that it did is in a checkpoint. The message says where."""
 
 
+class SpareEnded(Exception):
+    """This rank had no part in a run, waited for its end, and that has come."""
+
+
 def unknown(what: str, value: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not one of `known`, with the nearest names first."""
     known = sorted(known)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from twolevel.distributed import environment, nccl
+from twolevel.distributed import meeting, nccl
 from twolevel.distributed.environment import start, stop
 from twolevel.errors import UserError
 from twolevel.launchers import Ranks, discover, first_host, rank_of
@@ -422,7 +422,7 @@ def test_of_a_long_reason_the_first_line_is_told(monkeypatch):
 
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(environment, "rendezvous", fail)
+    monkeypatch.setattr(meeting, "rendezvous", fail)
     with pytest.raises(UserError, match=r"at alpha, port 29500, .*\(no such host\); check") as info:
         start("cpu")
     assert "frame" not in str(info.value)

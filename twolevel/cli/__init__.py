@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from twolevel.errors import Stopped, UserError, unknown
+from twolevel.errors import SpareEnded, Stopped, UserError, unknown
 from twolevel.launchers import rank_of
 
 COMMANDS = {
@@ -31,6 +31,8 @@ COMMANDS = {
 
 OPTIONS = ("--help", "--version")
 
+LOST_RANK = 75  # EX_TEMPFAIL of sysexits.h: started again, it may succeed
+
 EXAMPLES = """examples:
   twolevel train --model wrn-16-2 --data sample --epochs 5
   torchrun --nproc-per-node 4 -m twolevel train --model wrn-28-10 --conv gc2l --groups 4 --data cifar10
@@ -39,7 +41,11 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, or 2 where the input cannot be honoured (one line says why)."""
+    """Run a command; returns its exit status.
+
+    0; or after a line that says why 2 where the input cannot be honoured, 130 where it was asked to stop, LOST_RANK
+    where another rank is gone.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("--help", "-h"):
         print(_help())
@@ -72,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not rank_of():
             print(f"twolevel {name}: {stopped}", file=sys.stderr, flush=True)
         return 130
+    except SpareEnded:
+        return 0
     except KeyboardInterrupt:
         print(
             f"twolevel {name}: interrupted; a run goes on from its newest checkpoint with --resume",
@@ -92,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
             flush=True,
         )
-        return 2
+        return LOST_RANK
     return 0
 
 

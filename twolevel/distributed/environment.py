@@ -1,23 +1,24 @@
 """This process among the ranks: the process group that they make, and the device of each."""
 
-import json
 import os
 import socket
 import warnings
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 # torch.distributed documents them, and its type hints leave them out.
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from twolevel.distributed import nccl
+from twolevel.distributed.meeting import did_not_meet, first_line, meet, prefer_loopback
+from twolevel.distributed.spares import Spares, wait_for_the_end
 from twolevel.errors import UserError, unknown
 from twolevel.host import usable_cores
-from twolevel.launchers import LOOPBACK, Ranks, discover, port_of
+from twolevel.launchers import Ranks, discover
 from twolevel.settings import DEVICES
 
 
@@ -36,14 +37,18 @@ class World:
     """Whether `start` made the group for this world, so that `stop` ends it."""
     store: Store | None = field(default=None, repr=False, compare=False)
     """Where these ranks can leave each other word; None for a group that existed before."""
+    spares: Spares | None = field(default=None, repr=False, compare=False)
+    """The ranks that came and do not work, on rank 0 if there are any."""
 
 
-def start(device: str = "auto", timeout_s: float = 600) -> World:
+def start(device: str = "auto", timeout_s: float = 600, workers: Callable[[int], int] | None = None) -> World:
     """Join the default process group, which is made here unless it exists; every rank must call it.
 
     Args:
         device: "cpu", "cuda" (this rank's own GPU), or "auto": cuda where there is one.
         timeout_s: how long the ranks wait for each other, here and in every later collective.
+        workers: how many of so many ranks work, the first ones; all unless given. The others, the spares, wait here
+            until rank 0 calls `stop`.
 
     NCCL carries CUDA tensors if every rank has a GPU to itself. Ranks that share one use Gloo, and rank 0
     warns, unless NCCL can share it (`twolevel.distributed.nccl`). CPU tensors always use Gloo. Ranks that
@@ -52,7 +57,8 @@ def start(device: str = "auto", timeout_s: float = 600) -> World:
 
     Raises:
         UserError: an environment as in `discover`; a device that is not there, on every rank if it
-            is missing on one; ranks that do not meet in time; GPUs that NCCL cannot connect.
+            is missing on one; ranks that do not meet in time, or disagree on `workers`; GPUs that NCCL cannot connect.
+        SpareEnded: this rank is a spare, and the others have ended; or as in `wait_for_the_end`.
     """
     if device not in DEVICES:
         raise unknown("device", device, DEVICES)
@@ -60,160 +66,88 @@ def start(device: str = "auto", timeout_s: float = 600) -> World:
         raise UserError(f"timeout_s={timeout_s} is not positive; use a number of seconds, like 600")
     ranks = discover()
     if dist.is_initialized():
-        return _existing_world(ranks, device)
+        return _existing_world(ranks, device, workers)
     if ranks.one_machine:
-        _prefer_loopback()
-    report = _probe(ranks, device)
+        prefer_loopback()
+    report = _probe(ranks, device, workers)
     try:
-        store = _meet(ranks, timedelta(seconds=timeout_s))
-        # A store can outlive a group that was stopped; the next group must not read its keys.
-        generation = (store.add("arrivals", 1) - 1) // ranks.world_size
-        store = PrefixStore(f"generation {generation}", store)
-        reports = _exchange(PrefixStore("report", store), ranks, report)
-        backend = _choose_backend(reports, ranks.rank)
-        own_device = _device_of(reports[ranks.rank])
-        with nccl.own_timeout():
-            dist.init_process_group(
-                backend,
-                store=PrefixStore("group", store),
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                timeout=timedelta(seconds=timeout_s),
-                pg_options=nccl.options(backend),
-                device_id=nccl.bound_device(backend, own_device),
-            )
+        store, reports = meet(ranks, report, timedelta(seconds=timeout_s))
+        size = _agreed_workers(reports)
+        if ranks.rank < size:
+            own_device = _device_of(reports[ranks.rank])
+            backend = _choose_backend(reports[:size], ranks.rank)
+            with nccl.own_timeout():
+                dist.init_process_group(
+                    backend,
+                    store=PrefixStore("group", store),
+                    rank=ranks.rank,
+                    world_size=size,
+                    timeout=timedelta(seconds=timeout_s),
+                    pg_options=nccl.options(backend),
+                    device_id=nccl.bound_device(backend, own_device),
+                )
     except UserError:
         raise
     except dist.DistBackendError as error:
         raise UserError(
             f"rank {ranks.rank} of {ranks.world_size} cannot connect {own_device} to the others "
-            f"({_first_line(error)}); NCCL_DEBUG=INFO says why, device cpu goes without"
+            f"({first_line(error)}); NCCL_DEBUG=INFO says why, device cpu goes without"
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(_did_not_meet(ranks, timeout_s, error)) from error
-    mine = reports[ranks.rank]
+        raise UserError(did_not_meet(ranks, timeout_s, error)) from error
+    number = ranks.world_size - size
+    if ranks.rank >= size:
+        wait_for_the_end(PrefixStore("spares", store), number)
+    mine, working = reports[ranks.rank], reports[:size]
     if "OMP_NUM_THREADS" not in os.environ:
-        sharing = sum((r["host"], r["cores"]) == (mine["host"], mine["cores"]) for r in reports)
+        sharing = sum((r["host"], r["cores"]) == (mine["host"], mine["cores"]) for r in working)
         torch.set_num_threads(max(1, len(mine["cores"]) // sharing))
+    local_size = sum(r["host"] == mine["host"] for r in working) if number else ranks.local_world_size
     return World(
         rank=ranks.rank,
-        size=ranks.world_size,
+        size=size,
         local_rank=ranks.local_rank,
-        local_size=ranks.local_world_size,
+        local_size=local_size,
         device=own_device,
         backend=backend,
         launcher=ranks.launcher,
         owns_group=True,
         store=PrefixStore("word", store),
+        spares=Spares(PrefixStore("spares", store), number) if number and ranks.rank == 0 else None,
     )
 
 
 def stop(world: World) -> None:
-    """Leave the default process group if `start` made it for this `world`.
+    """Leave the default process group if `start` made it for this `world`, and release its spares.
 
     The ranks can start again under torchrun and MPI. Elsewhere MASTER_PORT must change first: a
     rank could still reach the store that rank 0 is about to close.
     """
     if world.owns_group and dist.is_initialized():
+        if world.spares is not None:
+            world.spares.release()
         dist.destroy_process_group()
-
-
-# ---- how the ranks meet --------------------------------------------------------------------------
-
-
-def _meet(ranks: Ranks, timeout: timedelta) -> Store:
-    """A store that all ranks read and write."""
-    if ranks.world_size == 1:
-        return HashStore()
-    if ranks.launcher == "torchrun":
-        url = "env://"  # torch asks there whether torchrun's agent holds the store already
-    else:
-        if ranks.address is None or ranks.port is None:
-            try:
-                from mpi4py import MPI  # an extra; and the import calls MPI_Init
-            except (ImportError, RuntimeError):  # RuntimeError: mpi4py is here, its MPI is not
-                ranks = _without_mpi4py(ranks)
-            else:
-                return _meet_through_mpi(ranks, MPI.COMM_WORLD, timeout)
-        assert ranks.address is not None
-        host = f"[{ranks.address}]" if ":" in ranks.address else ranks.address
-        url = f"tcp://{host}:{ranks.port}"
-    store, _, _ = next(rendezvous(url, ranks.rank, ranks.world_size, timeout=timeout))
-    store.set_timeout(timeout)
-    return store
-
-
-def _meet_through_mpi(ranks: Ranks, comm: Any, timeout: timedelta) -> Store:
-    """Rank 0 opens a store at a port that is free, and tells the others where."""
-    if comm.Get_size() != ranks.world_size:
-        raise UserError(
-            f"mpirun started {ranks.world_size} ranks but mpi4py sees {comm.Get_size()}: they are "
-            "of different MPIs; use one for both, or set MASTER_ADDR and MASTER_PORT for every rank"
-        )
-    host = ranks.address or (LOOPBACK if ranks.one_machine else socket.gethostname())
-    store = error = None
-    if ranks.rank == 0:
-        try:
-            store = TCPStore(host, ranks.port or 0, None, True, timeout, wait_for_workers=False)
-        except RuntimeError as e:  # the others wait for word, good or bad
-            error = _first_line(e)
-    host, port, error = comm.bcast((host, store and store.port, error), root=0)
-    if error is not None:
-        raise RuntimeError(error)
-    return store or TCPStore(host, port, None, False, timeout)
-
-
-def _without_mpi4py(ranks: Ranks) -> Ranks:
-    address, port = ranks.address, ranks.port
-    if ranks.one_machine:
-        address = address or LOOPBACK
-        port = port or (port_of(ranks.job) if ranks.job else None)
-    if address is None or port is None:
-        raise UserError(
-            f"{ranks.world_size} MPI ranks cannot agree where to meet without mpi4py; "
-            "pip install twolevel[mpi], or set MASTER_ADDR and MASTER_PORT for every rank"
-        )
-    return replace(ranks, address=address, port=port)
-
-
-def _prefer_loopback() -> None:
-    """Gloo over the loopback interface, unless GLOO_SOCKET_IFNAME says otherwise.
-
-    Left alone, Gloo listens at the address that the machine's own name resolves to. On many a
-    laptop, container and CI machine that name does not resolve, or only after a time-out.
-    """
-    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    if loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
-
-
-def _did_not_meet(ranks: Ranks, timeout_s: float, error: Exception) -> str:
-    where = f"{ranks.address or 'the address of rank 0'}, port {ranks.port or 'any'}"
-    return (
-        f"rank {ranks.rank} of {ranks.world_size} did not meet the others at {where}, "
-        f"timeout_s={timeout_s:g} ({_first_line(error)}); check that all {ranks.world_size} ranks "
-        "were started, that MASTER_ADDR is rank 0's machine and MASTER_PORT a free port of it, and "
-        "that GLOO_SOCKET_IFNAME, if set, is the network between the machines"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0].rstrip(".")
 
 
 # ---- which device and backend --------------------------------------------------------------------
 
 
-def _probe(ranks: Ranks, device: str) -> dict:
-    """What the others must know of this rank: its GPU, and the processor cores it may use."""
+def _probe(ranks: Ranks, device: str, workers: Callable[[int], int] | None) -> dict:
+    """What the others must know of this rank: its GPU, its processor cores, and how many ranks it would have work."""
     report = {
         "host": socket.gethostname(),
         "cores": usable_cores(),
         "gpu": None,
         "index": None,
         "shares_gpus": nccl.shares_gpus(),
+        "workers": ranks.world_size,
         "error": None,
     }
+    if workers is not None:
+        try:
+            report["workers"] = workers(ranks.world_size)
+        except UserError as error:
+            report["error"] = str(error)
     if device != "cpu" and torch.cuda.is_available():
         # The launcher may show each rank its own GPU alone, or there are fewer GPUs than ranks.
         report["index"] = ranks.local_rank % torch.cuda.device_count()
@@ -228,21 +162,15 @@ def _device_of(report: dict) -> torch.device:
     return torch.device("cpu" if report["gpu"] is None else f"cuda:{report['index']}")
 
 
-def _exchange(store: Store, ranks: Ranks, report: dict) -> list[dict]:
-    """Every rank's report, in the order of ranks; raises on all ranks if one reports an error."""
-    store.set(str(ranks.rank), json.dumps(report))
-    reports = [json.loads(store.get(str(rank))) for rank in range(ranks.world_size)]
-    # Rank 0 may hold the store, and may be about to fail: it stays until all have read.
-    if store.add("readers", 1) == ranks.world_size:
-        store.set("all have read", "")
-    if ranks.rank == 0:
-        store.get("all have read")
-    failed = [rank for rank, report in enumerate(reports) if report["error"]]
-    if failed:
-        first = failed[0]
-        prefix = "" if first == ranks.rank else f"rank {first}: "
-        raise UserError(prefix + reports[first]["error"])
-    return reports
+def _agreed_workers(reports: list[dict]) -> int:
+    for rank, report in enumerate(reports):
+        if report["workers"] != reports[0]["workers"]:
+            raise UserError(
+                f"ranks were started with different settings: by those of rank {rank} {report['workers']} of "
+                f"{len(reports)} ranks work, by those of rank 0 {reports[0]['workers']}; start every rank with the "
+                "same arguments"
+            )
+    return reports[0]["workers"]
 
 
 def _choose_backend(reports: list[dict], rank: int) -> str:
@@ -269,8 +197,13 @@ def _choose_backend(reports: list[dict], rank: int) -> str:
     return "gloo"
 
 
-def _existing_world(ranks: Ranks, device: str) -> World:
+def _existing_world(ranks: Ranks, device: str, workers: Callable[[int], int] | None) -> World:
     rank, size = dist.get_rank(), dist.get_world_size()
+    if workers is not None and workers(size) != size:
+        raise UserError(
+            f"{workers(size)} of {size} ranks can work, and a process group of all {size} exists; make none before, or "
+            f"start {workers(size)} ranks"
+        )
     if (rank, size) != (ranks.rank, ranks.world_size):
         # Made without a launcher, as torch.multiprocessing does: all ranks are on this machine.
         ranks = Ranks(rank, size, rank, size, "none")

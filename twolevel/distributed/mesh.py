@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed import nccl
-from twolevel.distributed.environment import start
+from twolevel.distributed.environment import World, start
 from twolevel.errors import UserError
 
 
@@ -23,7 +23,11 @@ def init_mesh(
 
     Raises UserError where data x group is not the number of ranks.
     """
-    world = start(device, timeout_s)
+    return lay_out(start(device, timeout_s), data, group, timeout_s)
+
+
+def lay_out(world: World, data: int, group: int | None, timeout_s: float) -> DeviceMesh:
+    """As `init_mesh`, over the ranks of a world that `start` has given."""
     check_mesh(data, group, world.size)
     ranks = torch.arange(world.size).view(data, -1)
     axes = {"data": ranks.T, "group": ranks}

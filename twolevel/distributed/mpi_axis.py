@@ -65,7 +65,7 @@ class MPIAxis(MeshAxis):
     take twice the bytes. The MPI calls come from the threads that call these methods, and from no other.
 
     Args:
-        group: the ranks. The default process group must be that of MPI's world, rank by rank.
+        group: the ranks. The default process group must be that of MPI's world, rank by rank, but for spares.
         timeout_s: how long a rank waits for the others in one collective.
 
     Raises:
@@ -166,7 +166,7 @@ class _InFlight(NamedTuple):
 
 
 def _mpi_of_this_world() -> Any:
-    """The module mpi4py.MPI, whose world is the default process group, rank by rank."""
+    """The module mpi4py.MPI, whose world begins with the default process group, rank by rank; the rest are spares."""
     try:
         from mpi4py import MPI  # an extra; and the import calls MPI_Init
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is here, its MPI is not
@@ -176,7 +176,9 @@ def _mpi_of_this_world() -> Any:
         ) from error
     world = MPI.COMM_WORLD
     seen, rank, size = (world.Get_rank(), world.Get_size()), dist.get_rank(), dist.get_world_size()
-    if seen != (rank, size):
+    # Those of MPI's ranks beyond the process group that mpirun started are spares.
+    spares = discover().world_size - size if discover().launcher == "mpi" else 0
+    if seen != (rank, size + max(spares, 0)):
         raise UserError(
             f"exchange=mpi, but MPI sees rank {seen[0]} of {seen[1]} in what is rank {rank} of {size}; "
             "start the ranks with mpirun, or use group"
