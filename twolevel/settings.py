@@ -32,6 +32,11 @@ PARALLELS: tuple[str, ...] = get_args(Parallel)
 PIPELINES = ("naive", "gpipe", "1f1b")
 MICROBATCHED = ("gpipe", "1f1b")
 
+# The mesh: data_parallel x group_parallel, or what the ranks that came can make. With parallel=group they split the
+# networks of these convolutions.
+MeshShape = Literal["given", "auto"]
+SPLIT_BY_GROUP = ("gc", "gc2l", "bgc")
+
 # What carries representatives (gc2l) and means (bgc) between ranks.
 Carrier = Literal["auto", "group", "mpi"]
 CARRIERS: tuple[str, ...] = get_args(Carrier)

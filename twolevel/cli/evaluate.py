@@ -8,6 +8,7 @@ import tyro
 
 from twolevel.cli.options import parse
 from twolevel.data.registry import list_of_names
+from twolevel.errors import UserError
 from twolevel.settings import Precision, WeightsOf
 from twolevel.training.config import MeshConfig
 
@@ -41,6 +42,10 @@ class EvaluateConfig:
     """bf16 is autocast"""
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if self.mesh.mesh == "auto":
+            raise UserError("mesh=auto is of a run; leave it out, or name --data-parallel")
 
 
 def run(argv: list[str]) -> None:

@@ -79,6 +79,7 @@ NOT_OF_A_RUN = {
     "data_root": "it is --data-root of `twolevel grid`",
     "download": "it is --download of `twolevel grid`",
     "device": "it is --device of `twolevel grid`",
+    "mesh": "declare data_parallel and group_parallel",
     "resume": "a grid goes on by itself",
     "max_steps": "a run of a grid ends with its last epoch",
 }

@@ -9,12 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel import data, models
 from twolevel.data.config import DataConfig
-from twolevel.distributed import init_mesh, strategies
+from twolevel.distributed import strategies
 from twolevel.distributed.agreement import require_equal, together
 from twolevel.distributed.environment import World, start, stop
+from twolevel.distributed.mesh import lay_out
 from twolevel.distributed.mpi_axis import MPIAxis
 from twolevel.distributed.strategies import Placed, Strategy
 from twolevel.training.config import MeshConfig
+from twolevel.training.config.shape import Shape, largest_shape
 
 
 @dataclass
@@ -90,14 +92,35 @@ def strategy_for(
 
 
 def join(mesh: MeshConfig, settings: dict[str, Any]) -> Context:
-    """Meet the other ranks, make sure that all have the same settings, and lay out the mesh."""
-    world = start(mesh.device, mesh.timeout)
+    """Meet the other ranks, make sure that all have the same settings, and lay out the mesh.
+
+    With mesh=auto `settings` are those of a run. A spare stays here until the others have ended: see `start`.
+    """
+    auto = mesh.mesh == "auto"
+    world = start(
+        mesh.device, mesh.timeout, (lambda came: largest_shape(settings, came).ranks) if auto else None
+    )
     try:
         require_equal("configurations", settings, world.device)
         data, group = mesh.data_parallel, mesh.group_parallel
         if mesh.parallel == "fsdp":
             data, group = (world.size if data == 1 else data), 1
-        return Context(world, init_mesh(data, group, device=mesh.device, timeout_s=mesh.timeout), mesh)
+        if auto:
+            data, group = shape = largest_shape(settings, world.size)
+            if world.rank == 0:
+                print(_taken(shape, world.spares.number if world.spares else 0), flush=True)
+        return Context(world, lay_out(world, data, group, mesh.timeout), mesh)
     except BaseException:
         stop(world)
         raise
+
+
+def _taken(shape: Shape, spares: int) -> str:
+    """What became of the ranks that came."""
+    first, last = shape.ranks, shape.ranks + spares - 1
+    came = f"{last + 1} rank{'s' if last else ''} came: mesh data={shape.data} x group={shape.group}"
+    if not spares:
+        return came
+    if spares == 1:
+        return f"{came}; rank {first} waits as a spare and joins at the next change"
+    return f"{came}; ranks {first} to {last} wait as spares and join at the next change"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from twolevel.distributed.agreement import all_gather
@@ -96,8 +97,12 @@ def _compile_ahead(
         if isinstance(problem, Problem) and problem.title() not in recorded and _is_unknown(layer, problem)
     ]
     ranks = discover()
-    share = [*dict.fromkeys(unknown)][ranks.local_rank :: ranks.local_world_size]
-    processes = max(1, len(usable_cores()) // ranks.local_world_size)
+    local_size = ranks.local_world_size
+    if dist.is_initialized():  # spares compile nothing
+        working = dist.get_world_size() - dist.get_rank() + ranks.local_rank
+        local_size = min(local_size, max(working, ranks.local_rank + 1))
+    share = [*dict.fromkeys(unknown)][ranks.local_rank :: local_size]
+    processes = max(1, len(usable_cores()) // local_size)
     for why in TritonKernels().compile_ahead(share, processes):
         warnings.warn(f"a kernel cannot be compiled: {why}", stacklevel=2)
 

@@ -11,6 +11,7 @@ from twolevel.errors import UserError
 from twolevel.ops.kernels import native
 from twolevel.settings import MICROBATCHED, PIPELINES
 from twolevel.training.config import TrainConfig
+from twolevel.training.config.shape import largest_shape
 
 
 def check_kernels(config: TrainConfig, device: torch.device) -> None:
@@ -51,7 +52,7 @@ def check_resumable(config: TrainConfig, state: dict[str, Any], ranks: int) -> N
         if on_resume[name] == "warned":
             warnings.warn(f"resumed with {name}={value!r}; it was {before[name]!r} before", stacklevel=2)
     now = _normalised_together(config.flat(), ranks)
-    then = _normalised_together(config.flat() | before, state["ranks"])
+    then = _normalised_together(config.flat() | {"mesh": "given"} | before, state["ranks"])
     if now != then:
         warnings.warn(
             f"resumed with batch norm over {now} images at a time; it was {then} before; to keep that, use as many "
@@ -64,7 +65,9 @@ def _normalised_together(settings: dict[str, Any], ranks: int) -> int:
     """The number of images over which batch norm takes its statistics in training."""
     parallel, parts = settings["parallel"], settings["accumulate"]
     if not settings["sync_batch_norm"]:
-        parts *= ranks if parallel == "fsdp" else settings["data_parallel"]
+        automatic = settings["mesh"] == "auto"
+        replicas = largest_shape(settings, ranks).data if automatic else settings["data_parallel"]
+        parts *= ranks if parallel == "fsdp" else replicas
     if parallel in MICROBATCHED:
         parts *= settings["microbatches"] or ranks
     return settings["batch_size"] // parts

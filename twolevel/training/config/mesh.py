@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from twolevel.errors import UserError
-from twolevel.settings import FREE, MICROBATCHED, PIPELINES, Carrier, Device, Parallel
+from twolevel.settings import FREE, MICROBATCHED, PIPELINES, Carrier, Device, MeshShape, Parallel
 from twolevel.training.validation import check, check_finite, check_least
 
 # The convolutions that a way to share a network can take; parallel=group takes all.
@@ -19,6 +19,9 @@ class MeshConfig:
 
     parallel: Parallel = field(default="group", metadata=FREE)
     """what ranks split: groups, filters of dense convolutions (channel), parameters (fsdp) or layers (others)"""
+
+    mesh: MeshShape = field(default="given", metadata=FREE)
+    """auto: the most ranks that can share the batch and the groups work, the others wait as spares; for elastic runs"""
 
     data_parallel: int = field(default=1, metadata=FREE)
     """replicas, each with its share of the batch; with fsdp all ranks, by default"""
@@ -55,6 +58,7 @@ class MeshConfig:
             0 < self.silence <= LONGEST_TIMEOUT,
             f"a positive number, at most {LONGEST_TIMEOUT:g}",
         )
+        self._check_automatic()
         if self.microbatches is not None and self.parallel not in MICROBATCHED:
             raise UserError(
                 f"microbatches={self.microbatches} are of parallel=gpipe and 1f1b, not of "
@@ -69,6 +73,21 @@ class MeshConfig:
             raise UserError(
                 f"data_parallel={self.data_parallel} is invalid with parallel={self.parallel}, which has no replicas "
                 "here; leave it out"
+            )
+
+    def _check_automatic(self) -> None:
+        if self.mesh != "auto":
+            return
+        for name in ("data_parallel", "group_parallel"):
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                raise UserError(
+                    f"{name}={value} is invalid with mesh=auto, which chooses it; leave one of them out"
+                )
+        if self.parallel == "channel":
+            raise UserError(
+                "mesh=auto is invalid with parallel=channel, whose ranks divide the channels of every layer; "
+                "name --data-parallel and --group-parallel"
             )
 
     def check_update(self, update: str | None) -> None:
