@@ -139,3 +139,31 @@ sys.stdin.read()
         owner.stdin.close()
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     run(pool, "train", *tiny, "--output", output, "--resume", "--max-steps", 3)
+
+
+def test_a_restarted_run_waits_for_the_lock_of_one_that_is_dying(tmp_path, monkeypatch):
+    """Its launcher kills it, which takes a while; another run that lives is refused all the same."""
+    output = tmp_path / "run"
+    with holder(output) as owner:
+        looks = []
+
+        def look(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == 2:
+                owner.kill()
+                owner.wait()
+
+        monkeypatch.setattr(training_output.time, "sleep", look)
+        with (
+            pytest.warns(UserWarning, match="nothing to resume"),
+            claim(output, resume=True, first=True, device=CPU, restarted=True),
+        ):
+            assert len(looks) == 2
+    monkeypatch.setattr(training_output, "DYING_SECONDS", 0.0)
+    with holder(output) as owner:
+        with (
+            pytest.raises(UserError, match="in use by a run"),
+            claim(output, resume=True, first=True, device=CPU, restarted=True),
+        ):
+            pass
+        owner.stdin.close()

@@ -10,11 +10,16 @@ from twolevel.training.config import TrainConfig
 
 
 def run(argv: list[str]) -> None:
-    argv, default = _take_config(argv)
-    config = parse(TrainConfig, "train", argv, default)
+    config = configure(argv)
     from twolevel.training.loop import train
 
     train(config)
+
+
+def configure(argv: list[str]) -> TrainConfig:
+    """The settings that these options describe; raises UserError for those that are refused."""
+    argv, default = _take_config(argv)
+    return parse(TrainConfig, "train", argv, default)
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], TrainConfig | None]:

@@ -24,6 +24,7 @@ from twolevel.training.display import Display, waiting
 from twolevel.training.epoch import Epochs
 from twolevel.training.forms import ChosenForms, fix_forms
 from twolevel.training.graphed import GraphedStep, check_capturable
+from twolevel.training.job import Job
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import make_optimiser
 from twolevel.training.output import claim
@@ -47,7 +48,8 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     `checkpoints/` and `curve.png`. Returns the record of the last epoch, None where `max_steps` ends the run
     before the end of one.
 
-    Raises UserError for what cannot be honoured, and Stopped where a signal asked for an end; both on every rank.
+    Raises UserError for what cannot be honoured, and Stopped where a signal asked for an end; both on every rank. On a
+    rank that was a spare with mesh=auto it raises SpareEnded in the end.
     """
     context = join(config.mesh, config.flat())
     try:
@@ -56,10 +58,14 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
             if config.run.cuda_graph:
                 check_capturable(config, context.world)
             warn_of_ignored(config, context.mesh)
-        resume, device = config.run.resume, context.device
-        claimed = claim(config.output, resume=resume, first=context.first, device=device)
+        job, first, device = Job.of(context.device), context.first, context.device
+        restarted = job.goes_on_in(config.output)
+        resume = config.run.resume or restarted
+        if restarted and first:
+            print("restarted by torchrun: going on from the newest checkpoint", flush=True)
+        claimed = claim(config.output, resume=resume, first=first, device=device, restarted=restarted)
         with claimed as start, autotuned(device):
-            return Trainer(config, context, start).run()
+            return Trainer(config, context, start, job).run()
     finally:
         context.close()
 
@@ -67,8 +73,8 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 class Trainer:
     """One run on this rank, which goes on from the checkpoint `start` unless that is None."""
 
-    def __init__(self, config: TrainConfig, context: Context, start: Path | None):
-        self.config, self.context = config, context
+    def __init__(self, config: TrainConfig, context: Context, start: Path | None, job: Job):
+        self.config, self.context, self.job = config, context, job
         recorded = self._recorded_forms(start)
         run, optimiser = config.run, config.optimiser
         dtype = torch.float64 if run.precision == "float64" else torch.float32
@@ -176,6 +182,7 @@ class Trainer:
     def _write_settings(self) -> MetricsLog:
         output = self.config.output
         durable.write_text(output / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
+        self.job.record(output)
         if self.chosen.why:
             durable.write_text(output / "forms.json", json.dumps(self.chosen.why, indent=1) + "\n")
         return MetricsLog(output, self.state.step)

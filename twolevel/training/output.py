@@ -21,13 +21,18 @@ LOCK = ".lock"
 LEFTOVERS = ("config.json", "metrics.jsonl", "epochs.csv", "checkpoints")
 # A network file system may show a new file to other nodes only after some time.
 APPEARS_SECONDS, LOOK_SECONDS = 10.0, 0.1
+# How long a restarted run waits for a lock whose owner is dying: a launcher kills what does not end by then.
+DYING_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def claim(output: Path, *, resume: bool, first: bool, device: torch.device) -> Iterator[Path | None]:
+def claim(
+    output: Path, *, resume: bool, first: bool, device: torch.device, restarted: bool = False
+) -> Iterator[Path | None]:
     """Hold a run's folder for as long as the context lasts; every rank enters it. Rank 0 (`first`) locks it.
 
-    Gives the checkpoint to go on from, None for a new run. A crash releases the lock.
+    Gives the checkpoint to go on from, None for a new run. A crash releases the lock, for which ranks that were
+    `restarted` wait a little.
 
     Raises UserError, on every rank: the folder cannot be written, another run holds it, it holds a run already and
     `resume` is not asked for, or not all ranks see it.
@@ -37,7 +42,7 @@ def claim(output: Path, *, resume: bool, first: bool, device: torch.device) -> I
         with together(device):
             if first:
                 held.enter_context(_folder(output))
-                held.enter_context(_lock(output))
+                held.enter_context(_lock(output, DYING_SECONDS if restarted else 0.0))
                 _check_leftovers(output, resume)
                 checkpoint.recover(output / "checkpoints")
                 mark = output / f".seen-{secrets.token_hex(8)}"
@@ -71,11 +76,11 @@ def _folder(output: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(output: Path) -> Iterator[None]:
+def _lock(output: Path, wait_s: float = 0.0) -> Iterator[None]:
     """The folder's lock. The system releases it with the process, whatever ends that; forks do not inherit it."""
     path = output / LOCK
     try:
-        file = _locked(path)
+        file = _locked(path, wait_s)
     except OSError as error:
         raise UserError(f"output={output} cannot be written: {error.strerror}") from error
     try:
@@ -97,7 +102,8 @@ def is_in_use(output: Path) -> bool:
     return False
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, wait_s: float) -> int:
+    until = time.monotonic() + wait_s
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -105,6 +111,9 @@ def _locked(path: Path) -> int:
         except (BlockingIOError, PermissionError):
             owner = os.pread(file, 1000, 0).decode(errors="replace") or "another process"
             os.close(file)
+            if time.monotonic() < until:
+                time.sleep(LOOK_SECONDS)
+                continue
             raise UserError(
                 f"output={path.parent} is in use by a run ({owner}); wait until it ends, or name another --output"
             ) from None
