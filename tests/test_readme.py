@@ -36,7 +36,7 @@ CONFIGS = {
 }
 LAUNCHERS_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--local-addr", "--oversubscribe", "--bind-to", "--allow-run-as-root"),
-    *("--nodes", "--help", "--config"),
+    *("--nodes", "--help", "--config", "--max-restarts", "--rdzv-conf", "--rdzv-endpoint", "--requeue"),
 }
 
 
@@ -49,7 +49,7 @@ def shell_lines() -> list[list[str]]:
             line = line.replace(f"${name}", value)
         if assigned := re.fullmatch(r'(\w+)="(.*)"', line):
             variables[assigned[1]] = assigned[2]
-        elif re.match(r"(torchrun|mpirun|srun|twolevel) ", line):
+        elif re.match(r"(torchrun|mpirun|srun|twolevel|python -m twolevel.torchrun) ", line):
             lines.append(shlex.split(line, comments=True))
     return lines
 
@@ -73,7 +73,7 @@ def test_every_command_takes_its_options(words):
 def test_the_blocks_are_read_whole():
     names = [words[words.index("twolevel") + 1] for words in shell_lines()]
     assert {*names} == {*CONFIGS, "doctor"} and names.count("train") == 14
-    assert len(recipe_lines()) == 4
+    assert len(recipe_lines()) == 5
 
 
 def test_every_option_that_is_named_exists():

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+LOST_RANK = 75
+"""The status of a process whose run another rank has ended, EX_TEMPFAIL: started again, it may succeed."""
+
 
 class UserError(ValueError):
     """An input that cannot be honoured: the message names it, its value and what would do.

@@ -15,8 +15,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from twolevel.cli import LOST_RANK
-from twolevel.errors import UserError
+from twolevel.errors import LOST_RANK, UserError
 
 # The statuses with which `twolevel.cli` ends after a line of its own.
 EXPLAINED = (2, LOST_RANK, 130, 141)

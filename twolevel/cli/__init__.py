@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from twolevel.errors import SpareEnded, Stopped, UserError, unknown
+from twolevel.errors import LOST_RANK, SpareEnded, Stopped, UserError, unknown
 from twolevel.launchers import rank_of
 
 COMMANDS = {
@@ -30,8 +30,6 @@ COMMANDS = {
 }
 
 OPTIONS = ("--help", "--version")
-
-LOST_RANK = 75  # EX_TEMPFAIL of sysexits.h: started again, it may succeed
 
 EXAMPLES = """examples:
   twolevel train --model wrn-16-2 --data sample --epochs 5

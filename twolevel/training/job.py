@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from twolevel import durable
 from twolevel.distributed.agreement import all_gather
 
 FILE = ".job"
@@ -51,7 +52,7 @@ class Job:
         """Write into a run's folder whose it is; rank 0 does."""
         if self.agents:
             text = json.dumps({"process": self.process, "agents": self.agents})
-            (output / FILE).write_text(text + "\n")
+            durable.write_text(output / FILE, text + "\n")
 
 
 def _name(process: int) -> str:

@@ -28,12 +28,12 @@ import torch.distributed as dist
 # torch.distributed documents it, and its type hints leave it out.
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+from twolevel.errors import LOST_RANK
 from twolevel.training.fingerprint import difference
 
 BEAT = 1.0
 RANKS_A_BEAT = 64  # of more ranks each reads the signs of all less often: the store has one thread
 KEPT = 4  # fingerprints of a rank: ranks are this many apart at most
-STATUS = 2  # of a process that has said in one line why it ended
 
 
 @dataclass
@@ -193,4 +193,4 @@ def _end(line: str, lost: list[Sign]) -> None:
         if sign.host == socket.gethostname():
             with contextlib.suppress(OSError):
                 os.kill(sign.pid, signal.SIGKILL)
-    os._exit(STATUS)
+    os._exit(LOST_RANK)
