@@ -14,19 +14,20 @@ BENCHMARKS = {
     "input": "training steps fed by the input pipeline against steps on a batch that is there",
     "predict": "the cost model of `twolevel plan`, calibrated here, against measured steps",
     "scaling": "GC-2L and its rivals over ranks, over emulated links, and projected to many ranks",
+    "faults": "runs whose ranks are killed, stopped or cut off at random moments, and what comes of them",
     "gpu": "a GPU's first hour: parity, tuning, whole steps, profiles, rooflines, NCCL; goes on where it stopped",
 }
 HELP = """usage: python -m benchmarks [NAME [OPTIONS]]
 
 Without a name: all of them with their defaults, on the CPU and on a GPU where there is one; about half an hour.
 Some ranks of your own, under mpirun or torchrun: python -m benchmarks.exchange
-Not among them: gpu, a GPU's first hour.
+Not among them: gpu, a GPU's first hour, and faults, some hours of trials.
 
 {names}
 
 python -m benchmarks NAME --help shows the options of one. Results go to benchmarks/results/."""
 ON_A_GPU = ("layers", "normalise", "step", "input", "scaling")
-ALONE = ("gpu",)  # runs others itself
+ALONE = ("gpu", "faults")  # of their own length
 
 
 def run_one(name: str, argv: list[str]) -> None:

@@ -1,0 +1,73 @@
+"""The processes of a trial, found by a variable of their environment, and where a run is by the files it writes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+MARK = "TWOLEVEL_TRIAL"
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
+POLL_S = 0.002
+
+
+def of(trial: str, rank: int | None = None) -> list[int]:
+    """The processes of a trial, or those that are this rank of it; launchers are no ranks."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            variables = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
+            wanted = {f"{name}={rank}" for name in RANK_VARIABLES}
+            if f"{MARK}={trial}" in variables and (rank is None or variables & wanted):
+                found.append(int(folder.name))
+    return found
+
+
+def end(trial: str) -> None:
+    """End every process of a trial, those that are stopped too."""
+    for process in of(trial):
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen | None, limit_s: float) -> bool:
+    """Look until it has happened, the process has ended or the time is up; whether it has."""
+    until = time.monotonic() + limit_s
+    while not happened():
+        if time.monotonic() > until or (process is not None and process.poll() is not None):
+            return bool(happened())
+        time.sleep(POLL_S)
+    return True
+
+
+def records(run: Path) -> list[dict]:
+    """The records of a run so far."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def is_saving(run: Path, step: int | None = None) -> bool:
+    """Whether a checkpoint is being written, or that of this step."""
+    name = "*" if step is None else f"{step:08d}"
+    return any((run / "checkpoints").glob(f".step-{name}.unfinished"))
+
+
+def place(run: Path, steps_per_epoch: int) -> str:
+    """What a run is doing now, by its files."""
+    seen = records(run)
+    if is_saving(run):
+        return "save"
+    if not seen:
+        return "start-up"
+    last = seen[-1]
+    ended = last["kind"] == "step" and last["step"] % steps_per_epoch == 0
+    return "evaluation" if ended else "step"
