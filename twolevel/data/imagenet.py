@@ -91,6 +91,10 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def path(self, index: int) -> Path:
+        """Where an image is."""
+        return Path(os.fsdecode(self.paths[index]))
+
     def __getitem__(self, job: Job) -> tuple[Tensor, Tensor] | UserError:
         """Images [B, 3, S, S] (uint8) and labels [B], or what stands against them.
 
@@ -100,7 +104,7 @@ class ImageFiles(Dataset):
         images = []
         for row, i in enumerate(index):
             try:
-                image = _decode(Path(os.fsdecode(self.paths[i])))
+                image = decode(self.path(i))
             except UserError as error:
                 return error
             if key is None:
@@ -132,7 +136,8 @@ def _typed(image: Image.Image) -> Any:
     return image
 
 
-def _decode(path: Path) -> Image.Image:
+def decode(path: Path) -> Image.Image:
+    """An image of the disk. Raises UserError where it cannot be read."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

@@ -38,31 +38,38 @@ def claim(
     `resume` is not asked for, or not all ranks see it.
     """
     with contextlib.ExitStack() as held:
-        mark = None
         with together(device):
             if first:
-                held.enter_context(_folder(output))
+                held.enter_context(folder(output))
                 held.enter_context(_lock(output, DYING_SECONDS if restarted else 0.0))
-                _check_leftovers(output, resume)
+                check_leftovers(output, resume)
                 checkpoint.recover(output / "checkpoints")
-                mark = output / f".seen-{secrets.token_hex(8)}"
-                _write(mark)
-        mark = all_gather(mark and mark.name, device)[0]
-        try:
-            with together(device):
-                _look_for(output / mark)
-        finally:
-            if first:
-                (output / mark).unlink(missing_ok=True)
+        check_shared(output, first=first, device=device)
         yield _start(output) if resume else None
 
 
+def check_shared(output: Path, *, first: bool, device: torch.device | None = None) -> None:
+    """Raise UserError, on every rank, unless all of them see in this folder what rank 0 (`first`) writes there."""
+    mark = None
+    with together(device):
+        if first:
+            mark = output / f".seen-{secrets.token_hex(8)}"
+            _write(mark)
+    mark = all_gather(mark and mark.name, device)[0]
+    try:
+        with together(device):
+            _look_for(output / mark)
+    finally:
+        if first:
+            (output / mark).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _folder(output: Path) -> Iterator[None]:
-    """Make the folder; one that is new and stays empty is removed in the end."""
+def folder(output: Path) -> Iterator[None]:
+    """Make the folder; what is new of it and of those above it, and stays empty, is removed in the end."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output} is a file; name a folder")
-    new = not output.exists()
+    new = [path for path in (output, *output.parents) if not path.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,9 +77,9 @@ def _folder(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if new:
-            with contextlib.suppress(OSError):  # not empty: a run has begun there
-                output.rmdir()
+        with contextlib.suppress(OSError):  # not empty: a run has begun there
+            for path in new:
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -130,7 +137,8 @@ def _locked(path: Path, wait_s: float) -> int:
         os.close(file)
 
 
-def _check_leftovers(output: Path, resume: bool) -> None:
+def check_leftovers(output: Path, resume: bool) -> None:
+    """Raise UserError where the folder holds a run already and `resume` is not asked for."""
     left = [name for name in LEFTOVERS if (output / name).exists()]
     if left and not resume:
         raise UserError(

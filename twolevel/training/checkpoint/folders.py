@@ -147,7 +147,7 @@ def newest_good(root: Path, *, set_aside: bool = False) -> Path | None:
     good = None
     for step in reversed(steps):
         path = folder(root, step)
-        why = _why_damaged(path)
+        why = damage_of(path)
         if why is None:
             good = path
             break
@@ -165,8 +165,8 @@ def newest_good(root: Path, *, set_aside: bool = False) -> Path | None:
     return good
 
 
-def _why_damaged(path: Path) -> str | None:
-    """The first rank's complaint about a checkpoint, the same on every rank; None where it is good."""
+def damage_of(path: Path) -> str | None:
+    """Why a checkpoint is not good, in the words of the first rank that finds it; every rank calls this."""
     error = None
     try:
         verify(path)
