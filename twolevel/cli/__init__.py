@@ -26,7 +26,7 @@ COMMANDS = {
     "grid": "train the runs of a published table or figure, or of your own grid",
     "count": "count parameters, multiply-accumulates and bytes exchanged",
     "plan": "list the ways to train a network on so many processors, their cost, and which to take",
-    "doctor": "show what this machine has and what twolevel uses of it",
+    "doctor": "look for what would break a long run or slow it down; or at what a run has left",
 }
 
 OPTIONS = ("--help", "--version")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
     0; or after a line that says why 2 where the input cannot be honoured, 130 where it was asked to stop, LOST_RANK
-    where another rank is gone.
+    where another rank is gone. A command may have one of its own: that of `doctor` is 1 where something is wrong.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("--help", "-h"):
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             if rank_of():
                 warnings.simplefilter("ignore")
-            importlib.import_module(f"twolevel.cli.{name}").run(rest)
+            return importlib.import_module(f"twolevel.cli.{name}").run(rest) or 0
     except UserError as error:
         rank = rank_of()
         prefix = "" if rank is None else f"[rank {rank}] "
@@ -99,7 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
         return LOST_RANK
-    return 0
 
 
 def entry() -> None:

@@ -57,4 +57,4 @@ def _one_line(box: str) -> str:
         text,
     )
     # "Error parsing data: ..." names the section of the configuration, which a user need not know.
-    return re.sub(r"^Error parsing \w+: ", "", text)
+    return re.sub(r"^Error parsing [\w.]+: ", "", text)
