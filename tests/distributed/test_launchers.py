@@ -100,6 +100,12 @@ def test_options_that_are_refused_start_no_rank(tmp_path):
     assert done.stderr == "twolevel train: Unrecognized options: --groops, 6; did you mean --groups?\n"
 
 
+def test_what_doctor_found_is_not_followed_by_a_traceback(tmp_path):
+    done = torchrun_quietly("-m", "twolevel", "doctor", "--data", "cifar10", "--data-root", str(tmp_path))
+    assert done.returncode == 1 and "problem  data " in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_a_defect_in_a_rank_keeps_the_report_of_torchrun(tmp_path):
     (tmp_path / "defect.py").write_text("1 / 0")
     done = torchrun_quietly(str(tmp_path / "defect.py"))

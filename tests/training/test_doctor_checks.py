@@ -448,7 +448,7 @@ def test_a_clock_that_is_off_is_named(pool):
 
 def real_links() -> list[Finding]:
     here = World(dist.get_rank(), 3, dist.get_rank(), 3, CPU, "gloo", "torchrun")
-    return [*links.check_link(here, None), *links.check_pairs(here), *links.check_speed(here)]
+    return [*links.check_link(here, None, "group"), *links.check_pairs(here), *links.check_speed(here)]
 
 
 def test_links_are_measured_on_real_ranks(pool):

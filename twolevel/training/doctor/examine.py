@@ -59,7 +59,7 @@ def _of_machine(world: World, config: TrainConfig, planner: str | None) -> list[
     ]
     if world.size > 1:
         checks += [
-            ("link", lambda: links.check_link(world, planner)),
+            ("link", lambda: links.check_link(world, planner, config.mesh.exchange)),
             ("pairs of ranks", lambda: links.check_pairs(world)),
             ("speed of a rank", lambda: links.check_speed(world)),
             ("clocks", links.check_clocks),

@@ -13,9 +13,11 @@ from twolevel.analysis.planner.calibrate_links import SIZES, measure_link
 from twolevel.analysis.planner.command import find_machine
 from twolevel.analysis.planner.machine import Link, Machine
 from twolevel.distributed.agreement import all_gather, together
-from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.environment import World
+from twolevel.distributed.mesh import init_mesh
+from twolevel.distributed.mpi_axis import MPIAxis, exchange_of
 from twolevel.ops.store import cache_folder
+from twolevel.settings import Carrier
 from twolevel.training.doctor.finding import Finding, gather, naming, ok, warning
 
 # How much slower than assumed, or than the other ranks, is worth a word; of a rank's own speed, as all wait for it.
@@ -30,21 +32,25 @@ GPUS = {"H200": "h200", "H100": "h100", "A100": "a100-80", "V100": "v100", "TITA
 GPUS |= {"RTX 4090": "rtx-4090"}
 
 
-def check_link(world: World, machine: str | None) -> Iterator[Finding]:
-    """An all-gather between all ranks beside what the planner assumes of it. Every rank calls this."""
-    group = dist.group.WORLD
-    assert isinstance(group, dist.ProcessGroup)
+def check_link(world: World, machine: str | None, exchange: Carrier) -> Iterator[Finding]:
+    """An all-gather between all ranks, by what would carry it in a run (`exchange`), beside what the planner assumes.
+
+    Every rank calls this.
+    """
     with together():
         assumed = assumed_link(world, machine)
+    axis = exchange_of(init_mesh(device=world.device.type), exchange)
+    carrier = "MPI" if isinstance(axis, MPIAxis) else world.backend
     sizes = GPU_SIZES if world.device.type == "cuda" else SIZES
-    found = measure_link(MeshAxis(group), world.device, world.backend, sizes=sizes, turns=TURNS)
+    found = measure_link(axis, world.device, carrier, sizes=sizes, turns=TURNS)
     yield from compare(found, assumed, one_machine=world.local_size == world.size)
 
 
 def compare(found: Link, assumed: Link, *, one_machine: bool) -> Iterator[Finding]:
     """What was measured of a link beside what is assumed of it."""
     says = f"{assumed.name}: {assumed.source or 'given'}"
-    latency = f"{found.latency * 1e6:.0f} us a step of an all-gather, assumed {assumed.latency * 1e6:.0f} us"
+    latency = f"{found.latency * 1e6:.0f} us a step of an all-gather by {found.name}"
+    latency += f", assumed {assumed.latency * 1e6:.0f} us"
     rate = f"{found.bandwidth / 1e9:.2f} GB/s in an all-gather, assumed {assumed.bandwidth / 1e9:.2f} GB/s"
     for what, text, slower in (
         ("latency", latency, found.latency / assumed.latency),
@@ -143,7 +149,8 @@ def rounds(ranks: int) -> list[list[tuple[int, int]]]:
 
 def pair_seconds(world: World, one: int, other: int) -> float:
     """The median time of a message there and back."""
-    message = torch.zeros(PAIR_BYTES // 4, device=world.device)
+    device = world.device if "nccl" in world.backend else "cpu"  # Gloo sends no tensors of GPUs
+    message = torch.zeros(PAIR_BYTES // 4, device=device)
     times = []
     for _ in range(TURNS + 1):
         start = time.perf_counter()
