@@ -65,8 +65,8 @@ def _why_not(name: str) -> str | None:
     launcher = trial.KINDS[name].launcher
     if launcher == "nodes":
         return why_not()
-    if launcher == "mpi" and shutil.which("mpirun") is None:
-        return "mpirun is not on the PATH"
+    if launcher == "mpi" and shutil.which("mpirun", path=trial.PATH) is None:
+        return "there is no mpirun; pip install 'twolevel[mpi]'"
     return None
 
 

