@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class LostRank(UserError):
+    """Another rank did not come, or is gone: started again, the same may succeed."""
+
+
 class NotFinite(UserError):
     """A loss, a gradient or a weight is infinite or no number; raised on every rank."""
 

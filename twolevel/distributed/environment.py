@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivat
 from twolevel.distributed import nccl
 from twolevel.distributed.meeting import did_not_meet, first_line, meet, prefer_loopback
 from twolevel.distributed.spares import Spares, wait_for_the_end
-from twolevel.errors import UserError, unknown
+from twolevel.errors import LostRank, UserError, unknown
 from twolevel.host import usable_cores
 from twolevel.launchers import Ranks, discover
 from twolevel.settings import DEVICES
@@ -40,6 +41,9 @@ class World:
     spares: Spares | None = field(default=None, repr=False, compare=False)
     """The ranks that came and do not work, on rank 0 if there are any."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"store": None, "spares": None}  # connections of this process
+
 
 def start(device: str = "auto", timeout_s: float = 600, workers: Callable[[int], int] | None = None) -> World:
     """Join the default process group, which is made here unless it exists; every rank must call it.
@@ -57,7 +61,8 @@ def start(device: str = "auto", timeout_s: float = 600, workers: Callable[[int],
 
     Raises:
         UserError: an environment as in `discover`; a device that is not there, on every rank if it
-            is missing on one; ranks that do not meet in time, or disagree on `workers`; GPUs that NCCL cannot connect.
+            is missing on one; ranks that disagree on `workers`; GPUs that NCCL cannot connect.
+        LostRank: the ranks do not meet in time.
         SpareEnded: this rank is a spare, and the others have ended; or as in `wait_for_the_end`.
     """
     if device not in DEVICES:
@@ -94,7 +99,7 @@ def start(device: str = "auto", timeout_s: float = 600, workers: Callable[[int],
             f"({first_line(error)}); NCCL_DEBUG=INFO says why, device cpu goes without"
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(did_not_meet(ranks, timeout_s, error)) from error
+        raise LostRank(did_not_meet(ranks, timeout_s, error)) from error
     number = ranks.world_size - size
     if ranks.rank >= size:
         wait_for_the_end(PrefixStore("spares", store), number)

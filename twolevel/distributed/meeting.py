@@ -44,9 +44,9 @@ def meet(ranks: Ranks, report: dict, timeout: timedelta) -> tuple[Store, list[di
     else:
         word = secrets.token_hex(8)
         shared.set(f"hello {ranks.rank}", word)
-        store = PrefixStore(shared.get(f"welcome {word}").decode(), shared)
+        store = PrefixStore(_from(shared, f"welcome {word}", 0).decode(), shared)
         store.set(str(ranks.rank), json.dumps(report))
-    reports = [json.loads(store.get(str(rank))) for rank in range(ranks.world_size)]
+    reports = [json.loads(_from(store, str(rank), rank)) for rank in range(ranks.world_size)]
     # Rank 0 may hold the store, and may be about to fail: it stays until all have read.
     if store.add("readers", 1) == ranks.world_size:
         store.set("all have read", "")
@@ -58,6 +58,16 @@ def meet(ranks: Ranks, report: dict, timeout: timedelta) -> tuple[Store, list[di
         prefix = "" if reports[first]["error"] == reports[ranks.rank]["error"] else f"rank {first}: "
         raise UserError(prefix + reports[first]["error"])
     return store, reports
+
+
+def _from(store: Store, key: str, rank: int) -> bytes:
+    """What this rank is to write. Raises TimeoutError, and names it, where it does not."""
+    try:
+        return store.get(key)
+    except RuntimeError as error:
+        if "timeout" not in str(error):
+            raise
+        raise TimeoutError(f"rank {rank} did not come") from error
 
 
 def _welcome(shared: Store, place: str, world_size: int, timeout: timedelta) -> None:

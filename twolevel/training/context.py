@@ -1,5 +1,6 @@
 """The ranks of a command, and the network that they build from its settings."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,11 @@ from twolevel.distributed.mpi_axis import MPIAxis
 from twolevel.distributed.strategies import Placed, Strategy
 from twolevel.training.config import MeshConfig
 from twolevel.training.config.shape import Shape, largest_shape
+from twolevel.training.watchdog import Watchdog
+from twolevel.training.whereabouts import Finder
+
+# Of the time-out of collectives, after which torch would say less.
+PATIENT = 0.9
 
 
 @dataclass
@@ -71,6 +77,18 @@ class Context:
         if not over_mpi:
             return self.world.backend
         return "mpi" if self.mesh["data"].size() == 1 else f"mpi, {self.world.backend} between replicas"
+
+    def watch(self, finder: Finder) -> AbstractContextManager[Watchdog | None]:
+        """A watchdog of these ranks, if they are several and met by a store; `finder` says where this one is."""
+        if self.world.store is None or self.world.size == 1:
+            return nullcontext()
+        return Watchdog(
+            self.world.store,
+            (self.mesh["data"].size(), self.mesh["group"].size()),
+            finder.find,
+            silence=self.config.silence,
+            patience=PATIENT * self.config.timeout,
+        )
 
     def close(self) -> None:
         stop(self.world)

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,6 @@ from twolevel.training.stopping import StopRequest
 from twolevel.training.watchdog import Watchdog
 from twolevel.training.whereabouts import Finder
 
-# Of the time-out of collectives, after which torch would say less.
-PATIENT = 0.9
-
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
     """Train as configured; every rank calls it with the same configuration.
@@ -52,29 +48,41 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     rank that was a spare with mesh=auto it raises SpareEnded in the end.
     """
     context = join(config.mesh, config.flat())
+    finder = Finder(replicas=context.mesh["data"].size() > 1)
     try:
-        with together(context.device):
-            check_kernels(config, context.device)
-            if config.run.cuda_graph:
-                check_capturable(config, context.world)
-            warn_of_ignored(config, context.mesh)
-        job, first, device = Job.of(context.device), context.first, context.device
-        restarted = job.goes_on_in(config.output)
-        resume = config.run.resume or restarted
-        if restarted and first:
-            print("restarted by torchrun: going on from the newest checkpoint", flush=True)
-        claimed = claim(config.output, resume=resume, first=first, device=device, restarted=restarted)
-        with claimed as start, autotuned(device):
-            return Trainer(config, context, start, job).run()
+        with context.watch(finder) as watchdog:
+            return _train(config, context, watchdog, finder)
     finally:
         context.close()
+
+
+def _train(
+    config: TrainConfig, context: Context, watchdog: Watchdog | None, finder: Finder
+) -> dict[str, Any] | None:
+    with together(context.device):
+        check_kernels(config, context.device)
+        if config.run.cuda_graph:
+            check_capturable(config, context.world)
+        warn_of_ignored(config, context.mesh)
+    job, first, device = Job.of(context.device), context.first, context.device
+    restarted = job.goes_on_in(config.output)
+    resume = config.run.resume or restarted
+    if restarted and first:
+        print("restarted by torchrun: going on from the newest checkpoint", flush=True)
+    claimed = claim(config.output, resume=resume, first=first, device=device, restarted=restarted)
+    with claimed as start, autotuned(device):
+        trainer = Trainer(config, context, start, job, watchdog)
+        finder.follow(trainer.placed.model)
+        return trainer.run()
 
 
 class Trainer:
     """One run on this rank, which goes on from the checkpoint `start` unless that is None."""
 
-    def __init__(self, config: TrainConfig, context: Context, start: Path | None, job: Job):
-        self.config, self.context, self.job = config, context, job
+    def __init__(
+        self, config: TrainConfig, context: Context, start: Path | None, job: Job, watchdog: Watchdog | None
+    ):
+        self.config, self.context, self.job, self.watchdog = config, context, job, watchdog
         recorded = self._recorded_forms(start)
         run, optimiser = config.run, config.optimiser
         dtype = torch.float64 if run.precision == "float64" else torch.float32
@@ -140,7 +148,7 @@ class Trainer:
             if first:
                 metrics_log = self._begin_records()
         try:
-            with self.display, StopRequest(self._save_seconds()) as stop, self._watchdog() as watchdog:
+            with self.display, StopRequest(self._save_seconds()) as stop:
                 self._opening_words()
                 epochs = Epochs(
                     config=self.config,
@@ -148,7 +156,7 @@ class Trainer:
                     placed=self.placed,
                     state=state,
                     saver=saver,
-                    watchdog=watchdog,
+                    watchdog=self.watchdog,
                     train_step=self.train_step,
                     rules=self.rules,
                     display=self.display,
@@ -186,18 +194,6 @@ class Trainer:
         if self.chosen.why:
             durable.write_text(output / "forms.json", json.dumps(self.chosen.why, indent=1) + "\n")
         return MetricsLog(output, self.state.step)
-
-    def _watchdog(self) -> AbstractContextManager[Watchdog | None]:
-        world, mesh = self.context.world, self.context.mesh
-        if world.store is None or world.size == 1:
-            return nullcontext()
-        return Watchdog(
-            world.store,
-            (mesh["data"].size(), mesh["group"].size()),
-            Finder(self.placed.model, replicas=mesh["data"].size() > 1).find,
-            silence=self.config.mesh.silence,
-            patience=PATIENT * self.config.mesh.timeout,
-        )
 
     def _save_seconds(self) -> float | None:
         minutes = self.config.run.checkpoint_minutes

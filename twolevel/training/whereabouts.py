@@ -62,15 +62,20 @@ class Finder:
     starts and waits for.
     """
 
-    def __init__(self, model: nn.Module, *, replicas: bool = False):
+    def __init__(self, *, replicas: bool = False):
         self.replicas = replicas
         self.thread = threading.get_ident()
+        self.modules: dict[int, str] = {}
+        self.parameters: dict[int, str] = {}
+
+    def follow(self, model: nn.Module) -> None:
+        """Name the layers of this network from now on."""
         self.modules = {id(module): name for name, module in model.named_modules() if name}
         self.parameters = {_address(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
         for name, module in model.named_modules():
             if isinstance(module, ShardedConv2d):  # made of several convolutions
                 self.parameters |= dict.fromkeys(map(_address, module.parameters()), name)
-        self.own = {id(module): module for module in model.modules()}  # so that no id is used again
+        self.own = [*model.modules()]  # so that no id is used again
 
     def find(self) -> Whereabouts:
         """The whereabouts now; a thread that waits for other ranks comes before one that computes."""
