@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.faults import trial
+from benchmarks.faults import cost, trial
 from benchmarks.links import why_not
 from twolevel.errors import UserError, unknown
 
@@ -34,6 +34,9 @@ class Settings:
     output: Path = report.RESULTS / "faults.json"
     """file for the counts and all trials"""
 
+    cost: bool = False
+    """measure what checkpoints and fingerprints cost a step, on a machine that does nothing else, instead of trials"""
+
     keep: bool = False
     """keep the folder of a trial that went well too"""
 
@@ -43,6 +46,13 @@ def main(argv: list[str]) -> None:
     for name in settings.kinds:
         if name not in trial.KINDS:
             raise unknown("kind", name, trial.KINDS)
+    command = shlex.join(["python", "-m", "benchmarks", "faults", *argv])
+    if settings.cost:
+        facts, found = report.machine(), cost.measure()
+        print(cost_table(found))
+        output = settings.output.with_name(f"{settings.output.stem}-cost.json")
+        report.save(output, command, facts, {}, found)
+        return
     lines = settings.folder / "trials.jsonl"
     skipped = {}
     for name in settings.kinds:
@@ -54,11 +64,20 @@ def main(argv: list[str]) -> None:
         _trials(name, settings.trials or WANTED[name], settings, lines)
     done = read(lines)
     print(table(done))
-    command = shlex.join(["python", "-m", "benchmarks", "faults", *argv])
     found = {"counts": counts(done), "skipped": skipped, "wanted": WANTED, "trials": done}
     report.save(
         settings.output, command, report.machine(), asdict(settings) | {"folder": settings.folder.name}, found
     )
+
+
+def cost_table(found: dict[str, Any]) -> str:
+    rows = [
+        ["a step", f"{found['step_s'] * 1e3:.1f} ms"],
+        ["a checkpoint every 50 steps", f"{found['checkpoint_every_50_steps']:+.2%}"],
+        ["  its processor time", f"{found['saver_cpu_of_window']:.2%}"],
+        ["a fingerprint every 100 steps", f"{found['fingerprint_every_100_steps']:.3%}"],
+    ]
+    return report.table(rows, first=32)
 
 
 def _why_not(name: str) -> str | None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ LIMIT_S = 600.0
 SILENCE_S = 6.0  # of a rank, after which it is to be named
 NAMED_WITHIN_S = 2 * SILENCE_S
 MEET_S = 40.0  # in which ranks have met, or the one that has not come is named
+START_S = 20.0  # in which ranks come to wait for each other
 RESTARTS = 5
 
 
@@ -122,9 +124,20 @@ class Run:
             yield [*torchrun, *flags, "-m", "twolevel", *train], {"GLOO_SOCKET_IFNAME": "lo"}
         else:
             flags = f"--nnodes 2 --nproc-per-node {self.kind.ranks // 2} --rdzv-backend c10d --rdzv-id {self.trial}"
-            flags += f" --rdzv-endpoint {ADDRESSES[0]}:{PORT} --rdzv-conf join_timeout=60"
+            flags += f" --rdzv-endpoint {ADDRESSES[0]}:{PORT} "
             for node in range(2):
-                words = [*torchrun, *flags.split(), "--local-addr", ADDRESSES[node], "-m", "twolevel", *train]
+                conf = f"join_timeout=60,is_host={int(node == 0)}"
+                words = [
+                    *torchrun,
+                    *flags.split(),
+                    "--rdzv-conf",
+                    conf,
+                    "--local-addr",
+                    ADDRESSES[node],
+                    "-m",
+                    "twolevel",
+                    *train,
+                ]
                 yield self.nodes.command(node, words), {"GLOO_SOCKET_IFNAME": INTERFACE}
 
     def ended(self) -> bool:
@@ -183,7 +196,9 @@ def final(output: Path) -> dict[str, torch.Tensor]:
         name: torch.zeros(shape, dtype=torch.int64 if name in counts else torch.float64)
         for name, shape in shapes.items()
     }
-    checkpoint.load(path, tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process here
+        checkpoint.load(path, tensors)
     return tensors
 
 
@@ -289,7 +304,7 @@ def _named(run: Run, struck: float, words: Callable[[str], bool]) -> dict[str, A
         "named": named,
         "named_after_s": time.monotonic() - struck,
         "in_time": named
-        and time.monotonic() - struck <= (MEET_S + 5 if MISSED in seen[0] else NAMED_WITHIN_S),
+        and time.monotonic() - struck <= (MEET_S + START_S if MISSED in seen[0] else NAMED_WITHIN_S),
         "line": seen[0] if seen else None,
     }
 
