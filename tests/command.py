@@ -7,9 +7,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from twolevel.cli import main
+
+# Options of a run by one way to compute it, which no measurement chooses.
+FIXED = ["--mesh", "auto", "--schedule", "overlapped", "--kernels", "grouped"]
 
 
 @dataclass
@@ -45,6 +50,18 @@ def run(pool, *argv: object, ranks: int = 1, timeout: float = 90) -> list[Outcom
 def records(output: Path, kind: str) -> list[dict]:
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def losses(output: Path) -> list[tuple]:
+    return [(r["step"], r["loss"], r["error"]) for r in records(output, "step")]
+
+
+def weights(pool, output: Path) -> dict[str, torch.Tensor]:
+    """Of a run that has ended, by name."""
+    file = output.parent / f"{output.name}.safetensors"
+    if not file.exists():
+        run(pool, "export", output, file)
+    return load_file(file)
 
 
 def write_image_folder(root: Path, size: int = 16) -> Path:

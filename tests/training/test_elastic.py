@@ -6,38 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
-from command import records, run
+from command import FIXED, losses, run, weights
 from pool import _free_port
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("elastic_script.py")
 # Sums over ranks are added in another order; rounding errors of 1e-16, amplified by batch norm over nine steps.
 TOLERANCE = 1e-10
-# By one way to compute it, which no measurement chooses.
-FIXED = ["--mesh", "auto", "--schedule", "overlapped", "--kernels", "grouped"]
-
-
-def losses(output: Path) -> list[tuple]:
-    return [(r["step"], r["loss"], r["error"]) for r in records(output, "step")]
-
-
-def weights(pool, output: Path) -> dict[str, torch.Tensor]:
-    file = output.parent / f"{output.name}.safetensors"
-    if not file.exists():
-        run(pool, "export", output, file)
-    return load_file(file)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(pool, tiny, tmp_path_factory) -> Path:
-    """Two ranks from beginning to end."""
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    first, _ = run(pool, "train", *tiny, *FIXED, "--output", output, ranks=2)
-    assert first.out.startswith("2 ranks came: mesh data=1 x group=2\n")
-    return output
 
 
 def test_a_spare_changes_nothing_and_says_nothing(pool, tiny, undisturbed, tmp_path):
