@@ -1,6 +1,6 @@
-"""What each rank of test_elastic.py runs under torchrun: `twolevel train`, in whose first round something happens.
+"""What a rank of test_elastic.py or test_slurm.py runs: `twolevel train`, in whose first round something happens.
 
-torchrun elastic_script.py {kill,grow} STEP ARGUMENTS of twolevel train...
+LAUNCHER elastic_script.py {kill,grow,hold} STEP ARGUMENTS of twolevel train...
 """
 
 import os
@@ -32,8 +32,17 @@ def lengthened(self, images, labels):
     return take_step(self, images, labels)
 
 
+def held(self, images, labels):
+    """The last rank stays in this step until all agree to stop, or it is killed, unless Slurm has restarted the job."""
+    first = "SLURM_RESTART_COUNT" not in os.environ
+    if first and self.state.step + 1 == int(step) and os.environ["SLURM_PROCID"] == "1":
+        print("held", os.getpid(), flush=True)
+        self.stop.agreed.wait(300)
+    return take_step(self, images, labels)
+
+
 if __name__ == "__main__":
-    Epochs.step = {"kill": killed, "grow": lengthened}[kind]
+    Epochs.step = {"kill": killed, "grow": lengthened, "hold": held}[kind]
     code = main(argv)
     sys.stdout.flush()
     os._exit(code)  # as `twolevel.cli.entry`
