@@ -56,8 +56,8 @@ class RunConfig:
     """also keep the checkpoint after every so many epochs"""
 
     on_not_finite: OnNotFinite = field(default="stop", metadata=FREE)
-    """where loss or gradients are not finite: stop, skip the step (waits for the device in each), or go back to the
-    newest checkpoint, once from each: the same again stops"""
+    """where loss or gradients are not finite: stop, skip the step (looks at each, which waits for the device), or go
+    back to the newest checkpoint and stop only where it comes again"""
 
     mirrored_test: bool = field(default=False, metadata=FREE)
     """also test with the mean of the outputs for each image and its mirror image; a test then takes twice the time"""
