@@ -8,6 +8,7 @@ import torch.distributed as dist
 from command import command, records, run
 from safetensors.torch import load_file
 
+from twolevel.training.epoch import Epochs
 from twolevel.training.step import TrainStep
 
 take_step = TrainStep.__call__
@@ -75,6 +76,35 @@ def test_a_fault_that_does_not_come_again_leaves_no_trace(pool, tiny, tmp_path, 
     assert same(weights(pool, tmp_path / "run"), weights(pool, tmp_path / "undisturbed"))
     losses = [[r["loss"] for r in records(tmp_path / name, "step")] for name in ("run", "undisturbed")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def spoiled(*argv: object, step: int):
+    """The command, in which once, after this step, a weight of the last rank is infinite."""
+    step_of, done = Epochs.step, False
+
+    def broken(self, images, labels):
+        nonlocal done
+        rate = step_of(self, images, labels)
+        if self.state.step + 1 == step and not done and dist.get_rank() == dist.get_world_size() - 1:
+            done = True
+            next(self.state.model.parameters()).data[0] = float("inf")
+        return rate
+
+    with mock.patch.object(Epochs, "step", broken):
+        return command(*argv)
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_a_weight_that_is_not_finite_is_gone_back_from(pool, tiny, tmp_path, step):
+    """It is found while the checkpoint of step 4 is written, by the loss of the next step, or after the last."""
+    argv = ["train", *tiny, "--epochs", 2, "--checkpoint-steps", 2, "--on-not-finite", "back"]
+    run(pool, *argv, "--output", tmp_path / "undisturbed", ranks=2)
+    outcomes = pool.run(
+        spoiled, *argv, "--output", tmp_path / "run", step=step, ranks=2, init=False, timeout=90
+    )
+    assert [o.code for o in outcomes] == [0, 0], outcomes[0].err
+    assert "went back to step" in outcomes[0].out
+    assert same(weights(pool, tmp_path / "run"), weights(pool, tmp_path / "undisturbed"))
 
 
 @pytest.mark.parametrize(

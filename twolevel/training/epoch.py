@@ -63,15 +63,20 @@ class Epochs:
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.placed.device)
 
     def run(self) -> dict[str, Any] | None:
-        """Run all epochs that are left; returns the record of the last one, None if no epoch ends."""
+        """Run all epochs that are left, until the last checkpoint is written; returns the record of the last one.
+
+        That is None if no epoch ends.
+        """
         last = None
-        while self.state.untested or self.state.step < self.last_step:
+        while True:
             try:
-                if self.state.untested or self.train():
-                    last = self.test()
+                while self.state.untested or self.state.step < self.last_step:
+                    if self.state.untested or self.train():
+                        last = self.test()
+                self.saver.finish()
+                return last
             except NotFinite as error:
                 self.go_back(error)
-        return last
 
     def go_back(self, error: NotFinite) -> None:
         """Load the newest checkpoint instead of what is not finite; raises `error` where that is not to be done.

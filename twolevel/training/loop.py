@@ -166,7 +166,6 @@ class Trainer:
                     last_step=self.last_step,
                 )
                 last = epochs.run()
-                saver.finish()
         except Stopped:
             if state.saved != state.step:
                 state.save(saver)

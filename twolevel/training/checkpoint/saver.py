@@ -63,15 +63,17 @@ class Saver:
         self._wait(last=True)
 
     def close(self) -> None:
-        """Wait for what is being written, whatever becomes of it, where the other ranks can be expected to answer."""
+        """Wait for what is being written, whatever becomes of it."""
+        self._join()
+        self._not_finite = self._failed = None
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _wait(self, *, last: bool = False) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         if self._not_finite is not None:
             error, self._not_finite = self._not_finite, None
             raise error
