@@ -37,6 +37,7 @@ CONFIGS = {
     "doctor": DoctorConfig,
 }
 LAUNCHERS_OPTIONS = {
+    "--standalone",
     *("--nproc-per-node", "--nnodes", "--local-addr", "--oversubscribe", "--bind-to", "--allow-run-as-root"),
     *("--nodes", "--help", "--config", "--max-restarts", "--rdzv-conf", "--rdzv-endpoint", "--requeue"),
 }

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -173,6 +174,22 @@ def _master(environ: Mapping[str, str]) -> tuple[str | None, int | None]:
     if port is not None and not 0 < port < 65536:
         raise UserError(f"MASTER_PORT={port} is no port; use a free one from 1024 to 65535")
     return environ.get("MASTER_ADDR") or None, port
+
+
+def listening(port: int = 0) -> socket.socket:
+    """A socket of this machine's own processes alone, for a store: torch's listen on every interface.
+
+    Raises OSError where the port is taken.
+    """
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((LOOPBACK, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def port_of(job: str) -> int:

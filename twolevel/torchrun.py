@@ -2,20 +2,27 @@
 
 torchrun itself follows such a line with its own traceback and a report that knows the exit status alone. It also
 restarts ranks (--max-restarts) whatever ended them, so what is wrong with the options of `twolevel train` is said here,
-before there are ranks. With a range of machines (--nnodes 1:4) every round of ranks gets a store of its own: of
-torchrun's, which outlives a round, a machine that comes later does not hear (torch 2.11 to 2.14).
+before there are ranks. Nothing of --standalone listens beyond this machine. With a range of machines (--nnodes 1:4)
+every round of ranks gets a store of its own: of torchrun's, which outlives a round, a machine that comes later does not
+hear (torch 2.11 to 2.14).
 """
 
 import os
 import re
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
+# torch.distributed documents it, and its type hints leave it out.
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as torchrun
 
+from twolevel.distributed.meeting import on_loopback
 from twolevel.errors import LOST_RANK, UserError
+from twolevel.launchers import LOOPBACK, listening
 
 # The statuses with which `twolevel.cli` ends after a line of its own.
 EXPLAINED = (2, LOST_RANK, 130, 141)
@@ -28,7 +35,9 @@ def main() -> None:
         _check(sys.argv[1:])
         if _is_elastic(sys.argv[1:]):
             os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        torchrun()
+        words, store = _on_loopback(sys.argv[1:])
+        torchrun(words)
+        del store
     except UserError as error:
         print(f"twolevel train: {error}", file=sys.stderr)
         sys.exit(2)
@@ -47,6 +56,20 @@ def _is_elastic(words: Sequence[str]) -> bool:
     given = re.findall(r"--nnodes[= ](\S+)", " ".join(words)) or [os.environ.get("PET_NNODES", "")]
     least, _, most = given[0].partition(":")
     return least != (most or least)
+
+
+def _on_loopback(words: list[str]) -> tuple[list[str], TCPStore | None]:
+    """The words, and a store of this machine's own processes alone, to be held, in the place of --standalone.
+
+    What torch starts for that listens on every interface, and unpickles what it finds there.
+    """
+    if "--standalone" not in words or not get_args_parser().parse_args(words).standalone:
+        return words, None
+    store = on_loopback(listening(), timedelta(minutes=10))
+    place = words.index("--standalone")
+    # torch uses the server that its process has at a port.
+    static = ["--rdzv-backend=static", f"--master-addr={LOOPBACK}", f"--master-port={store.port}"]
+    return [*words[:place], *static, *words[place + 1 :]], store
 
 
 def _check(words: Sequence[str]) -> None:

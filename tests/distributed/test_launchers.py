@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pool import _free_port
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 PER_RANK = {  # what a launcher or a recipe would set, which must not come from around the test
@@ -130,3 +132,50 @@ def test_srun_starts_ranks_that_reach_each_other(tmp_path):
     launcher = [srun, "--nodes", "1", "--ntasks", "2", "--overcommit", sys.executable]
     ranks = started_by(launcher, tmp_path / "body.py")
     assert ranks == [["slurm", rank, 2, rank, 2, [3]] for rank in (0, 1)]
+
+
+LISTENS = """
+import os, sys
+from pathlib import Path
+from twolevel.distributed.environment import start, stop
+
+world = start("cpu", timeout_s=60)
+own = set()
+for process in (os.getpid(), os.getppid()):  # a rank, and what started it
+    for one in Path(f"/proc/{process}/fd").iterdir():
+        try:
+            own.add(os.readlink(one))
+        except OSError:
+            pass
+for table in ("tcp", "tcp6"):
+    for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[3] == "0A" and f"socket:[{words[9]}]" in own:
+            sys.stdout.write(f"[listens] {words[1]}\\n")
+stop(world)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="no /proc")
+@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
+def test_ranks_of_one_machine_listen_to_nobody_else(tmp_path, launcher):
+    script = tmp_path / "listens.py"
+    script.write_text(LISTENS)
+    if launcher == "torchrun":
+        done = torchrun_quietly(str(script))
+    else:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environ = environment(PYTHONPATH=str(LAUNCH.parent), OMP_NUM_THREADS="1", **place)
+        environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        other = subprocess.Popen([sys.executable, script], env=environ | {"RANK": "1", "LOCAL_RANK": "1"})
+        done = subprocess.run(
+            [sys.executable, script],
+            env=environ | {"RANK": "0", "LOCAL_RANK": "0"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert other.wait(60) == 0
+    assert done.returncode == 0, done.stderr
+    places = re.findall(r"\[listens\] (\w+):", done.stdout)
+    assert places and {*places} == {"0100007F"}, done.stdout

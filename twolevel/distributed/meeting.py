@@ -9,6 +9,7 @@ perhaps, some of whom never came. So every rank but the first asks by a word of 
 Words of ranks that are gone are answered too, and nobody reads that.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -22,7 +23,7 @@ from typing import Any
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from twolevel.errors import UserError
-from twolevel.launchers import LOOPBACK, Ranks, port_of
+from twolevel.launchers import LOOPBACK, Ranks, listening, port_of
 
 # Rank 0 looks for the others at first so often, then less and less (seconds).
 LOOK_S, LOOK_AT_LEAST_S = 0.005, 0.2
@@ -135,9 +136,27 @@ def _store(ranks: Ranks, timeout: timedelta) -> Store:
         assert ranks.address is not None
         host = f"[{ranks.address}]" if ":" in ranks.address else ranks.address
         url = f"tcp://{host}:{ranks.port}"
+    if ranks.rank == 0 and ranks.one_machine and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        with contextlib.suppress(OSError):  # taken, perhaps by this process's last meeting: torch knows
+            return on_loopback(listening(ranks.port or 0), timeout)
     store, _, _ = next(rendezvous(url, ranks.rank, ranks.world_size, timeout=timeout))
     store.set_timeout(timeout)
     return store
+
+
+def on_loopback(listener: socket.socket, timeout: timedelta) -> TCPStore:
+    """A store that this process holds, for ranks on this machine."""
+    port = listener.getsockname()[1]
+    return TCPStore(
+        LOOPBACK,
+        port,
+        None,
+        True,
+        timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _meet_through_mpi(ranks: Ranks, comm: Any, timeout: timedelta) -> Store:
@@ -151,8 +170,11 @@ def _meet_through_mpi(ranks: Ranks, comm: Any, timeout: timedelta) -> Store:
     store = error = None
     if ranks.rank == 0:
         try:
-            store = TCPStore(host, ranks.port or 0, None, True, timeout, wait_for_workers=False)
-        except RuntimeError as e:  # the others wait for word, good or bad
+            if host == LOOPBACK:
+                store = on_loopback(listening(ranks.port or 0), timeout)
+            else:
+                store = TCPStore(host, ranks.port or 0, None, True, timeout, wait_for_workers=False)
+        except (RuntimeError, OSError) as e:  # the others wait for word, good or bad
             error = first_line(e)
     host, port, error = comm.bcast((host, store and store.port, error), root=0)
     if error is not None:
