@@ -196,3 +196,48 @@ def test_normalisation_constants_are_those_of_the_training_images(real):
         found_mean = (counts @ levels) / counts.sum()
         found_std = ((counts @ (levels - found_mean) ** 2) / counts.sum()).sqrt()
         assert (f"{found_mean:.4f}", f"{found_std:.4f}") == (f"{mean:.4f}", f"{std:.4f}")
+
+
+class Calls:
+    """Its pickle makes a file as it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_calls_nothing_even_where_its_md5_is_right(tiny, tmp_path, monkeypatch):
+    md5 = write(tiny / CIFAR10.base_folder / "test_batch", {"data": Calls(tmp_path / "made"), "labels": []})
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5]])
+    with pytest.raises(pickle.UnpicklingError, match="is no part of a data set"):
+        read("cifar10", tiny)
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_unpickled_is_what_was_verified(tiny, tmp_path, monkeypatch):
+    """Every file is opened once, and replaced as soon as it was read."""
+    opened = []
+    read_bytes = Path.read_bytes
+
+    def swapped(path: Path) -> bytes:
+        content = read_bytes(path)
+        opened.append(path.name)
+        path.write_bytes(pickle.dumps(Calls(tmp_path / "made")))
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", swapped)
+    train, test, _ = read("cifar10", tiny)
+    assert (len(train), len(test)) == (40, 8) and len(opened) == len(set(opened)) == 7
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_archive_writes_no_file_of_its_own_choice(tiny, web, tmp_path, monkeypatch):
+    with tarfile.open(web, "w:gz") as tar:
+        tar.add(tiny / CIFAR10.base_folder, CIFAR10.base_folder)
+        tar.add(tiny / CIFAR10.base_folder / "test_batch", "../../outside")
+        tar.add(tiny / CIFAR10.base_folder / "test_batch", f"{CIFAR10.base_folder}/more")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(web.read_bytes()).hexdigest())
+    prepare(config(tmp_path / "a" / "b", download=True))
+    assert files(tmp_path / "a") == files(tiny) and not (tmp_path / "outside").exists()

@@ -3,20 +3,30 @@
 Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009).
 """
 
+import hashlib
+import io
 import os
+import pickle
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import calculate_md5
+from torchvision.datasets.utils import download_url
 
 from twolevel.data.config import DataConfig
 from twolevel.data.memory import LabelledImages, in_memory
 from twolevel.data.split import Data, View
 from twolevel.errors import UserError
+
+# What pickles of NumPy arrays name, of Python 2 and of NumPy 1 and 2.
+ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype")}
+ARRAYS |= {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 
 SOURCES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -45,12 +55,12 @@ def read(name: str, root: Path) -> tuple[LabelledImages, LabelledImages, list[st
     Raises:
         UserError: a file is missing or damaged.
     """
-    try:
-        train, test = (SOURCES[name](root, train=train) for train in (True, False))
-    except (RuntimeError, OSError):  # torchvision's check says that something is wrong, ours says what
-        verify(name, root)
-        raise
-    return _labelled(train), _labelled(test), list(train.classes)
+    source = SOURCES[name]
+    parts = {file: _unpickle(content) for file, content in _contents(name, root)}
+    train, test = (
+        _labelled([parts[file] for file, _ in files]) for files in (source.train_list, source.test_list)
+    )
+    return train, test, list(parts[source.meta["filename"]][source.meta["key"]])
 
 
 def verify(name: str, root: Path) -> None:
@@ -59,6 +69,12 @@ def verify(name: str, root: Path) -> None:
     Raises:
         UserError: one is missing or damaged; the message says which, and what to do.
     """
+    for _ in _contents(name, root):
+        pass
+
+
+def _contents(name: str, root: Path) -> Iterator[tuple[str, bytes]]:
+    """Every file of a data set and what is in it: the very bytes whose md5 is the published one."""
     folder = root / SOURCES[name].base_folder
     hint = "add --download, set --data-root to the folder that holds it, or use --data sample"
     if not folder.is_dir():
@@ -66,13 +82,31 @@ def verify(name: str, root: Path) -> None:
     for file, md5 in _files(name).items():
         path = folder / file
         try:
-            found = calculate_md5(path)
+            content = path.read_bytes()
         except FileNotFoundError:
             raise UserError(f"{name} is incomplete: no file {path}; {hint}") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); {hint}") from None
-        if found != md5:
+        if (found := _md5(content)) != md5:
             raise UserError(f"{path} is damaged: its md5 is {found}, not {md5}; {hint}")
+        yield file, content
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+class _Plain(pickle.Unpickler):
+    """Makes numbers, text, lists, dictionaries and NumPy arrays, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ARRAYS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a data set")
+
+
+def _unpickle(content: bytes) -> dict[str, Any]:
+    return _Plain(io.BytesIO(content), encoding="latin1").load()
 
 
 def download(name: str, root: Path) -> None:
@@ -94,17 +128,29 @@ def download(name: str, root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as partial:
-            source(partial, train=False, download=True)
+            download_url(source.url, partial, source.filename, source.tgz_md5)
+            with tarfile.open(Path(partial, source.filename)) as archive:
+                for file, md5 in _files(name).items():
+                    _take(archive, f"{source.base_folder}/{file}", md5, Path(partial, file))
             folder.mkdir(exist_ok=True)
             for file in _files(name):
-                os.replace(Path(partial, source.base_folder, file), folder / file)
+                os.replace(Path(partial, file), folder / file)
     # torchvision reports a wrong md5 as a RuntimeError; a URLError is an OSError
-    except (OSError, HTTPException, RuntimeError, tarfile.TarError, EOFError) as error:
+    except (OSError, HTTPException, RuntimeError, KeyError, tarfile.TarError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{name} could not be downloaded from {source.url} to {root} ({reason}); "
             f"copy {source.base_folder}/ there by hand, or use --data sample"
         ) from None
+
+
+def _take(archive: tarfile.TarFile, member: str, md5: str, to: Path) -> None:
+    """Write a member to a place that its name does not choose. Raises RuntimeError for one that was not published."""
+    content = archive.extractfile(member)
+    data = b"" if content is None else content.read()
+    if _md5(data) != md5:
+        raise RuntimeError(f"{member} in the archive is corrupted")
+    to.write_bytes(data)
 
 
 def _files(name: str) -> dict[str, str]:
@@ -113,6 +159,8 @@ def _files(name: str) -> dict[str, str]:
     return {**dict(source.train_list + source.test_list), source.meta["filename"]: source.meta["md5"]}
 
 
-def _labelled(source: CIFAR10) -> LabelledImages:
-    images = torch.from_numpy(source.data).permute(0, 3, 1, 2)  # torchvision keeps [N, H, W, 3]
-    return LabelledImages(images.contiguous(), torch.tensor(source.targets))
+def _labelled(batches: list[dict[str, Any]]) -> LabelledImages:
+    """The images [N, 3, 32, 32] of batches of `data` [n, 3072], and their labels."""
+    images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches])).view(-1, 3, 32, 32)
+    labels = [label for batch in batches for label in batch.get("labels", batch.get("fine_labels", ()))]
+    return LabelledImages(images, torch.tensor(labels))
