@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import shutil
 import stat
 import subprocess
@@ -414,6 +415,7 @@ FAULTS = {
     "a folder where the file should be": lambda folder: replaced(kept(folder), Path.mkdir),
     "others can write it": lambda folder: kept(folder).chmod(0o666),
     "its group can write it": lambda folder: kept(folder).chmod(0o664),
+    "others can write the folder": lambda folder: folder.chmod(0o777),
 }
 
 
@@ -451,6 +453,15 @@ def test_a_library_of_another_user_is_not_loaded(folder, caplog, monkeypatch):
     load()
     assert len(loaded) == 1 and str(kept(folder)) not in loaded
     assert len(caplog.messages) == 1 and "another user" in caplog.messages[0]
+
+
+def test_a_new_cache_is_its_users_alone(folder):
+    before = os.umask(0)
+    try:
+        load()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755 and kept(folder).stat().st_mode & 0o022 == 0
 
 
 def test_without_a_cache_and_a_temporary_folder_they_say_so(folder, monkeypatch):

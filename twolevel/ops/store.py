@@ -30,6 +30,11 @@ def cache_folder() -> Path:
         return NOWHERE / "twolevel"
 
 
+def make_folder(folder: Path) -> None:
+    """Make a cache that only this user can write, whatever new folders are by default."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+
 @cache
 def warn(message: str) -> None:
     """Once a process."""
@@ -83,7 +88,7 @@ class Store:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         with open(self.path.with_suffix(".lock"), "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
             yield

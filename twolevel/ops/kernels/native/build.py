@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twolevel.durable import publish
-from twolevel.ops.store import cache_folder, warn, warn_of_cache
+from twolevel.ops.store import cache_folder, make_folder, warn, warn_of_cache
 
 FLAGS = ("-O3", "-shared", "-fPIC")
 # How compilers name the processor they run on; without any of them code is for the least of its family.
@@ -69,16 +69,20 @@ def _load(path: Path, key: str) -> Library:
 
 
 def _kept(folder: Path, key: str) -> Path | None:
-    """The library compiled before, None without one. Raises OSError for one that others may have written."""
+    """The library compiled before, None without one. Raises OSError for one that others may have written, or may."""
     for path in folder.glob(f"kernels-{key}-*.so"):
+        _check_owner(os.stat(folder), "it")
         with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                raise PermissionError(f"{path.name} is of another user, or others can write it")
+            _check_owner(os.fstat(file.fileno()), path.name)
             if path == _path(folder, key, file.read()):
                 return path
         warn(f"{path} is damaged: it is compiled again")
     return None
+
+
+def _check_owner(status: os.stat_result, what: str) -> None:
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{what} is of another user, or others can write it: chmod go-w")
 
 
 def _path(folder: Path, key: str, library: bytes) -> Path:
@@ -104,7 +108,7 @@ def _key(words: list[str], sources: list[Path]) -> str:
 
 def _compile(compiler: list[str], flags: list[str], sources: list[Path], folder: Path, key: str) -> Path:
     """The library, in a folder that is made where there is none. Raises Unavailable, and OSError from the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     handle, name = tempfile.mkstemp(dir=folder, prefix=f"kernels-{key}", suffix=".part")
     os.close(handle)
     made = Path(name)
