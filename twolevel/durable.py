@@ -61,6 +61,8 @@ class Appended:
     def add(self, text: str) -> None:
         self._waiting += text.encode()
         try:
+            if not os.fstat(self._file).st_nlink:
+                raise OSError(errno.ENOENT, "it was removed")
             written = os.write(self._file, self._waiting)
             if written < len(self._waiting):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -87,6 +89,6 @@ class Appended:
         if self._waiting:
             lost = self._waiting.count(b"\n")
             warnings.warn(
-                f"{self.path} lacks the last {lost} lines, for which there is no room", stacklevel=3
+                f"{self.path} lacks the last {lost} lines, which could not be written", stacklevel=3
             )
         os.close(self._file)

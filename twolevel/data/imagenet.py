@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as TF
 
@@ -18,6 +18,7 @@ from twolevel.data.augment import Normalise, draw_resized_crop
 from twolevel.data.config import DataConfig, class_folders
 from twolevel.data.order import Order, share
 from twolevel.data.split import Data, View
+from twolevel.data.starved import starved, starved_is_said
 from twolevel.errors import UserError
 from twolevel.streams import stream
 
@@ -113,7 +114,7 @@ class ImageFiles(Dataset):
                 seed, epoch, first = key
                 generator = stream("image", seed, epoch, first + row)
                 images.append(random_crop(image, self.image_size, generator))
-        return torch.stack(images), self.labels[index]
+        return _shared(torch.stack(images), self.labels[index])
 
 
 def random_crop(image: Image.Image, size: int, generator: torch.Generator) -> Tensor:
@@ -144,6 +145,20 @@ def decode(path: Path) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise what they like on damaged data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from None
+
+
+def _shared(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | UserError:
+    """A batch in the memory that a worker shares with its parent, or why there is none.
+
+    The loader would put it there in another thread, whose failure its parent never hears of.
+    """
+    try:
+        if get_worker_info():
+            images.share_memory_()
+            labels.share_memory_()
+        return images, labels
+    except (RuntimeError, OSError) as error:
+        return UserError(starved(error) or str(error).splitlines()[0])
 
 
 def _leave_signals_to_parent(worker: int) -> None:
@@ -177,7 +192,7 @@ class _Folder:
             generator=torch.Generator(),  # else the loader draws from the process's global stream
             worker_init_fn=_leave_signals_to_parent,
         )
-        for batch in loader:
+        for batch in starved_is_said(loader, self.workers):
             if isinstance(batch, UserError):
                 raise batch
             images, labels = (part.to(self.device, non_blocking=True) for part in batch)

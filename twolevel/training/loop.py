@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -226,14 +227,28 @@ class Trainer:
                     f"{output} is complete: {self.config.epochs} epochs; raise --epochs to go on"
                 )
             return
-        from twolevel.analysis.figures import training_curve  # matplotlib takes a second to import
-
-        steps, epochs = list(metrics.read(output, "step")), list(metrics.read(output, "epoch"))
-        curve = training_curve(steps, epochs, output.name, output / "curve.png")
+        curve = self._draw_curve()
         run, file = shlex.quote(str(output)), shlex.quote(f"{output}/model.safetensors")
         self.display.say(
             f"test accuracy {100 - last['test_error']:.2f} % after epoch {last['epoch']}\n"
-            f"curve       {curve}\n"
-            f"evaluate    {program()} evaluate {run}\n"
+            + (f"curve       {curve}\n" if curve else "")
+            + f"evaluate    {program()} evaluate {run}\n"
             f"export      {program()} export {run} {file}"
         )
+
+    def _draw_curve(self) -> Path | None:
+        """The run's curve; None where its records or the room for it are gone, of which it warns."""
+        from twolevel.analysis.figures import training_curve  # matplotlib takes a second to import
+
+        output = self.config.output
+        path = output / "curve.png"
+        steps, epochs = list(metrics.read(output, "step")), list(metrics.read(output, "epoch"))
+        try:
+            if not epochs:
+                raise FileNotFoundError(2, f"{metrics.LINES} has no epoch")
+            with durable.replacing(path) as made:
+                training_curve(steps, epochs, output.name, made)
+        except OSError as error:
+            warnings.warn(f"{path} is not drawn: {error.strerror or error}", stacklevel=2)
+            return None
+        return path

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ class MetricsLog:
 
         output.mkdir(parents=True, exist_ok=True)
         self.output, self.writer = output, SummaryWriter
+        self._hook, threading.excepthook = threading.excepthook, self._in_thread
         self._begin(start)
 
     def _begin(self, start: int) -> None:
@@ -40,7 +42,7 @@ class MetricsLog:
 
     def rewind(self, start: int) -> None:
         """Remove the records of later steps than `start`, from which the run goes on."""
-        self.close()
+        self._end()
         self._begin(start)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -62,12 +64,24 @@ class MetricsLog:
             warnings.warn(f"tensorboard/ is not written any more: {error.strerror}", stacklevel=3)
             self.board = None
 
+    def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """No traceback of TensorBoard's thread where a disk fails: `_show` is told, and warns."""
+        of_board = type(failure.thread).__module__.startswith("tensorboard")
+        if not (of_board and issubclass(failure.exc_type, OSError)):
+            self._hook(failure)
+
     def sync(self) -> None:
         """Wait until the records are on the disk."""
         self.lines.sync()
         self.table.sync()
 
     def close(self) -> None:
+        try:
+            self._end()
+        finally:
+            threading.excepthook = self._hook
+
+    def _end(self) -> None:
         self.lines.close()
         self.table.close()
         if self.board is not None:

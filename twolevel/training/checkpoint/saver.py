@@ -32,6 +32,7 @@ class Saver:
 
     def __init__(self, root: Path, retention: Retention):
         self.root, self.retention = root, retention
+        self._device = root.parent.stat().st_dev
         self._thread: threading.Thread | None = None
         self._not_finite: NotFinite | None = None
         self._failed: Exception | None = None
@@ -83,6 +84,13 @@ class Saver:
             warnings.warn(f"{self._failed}; the run goes on and tries again", stacklevel=2)
             self._failed = None
 
+    def _check_place(self) -> None:
+        """Raise UserError where a checkpoint would be written to another file system than the run's."""
+        run = self.root.parent
+        there = next(path for path in (run, *run.absolute().parents) if path.exists())
+        if there.stat().st_dev != self._device and not (run / "config.json").exists():
+            raise UserError(f"cannot write to {run}: its file system is gone; mount it again")
+
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         try:
             try:
@@ -91,6 +99,9 @@ class Saver:
             except UserError as error:
                 self._not_finite = NotFinite(str(error))
                 return
+            with together(group=self._group):
+                if dist.get_rank() == 0:
+                    self._check_place()
             write(folders.folder(self.root, step), tensors, state, group=self._group)
             if dist.get_rank() == 0:
                 self.retention.prune(self.root, step)
