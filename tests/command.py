@@ -83,3 +83,17 @@ def seal(checkpoint: Path) -> None:
     files = sorted(path for path in checkpoint.iterdir() if path.name != "SHA256SUMS")
     lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
     (checkpoint / "SHA256SUMS").write_text("".join(lines))
+
+
+def result_line() -> dict:
+    """As `twolevel grid` writes it of a run."""
+    from twolevel.grids.declare import Run
+
+    settings = {"model": "wrn-10-1", "epochs": 2, "batch_size": 16, "conv": "sc", "seed": 0}
+    line = {"grid": "own", "run": "a", "settings": {}, "completed": Run(settings).completed, "seconds": 60.0}
+    line |= {
+        "final": {"epoch": 1, "test_error": 9.0},
+        "curve": [{"epoch": 1, "train_loss": 1.0, "test_error": 9.0}],
+    }
+    line |= {"counts": {"parameters": 1, "macs": 2}, "machine": {"cpu": "x", "gpu": None}, "torch": "2"}
+    return line

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from command import write_image_folder
+from command import result_line, write_image_folder
 
 from twolevel.cli import main
 from twolevel.errors import Stopped, UserError
@@ -139,7 +139,7 @@ def test_a_run_of_more_ranks_than_there_is_room_for_is_refused(file, runner):
 def test_a_line_that_was_written_in_part_costs_no_other(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"settings": {}')
-    line = {key: 0 for key in results.KEYS}
+    line = result_line()
     results.append(path, line)
     with pytest.raises(UserError, match="line 1 is not that of a finished run; remove it"):
         results.read(path)
@@ -165,7 +165,7 @@ def test_a_line_without_a_setting_had_its_default(grid, runner):
 
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "lines.jsonl"
-    path.write_text(json.dumps({key: 0 for key in results.KEYS}) + '\n{"settings": {}\n')
+    path.write_text(json.dumps(result_line()) + '\n{"settings": {}\n')
     with pytest.raises(UserError, match="line 2 is not that of a finished run; remove it"):
         results.read(path)
 

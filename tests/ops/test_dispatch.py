@@ -406,3 +406,11 @@ def test_c_kernels_are_kept_from_memory_that_is_not_what_they_read():
     for tensors in ((x, local.double(), *others), (fake, local, *others)):
         one = Problem.of(*tensors, geometry, 1)
         assert not any(form.kernels == "native" for form in able_forms(one))
+
+
+@pytest.mark.parametrize("ms", [None, [], {}, {"fused grouped": "x"}, {"fused grouped": 10**400}, {"x": 1.0}])
+def test_a_stored_measurement_without_times_is_measured_again(ms):
+    able = [Form("fused", "grouped"), Form("overlapped", "grouped")]
+    assert autotune._valid({"form": ["fused", "grouped"], "ms": ms}, able) is None
+    good = {"form": ["fused", "grouped"], "ms": {"fused grouped": 1.0}}
+    assert autotune._valid(good, able) == good

@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = rank_of()
         prefix = "" if rank is None else f"[rank {rank}] "
         command = f" {name}" if name in COMMANDS else ""
-        print(f"{prefix}twolevel{command}: {error}", file=sys.stderr, flush=True)
+        line = " ".join(str(error).splitlines())  # it may quote what was given
+        print(f"{prefix}twolevel{command}: {line}", file=sys.stderr, flush=True)
         return LOST_RANK if isinstance(error, LostRank) else 2
     except Stopped as stopped:
         if not rank_of():

@@ -19,7 +19,7 @@ def take_config(argv: list[str]) -> tuple[list[str], TrainConfig | None]:
             path = inline or (argv[index + 1] if index + 1 < len(argv) else "")
             try:
                 settings = json.loads(Path(path).read_text())
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise UserError(f"--config {path!r} cannot be read: {error}") from error
             if isinstance(settings, dict) and isinstance(settings.get("run"), dict):
                 settings["run"].pop("resume", None)  # how a run was started, not what it was

@@ -120,7 +120,7 @@ def read(name: str, seeds: tuple[int, ...] | None = None) -> Grid:
         raise unknown("grid", name, names())
     try:
         text = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is no TOML: {error}") from error
     if strange := text.keys() - set(KEYS):
         raise UserError(f"{path} has {min(strange)!r}, which a grid has not; use {', '.join(KEYS)}")

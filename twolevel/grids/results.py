@@ -22,16 +22,47 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             lines.append({})
-        if not isinstance(lines[-1], dict) or not lines[-1].keys() >= KEYS:
+        if not _is_result(lines[-1]):
             raise UserError(f"{path}, line {number} is not that of a finished run; remove it")
     return lines
+
+
+def _is_result(line: Any) -> bool:
+    """Whether it is what `line_of` makes, or made in an earlier version."""
+    if not isinstance(line, dict) or not line.keys() >= KEYS:
+        return False
+    parts = [line[name] for name in ("settings", "completed", "final", "counts", "machine")]
+    curve = line["curve"]
+    if not isinstance(curve, list) or not all(isinstance(part, dict) for part in (*parts, *curve)):
+        return False
+    completed, final, counts = line["completed"], line["final"], line["counts"]
+    numbers = [final.get("test_error"), final.get("test_mirrored_error", 0), line["seconds"]]
+    numbers += [counts.get("parameters"), counts.get("macs")]
+    numbers += [epoch.get(name) for epoch in curve for name in ("epoch", "train_loss")]
+    texts = [line["grid"], line["run"], line["torch"], line["machine"].get("cpu")]
+    texts += [line["machine"].get("gpu") or ""]
+    if not all(map(_is_number, numbers)) or not all(isinstance(text, str) for text in texts):
+        return False
+    try:
+        Run({name: completed[name] for name in _defaults().keys() & completed.keys()}).config()
+    except UserError:
+        return False
+    return not _NAMES - completed.keys()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+# Of `completed`, what a page asks of every line.
+_NAMES = {"model", "data", "conv", "groups", "recipe", "epochs", "seed", "data_parallel", "group_parallel"}
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ from twolevel.models.registry import create
 _KEY = (
     "twolevel"  # of the file's metadata: {"create": how to make the network, "data": what it was trained on}
 )
+DATA = ("data", "image_size")
+"""The settings of the data set that say what its images are."""
 
 
 def save(path: Path | str, tensors: dict[str, Tensor], create: dict[str, Any], data: dict[str, Any]) -> None:
@@ -39,12 +41,12 @@ def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Te
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            options, data = about["create"], about["data"]
-    except (KeyError, TypeError):
+            options, data = dict(about["create"]), dict(about["data"])
+    except (KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path} was not written by twolevel export: it does not say which network it is"
         ) from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}".splitlines()[0]) from error
     unknown = data.keys() - {field.name for field in fields(DataConfig)}
     if unknown:
@@ -52,23 +54,25 @@ def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Te
             f"{path} has unknown settings of its data set: {', '.join(sorted(unknown))}; "
             "it may be from another version of twolevel"
         )
-    _network(path, options)
-    return options, data, tensors
+    network(path, options)
+    # No file chooses where something is read or fetched.
+    return options, {name: data[name] for name in DATA if name in data}, tensors
 
 
-def _network(path: Path | str, options: dict[str, Any]) -> nn.Module:
+def network(path: Path | str, options: dict[str, Any]) -> nn.Module:
     """The network without values. Raises UserError where `options` are not those of `create`."""
     try:
         with torch.device("meta"):
             return create(**options)
-    except TypeError as error:
-        raise UserError(f"{path} does not describe a network of this version of twolevel: {error}") from error
+    except (TypeError, RuntimeError, OverflowError, ZeroDivisionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path} does not describe a network of this version of twolevel: {why}") from error
 
 
 def load(path: Path | str) -> nn.Module:
     """The single-process network of a file that `twolevel export` wrote, with its weights."""
     options, _, tensors = read(path)
-    model = _network(path, options)
+    model = network(path, options)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """Times the forms of a layer on this machine, and stores the results on disk."""
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -216,8 +217,12 @@ def _best(times: dict[Form, float], able: Sequence[Form]) -> Form:
 
 def _valid(kept: Any, able: Sequence[Form]) -> dict[str, Any] | None:
     """What a store holds for a layer; None where that is not valid, so that the layer is measured again."""
-    good = isinstance(kept, dict) and kept.get("form") in [[*form] for form in able]
-    return kept if good and isinstance(kept.get("ms"), dict) else None
+    if not isinstance(kept, dict) or kept.get("form") not in [[*form] for form in able]:
+        return None
+    times = kept.get("ms")
+    if not isinstance(times, dict) or str(Form(*kept["form"])) not in times:
+        return None
+    return kept if all(isinstance(ms, float) and math.isfinite(ms) for ms in times.values()) else None
 
 
 def line(problem: Sizes, able: Sequence[Form]) -> str:

@@ -35,6 +35,12 @@ def check_resumable(config: TrainConfig, state: dict[str, Any], ranks: int) -> N
     `state` is the checkpoint's, `ranks` the number of those that go on.
     """
     before = {k: v for section in state["config"].values() for k, v in section.items()}
+    known = config.flat()
+    sections = {
+        section: {k: v for k, v in values.items() if k in known}
+        for section, values in state["config"].items()
+    }
+    TrainConfig.from_dict(sections, f"the checkpoint in {config.output}")
     changed = {k: v for k, v in config.flat().items() if k in before and before[k] != v}
     on_resume = config.on_resume()
     for name, value in changed.items():

@@ -13,7 +13,7 @@ from twolevel import __version__
 from twolevel.data.config import DataConfig
 from twolevel.distributed.agreement import together
 from twolevel.errors import UserError
-from twolevel.models import create, files
+from twolevel.models import files
 from twolevel.nn import layout_of
 from twolevel.settings import WeightsOf
 from twolevel.training import checkpoint
@@ -61,7 +61,8 @@ class Weights:
         options = config.model.create_options()
         options["num_classes"] = state["num_classes"]
         dtype = torch.float64 if config.run.precision == "float64" else torch.float32
-        return cls(path, options, config.to_dict()["data"], which, dtype)
+        data = config.to_dict()["data"] | {"download": False}  # nothing is fetched to where a file says
+        return cls(path, options, data, which, dtype)
 
     def load_into(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Fill this rank's part of the network."""
@@ -89,11 +90,12 @@ class Weights:
             raise UserError(f"{output} exists already; remove it or name another file")
         if not self.path.is_dir():
             raise UserError(f"{self.path} is an exported file already")
-        with torch.device("meta"):
-            model = create(**self.options)
+        model = files.network(self.path, self.options)
+        sizes = {f"{self.which}.{name}": tensor for name, tensor in model.state_dict().items()}
+        checkpoint.require(self.path, sizes)  # before there is memory for them
         tensors = model.to(self.dtype).to_empty(device="cpu").state_dict()
         checkpoint.load(self.path, {f"{self.which}.{name}": tensor for name, tensor in tensors.items()})
-        files.save(output, tensors, self.options, {name: self.data[name] for name in ("data", "image_size")})
+        files.save(output, tensors, self.options, {name: self.data[name] for name in files.DATA})
 
 
 def _config(path: Path, state: dict[str, Any]) -> TrainConfig:

@@ -3,7 +3,8 @@
 import json
 import math
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Self
@@ -74,6 +75,13 @@ class Table:
         return math.exp(forward), math.exp(backward)
 
 
+AXES = {"optimiser": ("elements",), "linear": ("elements",)}
+AXES |= dict.fromkeys(("norm", "activation", "add", "mean"), ("channels", "elements"))
+AXES |= dict.fromkeys(("conv spatial", "conv pointwise"), ("width", "groups", "pixels"))
+AXES |= dict.fromkeys(("two-level spatial", "two-level pointwise"), ("width", "groups", "ranks", "pixels"))
+"""What `calibrate` measures, by operation: over what, in this order."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """One rank's device and its links.
@@ -131,8 +139,10 @@ class Machine:
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote. Raises UserError for another file."""
         try:
-            return cls._from(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            machine = cls._from(json.loads(Path(path).read_text()))
+            check(machine)
+            return machine
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"machine file {str(path)!r} cannot be read ({error}); write one with plan --calibrate --output FILE"
             ) from error
@@ -152,3 +162,50 @@ class Machine:
             for name, table in saved["tables"].items()
         }
         return cls(**saved)
+
+
+def check(machine: Machine) -> None:
+    """Raise ValueError, which names what is wrong, for a machine of which no plan can be made."""
+    kinds = {"str": str, "float": int | float, "int": int, "bool": bool, "dict": dict, "Link": Link}
+    for part, name in ((machine, ""), (machine.link, "link."), (machine.internode, "internode.")):
+        for one in fields(part):
+            value, kind = getattr(part, one.name), str(getattr(one.type, "__name__", one.type))
+            _require(kind not in kinds or isinstance(value, kinds[kind]), name + one.name, value)
+            if kind in ("float", "int"):
+                used = part is not machine or not machine.tables  # beside tables they are 0
+                positive = one.name == "ranks_per_node" or (used and one.name in ("bandwidth", "streaming"))
+                least = 1e-30 if positive else 0
+                _require(not isinstance(value, bool) and least <= value < LARGEST, name + one.name, value)
+    for precision, rate in machine.flops.items():
+        _require_positive([rate], "flops")
+        for what, curves in (("dense", machine.dense), ("grouped", machine.grouped)):
+            if not machine.tables:
+                _require_rising([x for x, _ in curves[precision]], what)
+                _require_positive([y for _, y in curves[precision]], what)
+    for name, axes in AXES.items() if machine.tables else ():
+        table = machine.tables[name]
+        _require(tuple(axis for axis, _ in table.axes) == axes, name, table.axes)
+        for _, points in table.axes:
+            _require_rising(points, name)
+        for times in (table.forward, table.backward):
+            _require(len(times) == math.prod(len(points) for _, points in table.axes), name, times)
+            _require_positive(times, name)
+    _require(isinstance(machine.precision, str | None), "precision", machine.precision)
+
+
+LARGEST = 1e30
+
+
+def _require(holds: bool, name: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r:.60} is invalid")
+
+
+def _require_positive(values: Iterable[Any], name: str) -> None:
+    for value in values:
+        _require(isinstance(value, int | float) and 1e-30 < value < LARGEST, name, value)
+
+
+def _require_rising(points: Sequence[Any], name: str) -> None:
+    _require_positive(points, name)
+    _require(len(points) > 0 and all(low < high for low, high in pairwise(points)), name, points)

@@ -29,7 +29,7 @@ from twolevel.training.checkpoint.folders import (
 )
 from twolevel.training.checkpoint.retention import Retention
 from twolevel.training.checkpoint.saver import Saver
-from twolevel.training.checkpoint.tensors import as_part, load, shapes
+from twolevel.training.checkpoint.tensors import as_part, load, require, shapes
 from twolevel.training.checkpoint.write import write
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "newest_good",
     "read_state",
     "recover",
+    "require",
     "shapes",
     "verify",
     "write",

@@ -197,7 +197,7 @@ def read_state(path: Path, expected: str | None = None) -> dict[str, Any]:
     if not missing:
         config = state["config"]
         missing = SECTIONS - config.keys() if isinstance(config, dict) else SECTIONS
-        missing = missing or {name for name in SECTIONS if not isinstance(config[name], dict)}
+        missing = missing or {name for name in config if not isinstance(config[name], dict)}
     if missing:
         raise Damaged(path, f"{STATE} lacks {', '.join(sorted(missing))}")
     wrong = [name for name, fits in FITS.items() if name in state and not fits(state[name])]
@@ -210,12 +210,24 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_record(value: object) -> bool:
+    """Whether it is what `Epochs.finish` makes."""
+    if not isinstance(value, dict) or value.get("kind") != "epoch":
+        return False
+    counts = [value.get("epoch"), value.get("step")]
+    numbers = ("train_loss", "train_error", "learning_rate", "images_per_second", "seconds")
+    return all(map(_is_count, counts)) and all(_is_number(value.get(name, 0)) for name in numbers)
+
+
 FITS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("step", "num_classes", "ranks"), _is_count),
-    "epoch_sums": lambda sums: (
-        isinstance(sums, list) and len(sums) == 3 and all(isinstance(value, int | float) for value in sums)
-    ),
-    "test_error": lambda error: error is None or isinstance(error, int | float),
-    "untested": lambda record: record is None or isinstance(record, dict),
+    **dict.fromkeys(("step", "num_classes", "ranks", "epoch", "position"), _is_count),
+    "epoch_sums": lambda sums: isinstance(sums, list) and len(sums) == 3 and all(map(_is_number, sums)),
+    "epoch_seconds": _is_number,
+    "test_error": lambda error: error is None or _is_number(error),
+    "untested": lambda record: record is None or _is_record(record),
 }
 """What a state may hold beside its settings, by name."""

@@ -1,12 +1,12 @@
 """Which checkpoints of a run are kept."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twolevel.training.checkpoint.folders import STATE, complete
+from twolevel.errors import UserError
+from twolevel.training.checkpoint.folders import complete, read_state
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,9 @@ class Retention:
 
 def _about(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((path / STATE).read_text())
-    except (OSError, ValueError):
+        return read_state(path)
+    except UserError:
         return {}
-    return state if isinstance(state, dict) else {}
 
 
 def _ends_epoch(about: dict[str, Any]) -> bool:

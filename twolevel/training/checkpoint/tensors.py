@@ -16,7 +16,9 @@ from twolevel.errors import UserError
 from twolevel.nn import Layout
 from twolevel.training.checkpoint.folders import Damaged
 
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException)
+# torch's reader takes what a header says as it is, and fails in as many ways.
+_UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, SafetensorError, CheckpointException)
+_UNREADABLE += (TypeError, AttributeError, AssertionError, OverflowError)
 
 
 def as_part(name: str, tensor: Tensor, layout: Layout, mesh: DeviceMesh) -> Tensor:
@@ -46,6 +48,16 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises UserError where a tensor is missing or has another shape, and Damaged where one cannot be read.
     """
+    require(path, tensors)
+    try:
+        with torch.no_grad():
+            load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    except _UNREADABLE as error:
+        raise Damaged(path, cause(error)) from error
+
+
+def require(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError where a checkpoint lacks one of these tensors, or has it in another shape."""
     there = shapes(path)
     for name, tensor in tensors.items():
         if there.get(name) != tuple(tensor.shape):
@@ -53,11 +65,6 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
             raise UserError(
                 f"checkpoint {path} is of another network: {name} {found}, this one needs {[*tensor.shape]}"
             )
-    try:
-        with torch.no_grad():
-            load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-    except _UNREADABLE as error:
-        raise Damaged(path, cause(error)) from error
 
 
 def cause(error: BaseException) -> str:

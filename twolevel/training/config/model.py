@@ -1,5 +1,6 @@
 """Settings of the network and its convolutions."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,13 @@ class ModelConfig:
             default = 32 if self.model.startswith("resnext") else 4
             self.groups = 1 if self.conv in UNGROUPED else default
         check_finite(self)
+        for name in ("model", "conv"):  # parts of a folder's name
+            check(
+                self,
+                name,
+                bool(re.fullmatch(r"[\w.-]+", getattr(self, name))),
+                "a name, like wrn-28-10 or gc2l",
+            )
         seed = self.permutation_seed
         check(self, "permutation_seed", seed is None or -(2**63) <= seed < 2**64, "an integer of 64 bits")
         bound = self.saliency_bound
