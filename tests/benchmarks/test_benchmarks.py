@@ -311,7 +311,7 @@ def test_all_benchmarks_run_where_they_can_and_the_rest_is_named(there, monkeypa
     monkeypatch.setattr(command, "run_one", lambda name, argv: ran.append((name, *argv)))
     command.main([])
     able = ("layers", "normalise", "step", "input", "scaling")
-    names = [name for name in command.BENCHMARKS if name != "gpu"]  # which runs some of them itself
+    names = [name for name in command.BENCHMARKS if name not in ("gpu", "faults")]  # of their own length
     on_cpu = [(name, *["--device", "cpu"] * (name in able)) for name in names]
     assert ran == on_cpu + [(name, "--device", "cuda") for name in able] * there
     out = capsys.readouterr().out
@@ -353,7 +353,12 @@ def test_every_option_has_help(name, capsys):
     with pytest.raises(SystemExit) as end:
         command.main([name, "--help"])
     assert end.value.code == 0
-    counted = {"kernels": "--targets", "traffic": "--ranks", "gpu": "--budget-s"}  # the others are timed
+    counted = {
+        "kernels": "--targets",
+        "traffic": "--ranks",
+        "gpu": "--budget-s",
+        "faults": "--trials",
+    }  # the others are timed
     assert counted.get(name, "--turns") in capsys.readouterr().out
 
 
