@@ -16,7 +16,6 @@ from command import run, write_image_folder
 from torchvision.datasets import CIFAR10
 
 from twolevel.analysis.planner import presets
-from twolevel.analysis.planner.calibrate import measured
 from twolevel.analysis.planner.machine import Link
 from twolevel.data import DataConfig
 from twolevel.distributed.environment import World
@@ -390,9 +389,8 @@ def test_what_is_assumed_of_a_link(tmp_path, monkeypatch):
     assert links.assumed_link(world(4, local=2), None) == presets.link("ethernet-10g")
     assert links.assumed_link(world(2), "h100") == presets.link("nvlink-h100")
     own = Link(name="own", latency=1.0, bandwidth=1.0, source="measured by all-gathers")
-    measured({}, "cpu", "float32", own, presets.link("ethernet-10g")).save(
-        tmp_path / "twolevel" / "machine-cpu-float32-1.json"
-    )
+    machine = presets.machine("titan-rtx").with_links(own, presets.link("ethernet-10g"), None)
+    machine.save(tmp_path / "twolevel" / "machine-cpu-float32-1.json")
     assert links.assumed_link(world(2), None) == own
     assert links.assumed_link(world(4, local=2), None) == presets.link("ethernet-10g")
 
