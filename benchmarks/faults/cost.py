@@ -28,7 +28,6 @@ def measure() -> dict[str, Any]:
     The last window's checkpoint is waited for in its time. `saver_cpu_s` is what a checkpoint takes of a processor
     beside the training: where every core computes, that is what it costs.
     """
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig.from_dict(
             {
@@ -38,6 +37,7 @@ def measure() -> dict[str, Any]:
             }
         )
         context = join(config.mesh, config.flat())
+        torch.set_num_threads(1)  # which `join` has set
         try:
             trainer = Trainer(config, context, None, Job.of(context.device), None)
             return _windows(trainer, Saver(Path(folder, "checkpoints"), Retention()))
