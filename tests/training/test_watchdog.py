@@ -277,7 +277,6 @@ def test_a_rank_that_has_finished_may_be_silent():
 
 def test_a_rank_that_keeps_others_waiting_is_named_with_what_it_does():
     world = World(2, patience=0.6)
-    world.dog._where_since = (str(world.place), 0.0)
     with world.dog:
         live(world, range(1, 2), 5, where="batches (twolevel/data/loading.py:9)", since=0.7)
     assert (
@@ -290,7 +289,6 @@ def test_a_rank_that_keeps_others_waiting_is_named_with_what_it_does():
 def test_ranks_that_all_wait_are_nobodys_fault():
     """A slow network: torch's own time-out says so."""
     world = World(2, patience=0.1)
-    world.dog._where_since = (str(world.place), 0.0)
     with world.dog:
         live(world, range(1, 2), 1, where="x", since=5.0, waits=True)
     assert not world.lines

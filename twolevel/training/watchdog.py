@@ -38,10 +38,9 @@ KEPT = 4  # fingerprints of a rank: ranks are this many apart at most
 
 @dataclass
 class Sign:
-    """The last sign of a rank, and when it changed by this rank's clock."""
+    """A sign of life, as it is sent."""
 
     number: int = -1
-    changed: float = 0.0
     host: str = ""
     pid: int = 0
     where: str = ""
@@ -74,23 +73,21 @@ class Watchdog:
         patience: float,
         end: Callable[[str, list[Sign]], None] | None = None,
     ):
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.ranks = dist.get_world_size()
         self.mesh_shape, self.whereabouts = mesh_shape, whereabouts
         self.silence, self.patience, self.end = silence, patience, end or _end
         self.beat = BEAT * max(1, self.ranks // RANKS_A_BEAT)
-        self.own = Sign(host=socket.gethostname(), pid=os.getpid())
+        self.own, self.own_key = Sign(host=socket.gethostname(), pid=os.getpid()), f"sign {dist.get_rank()}"
         self.signs = [Sign() for _ in range(self.ranks)]
         self.store = store.clone()  # a connection of its own
         self.store.set_timeout(timedelta(seconds=silence))
         self.lost: list[Sign] = []
         self._done = threading.Event()
-        self._where_since = ("", time.monotonic())
 
     def __enter__(self) -> "Watchdog":
-        now = time.monotonic()
-        for sign in self.signs:
-            sign.changed = now
-        self.reached = now
+        # When the store last answered, when each sign last changed, and since when this rank is where it is.
+        self.reached = self._there_since = time.monotonic()
+        self.changed = [self.reached] * self.ranks
         self._threads = [
             threading.Thread(target=each, name=f"twolevel {each.__name__}", daemon=True)
             for each in (self._messenger, self._judge)
@@ -110,30 +107,28 @@ class Watchdog:
         self.own.prints = dict(kept)
 
     def _messenger(self) -> None:
-        number, keys = 0, [f"sign {rank}" for rank in range(self.ranks)]
+        keys = [f"sign {rank}" for rank in range(self.ranks)]
         try:
-            self.store.set(keys[self.rank], self._sign(number))
+            self._send()
             while not self._done.wait(self.beat):
-                number += 1
-                self.store.set(keys[self.rank], self._sign(number))
-                for sign, text in zip(self.signs, self.store.multi_get(keys), strict=True):
-                    _update(sign, text)
-                self.reached = time.monotonic()
-            self.store.set(keys[self.rank], self._sign(number + 1))
+                self._send()
+                texts, now = self.store.multi_get(keys), time.monotonic()
+                for rank, sign in enumerate(Sign(**json.loads(text)) for text in texts):
+                    if sign.number != self.signs[rank].number:
+                        self.signs[rank], self.changed[rank] = sign, now
+                self.reached = now
+            self._send()
         except RuntimeError:
             pass  # the judge sees that it has stopped
 
-    def _sign(self, number: int) -> str:
-        where, now = self.whereabouts(), time.monotonic()
-        if str(where) != self._where_since[0]:
-            self._where_since = (str(where), now)
-        since = now - self._where_since[1]
-        about = {"number": number, "host": self.own.host, "pid": self.own.pid, "where": str(where)}
-        return json.dumps(
-            about
-            | {"since": since, "waits": where.collective is not None, "prints": self.own.prints}
-            | {"done": self._done.is_set()}
-        )
+    def _send(self) -> None:
+        own, here, now = self.own, self.whereabouts(), time.monotonic()
+        if str(here) != own.where:
+            self._there_since = now
+        own.number += 1
+        own.where, own.waits, own.since = str(here), here.collective is not None, now - self._there_since
+        own.done = self._done.is_set()
+        self.store.set(self.own_key, json.dumps(vars(own)))
 
     def _judge(self) -> None:
         while not self._done.wait(BEAT):
@@ -152,7 +147,7 @@ class Watchdog:
         silent = [
             rank
             for rank, sign in enumerate(self.signs)
-            if self.reached - sign.changed > self.silence and not sign.done
+            if self.reached - self.changed[rank] > self.silence and not sign.done
         ]
         if silent:
             self.lost = [self.signs[rank] for rank in silent]
@@ -160,7 +155,7 @@ class Watchdog:
             more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
             return f"no sign of {named}{more} for {self.silence:.0f} s; this rank waits in {here}"
         late = [rank for rank, sign in enumerate(self.signs) if sign.since > self.patience and not sign.waits]
-        if late and here.collective is not None and self._where_since[0] == str(here):
+        if late and here.collective is not None and self.own.where == str(here):
             sign = self.signs[late[0]]
             return (
                 f"rank {late[0]} {sign} has been in {sign.where} for {sign.since:.0f} s, and this rank waits for it "
@@ -175,14 +170,6 @@ class Watchdog:
             if found is not None:
                 return f"after step {step} {found}: the run cannot be right from there on; it is stopped"
         return None
-
-
-def _update(sign: Sign, text: bytes) -> None:
-    about = json.loads(text)
-    if about["number"] != sign.number:
-        sign.changed = time.monotonic()
-    for name, value in about.items():
-        setattr(sign, name, value)
 
 
 def _end(line: str, lost: list[Sign]) -> None:
