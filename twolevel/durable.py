@@ -21,6 +21,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+
+
 def publish(made: Path, path: Path) -> None:
     """Rename a whole file into place. After a crash of the machine there is the old one or the new one."""
     sync(made)

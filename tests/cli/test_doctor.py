@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     [
         ("write_seconds", 1e6, "writing", "warning", "MB/s to the disk"),
         ("lock", "No locks available", "locks", "warning", "cannot be locked (No locks available)"),
-        ("_appeared", False, "renames", "problem", "do not see what rank 0 has renamed"),
+        ("appears", False, "renames", "problem", "do not see what rank 0 has renamed"),
     ],
 )
 def test_a_folder_on_a_poor_file_system(tmp_path, monkeypatch, function, result, what, level, words):

@@ -11,6 +11,7 @@ from twolevel.errors import UserError
 from twolevel.grids.declare import Run, completed
 from twolevel.host import processor
 from twolevel.training.config import TrainConfig
+from twolevel.training.validation import is_number
 
 KEYS = {"grid", "run", "settings", "completed", "final", "curve", "seconds", "counts", "machine", "torch"}
 # Of an epoch's record, what curves are drawn of.
@@ -48,17 +49,13 @@ def _is_result(line: Any) -> bool:
     numbers += [epoch.get(name) for epoch in curve for name in ("epoch", "train_loss")]
     texts = [line["grid"], line["run"], line["torch"], line["machine"].get("cpu")]
     texts += [line["machine"].get("gpu") or ""]
-    if not all(map(_is_number, numbers)) or not all(isinstance(text, str) for text in texts):
+    if not all(map(is_number, numbers)) or not all(isinstance(text, str) for text in texts):
         return False
     try:
         Run({name: completed[name] for name in _defaults().keys() & completed.keys()}).config()
     except UserError:
         return False
     return not _NAMES - completed.keys()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 # Of `completed`, what a page asks of every line.

@@ -112,9 +112,15 @@ def read(output: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """The records of a run in their order, all or those of one kind; a half-written last line is left out."""
     path = output / LINES
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "kind" in record and (kind is None or record["kind"] == kind):
+        record = parse(line)
+        if record is not None and (kind is None or record["kind"] == kind):
             yield record
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The record in a line; None where it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None

@@ -164,11 +164,18 @@ def _write(mark: Path) -> None:
 
 
 def _look_for(mark: Path) -> None:
+    if not appears(mark):
+        raise UserError(
+            f"output={mark.parent}, {mark.parent.absolute()} on {socket.gethostname()}, is not the folder that "
+            "rank 0 writes; give an absolute --output on a file system that all ranks share"
+        )
+
+
+def appears(path: Path) -> bool:
+    """Whether a path is there, or soon: a network file system may show it to other machines later."""
     until = time.monotonic() + APPEARS_SECONDS
-    while not mark.exists():
+    while not path.exists():
         if time.monotonic() > until:
-            raise UserError(
-                f"output={mark.parent}, {mark.parent.absolute()} on {socket.gethostname()}, is not the folder that "
-                "rank 0 writes; give an absolute --output on a file system that all ranks share"
-            )
+            return False
         time.sleep(LOOK_SECONDS)
+    return True

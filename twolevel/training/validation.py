@@ -29,6 +29,11 @@ def check_least(config: object, least: int, *names: str) -> None:
         check(config, name, value is None or value >= least, f"{least} or more")
 
 
+def is_number(value: object) -> bool:
+    """Whether a value read from JSON is a number with which one can compute."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def from_dict(cls: type, values: Any, origin: str) -> Any:
     """An instance of a dataclass, nested ones too, from the values of a JSON file called `origin`.
 

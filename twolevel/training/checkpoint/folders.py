@@ -12,8 +12,9 @@ from typing import Any
 import torch.distributed as dist
 
 from twolevel import durable
-from twolevel.distributed.agreement import agree, all_gather
+from twolevel.distributed.agreement import all_gather
 from twolevel.errors import UserError
+from twolevel.training.validation import is_number
 
 STATE, SUMS = "state.json", "SHA256SUMS"
 REQUIRED = {"config", "num_classes", "step", "epoch_sums", "ranks"}
@@ -87,15 +88,17 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def _no_checkpoint(path: Path) -> UserError:
+    return UserError(f"{path} is no checkpoint: it has no {STATE}; give a folder like runs/last")
+
+
 def _sums(path: Path) -> dict[str, str]:
     """What SHA256SUMS says. Raises Damaged where it is not what `publish` wrote."""
     try:
         lines = (path / SUMS).read_text().splitlines()
     except FileNotFoundError:
         if not (path / STATE).exists():
-            raise UserError(
-                f"{path} is no checkpoint: it has no {STATE}; give a folder like runs/last"
-            ) from None
+            raise _no_checkpoint(path) from None
         raise Damaged(path, f"{SUMS} is missing") from None
     except (OSError, ValueError) as error:
         raise Damaged(path, f"{SUMS}: {error}") from error
@@ -118,9 +121,9 @@ def verify(path: Path) -> None:
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums = _sums(path)
-    read_state(path, sums[STATE])
+    state = read_state(path, sums[STATE])
     shards = sorted(sums.keys() - {STATE})
-    if len(shards) != read_state(path)["ranks"]:
+    if len(shards) != state["ranks"]:
         raise Damaged(path, f"{SUMS} is not what was written")
     for name in shards:
         if not (path / name).is_file():
@@ -167,16 +170,12 @@ def newest_good(root: Path, *, set_aside: bool = False) -> Path | None:
 
 def damage_of(path: Path) -> str | None:
     """Why a checkpoint is not good, in the words of the first rank that finds it; every rank calls this."""
-    error = None
+    own = None
     try:
         verify(path)
-    except UserError as raised:
-        error = raised
-    try:
-        agree(error)
-    except UserError as everyones:
-        return re.sub(r"^rank \d+: ", "", str(everyones))
-    return None
+    except UserError as error:
+        own = str(error)
+    return next((why for why in all_gather(own) if why is not None), None)
 
 
 def read_state(path: Path, expected: str | None = None) -> dict[str, Any]:
@@ -190,7 +189,7 @@ def read_state(path: Path, expected: str | None = None) -> dict[str, Any]:
             raise ValueError("it is not what was written: its SHA-256 is another")
         state = json.loads(text)
     except FileNotFoundError:
-        raise UserError(f"{path} is no checkpoint: it has no {STATE}; give a folder like runs/last") from None
+        raise _no_checkpoint(path) from None
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(path, f"{STATE}: {error}") from error
     missing: Iterable[str] = REQUIRED - state.keys() if isinstance(state, dict) else REQUIRED
@@ -210,24 +209,20 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def _is_record(value: object) -> bool:
     """Whether it is what `Epochs.finish` makes."""
     if not isinstance(value, dict) or value.get("kind") != "epoch":
         return False
     counts = [value.get("epoch"), value.get("step")]
     numbers = ("train_loss", "train_error", "learning_rate", "images_per_second", "seconds")
-    return all(map(_is_count, counts)) and all(_is_number(value.get(name, 0)) for name in numbers)
+    return all(map(_is_count, counts)) and all(is_number(value.get(name, 0)) for name in numbers)
 
 
 FITS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("step", "num_classes", "ranks", "epoch", "position"), _is_count),
-    "epoch_sums": lambda sums: isinstance(sums, list) and len(sums) == 3 and all(map(_is_number, sums)),
-    "epoch_seconds": _is_number,
-    "test_error": lambda error: error is None or _is_number(error),
+    "epoch_sums": lambda sums: isinstance(sums, list) and len(sums) == 3 and all(map(is_number, sums)),
+    "epoch_seconds": is_number,
+    "test_error": lambda error: error is None or is_number(error),
     "untested": lambda record: record is None or _is_record(record),
 }
 """What a state may hold beside its settings, by name."""

@@ -19,7 +19,8 @@ class Retention:
 
     def prune(self, root: Path, step: int) -> None:
         """Remove what is not to be kept of the checkpoints of earlier steps than `step`, which is the newest."""
-        found = {number: _about(path) for number, path in complete(root).items() if number <= step}
+        paths = {number: path for number, path in complete(root).items() if number <= step}
+        found = {number: _about(path) for number, path in paths.items()}
         kept = {*sorted(found)[-self.newest :], step}
         tested = {
             number: about["test_error"]
@@ -33,7 +34,7 @@ class Retention:
                 n for n, about in found.items() if _ends_epoch(about) and about["epoch"] % self.epochs == 0
             }
         for number in found.keys() - kept:
-            shutil.rmtree(complete(root)[number], ignore_errors=True)
+            shutil.rmtree(paths[number], ignore_errors=True)
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from twolevel import durable
 from twolevel.distributed.agreement import together
 from twolevel.errors import NotFinite, UserError
 from twolevel.training.checkpoint import folders
@@ -78,16 +79,17 @@ class Saver:
         if self._not_finite is not None:
             error, self._not_finite = self._not_finite, None
             raise error
-        if self._failed is not None and (last or not isinstance(self._failed, UserError)):
-            raise self._failed
-        if self._failed is not None:
-            warnings.warn(f"{self._failed}; the run goes on and tries again", stacklevel=2)
-            self._failed = None
+        failed, self._failed = self._failed, None
+        if failed is None:
+            return
+        if last or not isinstance(failed, UserError):
+            raise failed
+        warnings.warn(f"{failed}; the run goes on and tries again", stacklevel=2)
 
     def _check_place(self) -> None:
         """Raise UserError where a checkpoint would be written to another file system than the run's."""
         run = self.root.parent
-        there = next(path for path in (run, *run.absolute().parents) if path.exists())
+        there = durable.existing(run)
         if there.stat().st_dev != self._device and not (run / "config.json").exists():
             raise UserError(f"cannot write to {run}: its file system is gone; mount it again")
 

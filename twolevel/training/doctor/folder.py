@@ -16,6 +16,7 @@ from twolevel.errors import UserError
 from twolevel.training import output as run_output
 from twolevel.training.config import TrainConfig
 from twolevel.training.doctor.finding import Finding, gather, guarded, naming, ok, problem, size, warning
+from twolevel.training.output import appears
 
 TRIAL_BYTES = 2**26
 # A checkpoint is written beside the training, but the next one waits for it.
@@ -64,7 +65,7 @@ def _renames(trial: Path, first: bool) -> Iterator[Finding]:
             new.rename(folder)
 
     gather(rename)
-    contents = gather(lambda: _appeared(folder) and old.read_text())
+    contents = gather(lambda: appears(folder) and old.read_text())
     if all(content == "new" for content in contents):
         yield ok("renames", "a file and a folder were renamed, seen by every rank")
     else:
@@ -74,16 +75,6 @@ def _renames(trial: Path, first: bool) -> Iterator[Finding]:
             f"ranks {', '.join(map(str, ranks))} do not see what rank 0 has renamed",
             "checkpoints are published by a rename: name an --output on another file system",
         )
-
-
-def _appeared(path: Path) -> bool:
-    """Whether a path is there, or soon: a network file system may show it to other machines later."""
-    until = time.monotonic() + run_output.APPEARS_SECONDS
-    while not path.exists():
-        if time.monotonic() > until:
-            return False
-        time.sleep(run_output.LOOK_SECONDS)
-    return True
 
 
 def _locks(trial: Path, world: World) -> Iterator[Finding]:

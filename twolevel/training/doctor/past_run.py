@@ -137,20 +137,12 @@ def _records(output: Path) -> Iterator[Finding]:
     except OSError as error:
         yield problem(path.name, f"{path} cannot be read: {error.strerror}", "--resume begins a new one")
         return
-    whole = sum(_is_record(line) for line in lines)
+    whole = sum(metrics.parse(line) is not None for line in lines)
     if whole == len(lines):
         yield ok(path.name, f"{whole:,} records")
     else:
         finding = f"{len(lines) - whole:,} of {len(lines):,} lines are damaged"
         yield warning(path.name, finding, "they are passed over; look for a full or failing disk")
-
-
-def _is_record(line: str) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and "kind" in record
 
 
 def _config(output: Path) -> TrainConfig:

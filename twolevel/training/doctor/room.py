@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from twolevel import models
+from twolevel import durable, models
 from twolevel.distributed.environment import World
 from twolevel.errors import UserError
 from twolevel.training import checkpoint
@@ -50,7 +50,7 @@ def check_room(config: TrainConfig, one: int, ranks: int, output: Path) -> Itera
     """Of the file system of `output`, for checkpoints of `one` bytes each; what they take already is theirs."""
     number = kept(config) + 1  # one is written before another is removed
     there = _files_below(output / "checkpoints")
-    free = shutil.disk_usage(existing(output)).free
+    free = shutil.disk_usage(durable.existing(output)).free
     needed = number * one - min(sum(there), kept(config) * one)
     found = f"{number} checkpoints of {size(one)} need {size(needed)} more in {output}, {size(free)} are free"
     if free >= needed:
@@ -58,7 +58,7 @@ def check_room(config: TrainConfig, one: int, ranks: int, output: Path) -> Itera
     else:
         advice = "free some, name an --output elsewhere, or keep fewer (--keep-checkpoints, --no-keep-best)"
         yield problem("room", found, advice)
-    status = os.statvfs(existing(output))
+    status = os.statvfs(durable.existing(output))
     files = number * (ranks + 3) + OTHER_FILES
     if not status.f_files:
         return  # the file system has no fixed number
@@ -67,11 +67,6 @@ def check_room(config: TrainConfig, one: int, ranks: int, output: Path) -> Itera
         yield ok("files", found)
     else:
         yield problem("files", found, "remove some (df -i shows where), or name an --output elsewhere")
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 def _files_below(root: Path) -> list[int]:
