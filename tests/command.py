@@ -56,11 +56,11 @@ def losses(output: Path) -> list[tuple]:
     return [(r["step"], r["loss"], r["error"]) for r in records(output, "step")]
 
 
-def weights(pool, output: Path) -> dict[str, torch.Tensor]:
-    """Of a run that has ended, by name."""
-    file = output.parent / f"{output.name}.safetensors"
-    if not file.exists():
-        run(pool, "export", output, file)
+def weights(pool, output: Path, which: str = "model") -> dict[str, torch.Tensor]:
+    """Those of a run's newest checkpoint, by name."""
+    file = output.parent / f"{output.name}-{which}.safetensors"
+    file.unlink(missing_ok=True)
+    run(pool, "export", output, file, "--weights", which)
     return load_file(file)
 
 

@@ -6,9 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from command import records, run
+from command import records, run, weights
 from inductor import fresh_inductor, needs_compiler
-from safetensors.torch import load_file
 
 from twolevel.ops import autotune, dispatch, normalise_dispatch
 from twolevel.ops.autotune import Decision, Form
@@ -64,13 +63,6 @@ def forms_of(output) -> dict[str, str]:
 
 def of_convolutions(forms: dict[str, str]) -> dict[str, str]:
     return {title: form for title, form in forms.items() if not title.startswith("batch norm")}
-
-
-def weights(pool, output) -> dict[str, torch.Tensor]:
-    file = output.parent / f"{output.name}.safetensors"
-    file.unlink(missing_ok=True)
-    run(pool, "export", output, file)
-    return load_file(file)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

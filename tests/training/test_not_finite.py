@@ -5,8 +5,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from command import command, records, run
-from safetensors.torch import load_file
+from command import command, records, run, weights
 
 from twolevel.training.epoch import Epochs
 from twolevel.training.step import TrainStep
@@ -33,12 +32,6 @@ def poisoned(*argv: object, steps: list[int], leave_out: bool = False, rank: int
 
     with mock.patch.object(TrainStep, "__call__", step):
         return command(*argv)
-
-
-def weights(pool, output) -> dict[str, torch.Tensor]:
-    file = output.with_suffix(".safetensors")
-    run(pool, "export", output, file)
-    return load_file(file)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from command import records, run
+from command import records, run, weights
 from safetensors.torch import load_file
 
 # Everything that has a state: momentum, moving average, a schedule that changes every step, a warm-up.
@@ -30,12 +30,6 @@ def losses(output) -> list[tuple[int, float, float]]:
 def epochs_of(output) -> list[tuple[float, float, float, float]]:
     keys = ("train_loss", "train_error", "test_loss", "ema_test_loss")
     return [tuple(r[k] for k in keys) for r in records(output, "epoch")]
-
-
-def weights(pool, output, which) -> dict[str, torch.Tensor]:
-    file = output.parent / f"{output.name}-{which}.safetensors"
-    run(pool, "export", output, file, "--weights", which)
-    return load_file(file)
 
 
 @pytest.mark.parametrize("ranks", [4, 2, 1])
