@@ -1,13 +1,13 @@
 """The processes of a trial, found by a variable of their environment, and where a run is by the files it writes."""
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from twolevel.training import metrics
 
 MARK = "TWOLEVEL_TRIAL"
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
@@ -28,31 +28,23 @@ def of(trial: str, rank: int | None = None) -> list[int]:
     return found
 
 
-def end(trial: str) -> None:
-    """End every process of a trial, those that are stopped too."""
-    for process in of(trial):
-        with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGKILL)
+def send(which: signal.Signals, trial: str, rank: int | None = None) -> bool:
+    """Send a signal to the processes of a trial, or to those that are this rank of it; whether there are any."""
+    found = of(trial, rank)
+    for process in found:
+        with contextlib.suppress(OSError):  # it has just ended
+            os.kill(process, which)
+    return bool(found)
 
 
-def wait_for(happened: Callable[[], object], process: subprocess.Popen | None, limit_s: float) -> bool:
-    """Look until it has happened, the process has ended or the time is up; whether it has."""
+def wait_for(happened: Callable[[], object], limit_s: float) -> bool:
+    """Look until it has happened or the time is up; whether it has."""
     until = time.monotonic() + limit_s
     while not happened():
-        if time.monotonic() > until or (process is not None and process.poll() is not None):
-            return bool(happened())
+        if time.monotonic() > until:
+            return False
         time.sleep(POLL_S)
     return True
-
-
-def records(run: Path) -> list[dict]:
-    """The records of a run so far."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
 
 
 def is_saving(run: Path, step: int | None = None) -> bool:
@@ -63,7 +55,7 @@ def is_saving(run: Path, step: int | None = None) -> bool:
 
 def place(run: Path, steps_per_epoch: int) -> str:
     """What a run is doing now, by its files."""
-    seen = records(run)
+    seen = [*metrics.read(run)]
     if is_saving(run):
         return "save"
     if not seen:

