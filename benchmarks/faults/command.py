@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.faults import cost, trial
+from benchmarks.faults import chain, cost, trial
 from benchmarks.links import why_not
 from twolevel.errors import UserError, unknown
 
@@ -37,6 +37,9 @@ class Settings:
     cost: bool = False
     """measure what checkpoints and fingerprints cost a step, on a machine that does nothing else, instead of trials"""
 
+    chains: bool = False
+    """runs whose number of ranks changes under way, with a picture of their losses, instead of trials"""
+
     keep: bool = False
     """keep the folder of a trial that went well too"""
 
@@ -52,6 +55,12 @@ def main(argv: list[str]) -> None:
         print(cost_table(found))
         output = settings.output.with_name(f"{settings.output.stem}-cost.json")
         report.save(output, command, facts, {}, found)
+        return
+    if settings.chains:
+        facts, found = report.machine(), chain.measure(settings.folder)
+        output = settings.output.with_name(f"{settings.output.stem}-chains.json")
+        print(f"picture: {chain.draw(found, output.with_suffix('.png'))}")
+        report.save(output, command, facts, {}, {"chains": found})
         return
     lines = settings.folder / "trials.jsonl"
     skipped = {}

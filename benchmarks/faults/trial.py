@@ -139,12 +139,13 @@ class Run:
     def ended(self) -> bool:
         return all(process.poll() is not None for process in self.started)
 
-    def wait(self, limit_s: float) -> int:
-        """Until the run has finished, started again while it fails; the number of starts by this loop."""
+    def wait(self, limit_s: float, *, again: bool = True) -> int:
+        """Until the run has finished, started again while it fails unless told not to; the number of starts."""
         until, starts = time.monotonic() + limit_s, 1
         while time.monotonic() < until:
             if self.ended():
-                if all(process.returncode == 0 for process in self.started) or starts > RESTARTS:
+                done = all(process.returncode == 0 for process in self.started)
+                if done or not again or starts > RESTARTS:
                     break
                 self.start(again=True)
                 starts += 1
@@ -221,8 +222,8 @@ def disturb(kind: Kind, number: int, folder: Path, reference: dict[str, torch.Te
         )
     except ValueError as error:
         found |= {"bit_equal": False, "why": str(error)}
-    steps = [record["step"] for record in metrics.read(run.output, "step")]
-    found["records_whole"] = steps == [*range(1, LAST_STEP + 1)]
+    recorded = [record["step"] for record in metrics.read(run.output, "step")]
+    found["records_whole"] = recorded == [*range(1, LAST_STEP + 1)]
     return found
 
 
@@ -232,16 +233,17 @@ def _moment(run: Run, phase: str, rng: random.Random) -> Callable[[], object]:
         return lambda: len(processes.of(run.trial, 0)) > 0
     if phase == "save":
         step = SAVE_STEPS * rng.randrange(1, LAST_STEP // SAVE_STEPS + 1)
-        return lambda: processes.is_saving(run.output, step) or _steps(run) >= min(step + 1, LAST_STEP)
+        return lambda: processes.is_saving(run.output, step) or steps(run) >= min(step + 1, LAST_STEP)
     step = (
         STEPS_PER_EPOCH * rng.randrange(1, EPOCHS + 1)
         if phase == "evaluation"
         else rng.randrange(1, LAST_STEP)
     )
-    return lambda: _steps(run) >= step
+    return lambda: steps(run) >= step
 
 
-def _steps(run: Run) -> int:
+def steps(run: Run) -> int:
+    """The last step of a run that has a record."""
     return max((record["step"] for record in metrics.read(run.output)), default=0)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.faults import command, processes, trial
+from benchmarks.faults import chain, command, processes, trial
 from twolevel.errors import UserError
 
 
@@ -56,6 +56,18 @@ def test_trials_are_counted_and_those_that_struck_nobody_are_not():
     assert "kill" in command.table(lines)
     with pytest.raises(UserError, match="no trial has been made yet"):
         command.table([])
+
+
+def test_losses_of_changed_ranks_are_compared_step_by_step(tmp_path):
+    assert chain.difference([2.0, 1.0, 0.5], [2.0, 1.25, 0.5]) == 0.25
+    assert chain.difference([2.0, 1.0], [2.0, 1.0, 0.5]) == float("inf")
+    found = {
+        "ranks": (2, 1),
+        "ended_after_step": [1, 3],
+        "losses": [2.0, 1.0],
+        "undisturbed": [2.0, 1.0, 0.5],
+    }
+    assert chain.draw([found | {"largest_difference": float("inf")}], tmp_path / "chains.png").stat().st_size
 
 
 def test_a_kind_that_does_not_exist_is_named(tmp_path):
