@@ -114,3 +114,12 @@ def set_blocks_(weight: Tensor, conv: nn.Conv2d) -> None:
     blocks = zip(weight.chunk(conv.groups), conv.weight.chunk(conv.groups), strict=True)
     for group, (rows, block) in enumerate(blocks):
         rows[:, group * block.shape[1] :][:, : block.shape[1]] = block
+
+
+def dense_weight_of(conv: nn.Conv2d) -> Tensor:
+    """The weight `[m, n, k, k]` of the dense convolution that computes the same: zero between groups."""
+    if conv.groups == 1:
+        return conv.weight.detach()
+    dense = conv.weight.new_zeros(conv.out_channels, conv.in_channels, *conv.kernel_size)
+    set_blocks_(dense, conv)
+    return dense

@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from twolevel.errors import UserError, unknown
+from twolevel.nn.base import dense_weight_of
 from twolevel.nn.carry import DRAWN, carry_weights
 from twolevel.nn.channels import ChannelBias
 from twolevel.nn.factory import KINDS, make_conv
 from twolevel.nn.init import initialize
+from twolevel.nn.nearest import HAVE_NEAREST, set_nearest_
 from twolevel.nn.structure import convolutions
 
 CONVOLUTIONS = (
@@ -31,12 +33,16 @@ Skip = Callable[[str, nn.Conv2d], bool] | Iterable[str]
 
 @dataclass
 class Conversion:
-    """What `convert` did. By name, `replaced`: what became of the weights; `left`: why a convolution stayed."""
+    """What `convert` did. By name, `replaced`: what became of the weights; `left`: why a convolution stayed.
+
+    `errors` are those of nearest weights W', ||W - W'|| / ||W||.
+    """
 
     conv: str
     groups: int
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} convolutions became {self.conv}, {len(self.left)} were left"]
@@ -52,13 +58,16 @@ def convert(
     skip: Skip = (),
     *,
     seed: int = 0,
+    nearest: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Replace, in place, every nn.Conv2d of a network by one of kind `conv`; what was done is in `model.conversion`.
 
     Stride, padding, dilation, bias, device, type, memory format and training mode are copied. The weights are
     kept where the new form can represent the old function, frozen if they were, and drawn from (seed, name)
-    elsewhere. A convolution under several names stays one. These are left as they are:
+    elsewhere; with `nearest`, for gc, gc2l and bgc, they are those nearest to the old ones in the least-squares sense
+    (`twolevel.nn.nearest.set_nearest_` has the formulas), a start for fine-tuning. A convolution under several names
+    stays one. These are left as they are:
 
     - the first convolution (the stem), and depthwise convolutions;
     - those that are not an nn.Conv2d (ConvTranspose2d, Conv1d, ...), whose channels `groups` does not divide, or
@@ -67,10 +76,15 @@ def convert(
       that would be drawn anew;
     - what `skip` names under one of its names: patterns like "layer1.*", or a function of (name, module).
 
-    Raises UserError for an unknown kind, or where nothing at all is replaced.
+    Raises UserError for an unknown kind, for one without nearest weights or a network without values where those are
+    asked for, and where nothing at all is replaced.
     """
     if conv not in KINDS:
         raise unknown("conv", conv, KINDS)
+    if nearest and conv not in HAVE_NEAREST:
+        raise UserError(f"nearest=True is invalid for conv={conv!r}; use one of {', '.join(HAVE_NEAREST)}")
+    if nearest and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("nearest=True needs the network's weights; one of the meta device has none yet")
     done = Conversion(conv, groups)
     if not callable(skip):
         skip = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -80,10 +94,12 @@ def convert(
         if not why:
             assert isinstance(module, nn.Conv2d)  # `_why_left` leaves all others
             try:
-                new, weights = _replacement(module, names[0], conv, groups, options, seed)
-            except UserError as error:
-                why = str(error)
+                new, weights, error = _replacement(module, names[0], conv, groups, options, seed, nearest)
+            except UserError as refused:
+                why = str(refused)
             else:
+                if error is not None:
+                    done.errors[names[0]] = error
                 for name in names:
                     parent, _, attribute = name.rpartition(".")
                     setattr(model.get_submodule(parent), attribute, new)
@@ -154,9 +170,12 @@ def _why_left(module: nn.Module, names: list[str], holders: dict[nn.Parameter, l
 
 
 def _replacement(
-    module: nn.Conv2d, name: str, conv: str, groups: int, options: dict[str, Any], seed: int
-) -> tuple[nn.Module, str]:
-    """The replacement of a convolution, and what became of its weights. Raises UserError where there is none."""
+    module: nn.Conv2d, name: str, conv: str, groups: int, options: dict[str, Any], seed: int, nearest: bool
+) -> tuple[nn.Module, str, float | None]:
+    """The replacement of a convolution, what became of its weights, and the error of nearest ones.
+
+    Raises UserError where there is none.
+    """
     new = _same_geometry(module, conv, groups, options)
     if not module.weight.is_meta:
         initialize(new, seed, prefix=name)
@@ -165,13 +184,17 @@ def _replacement(
         if weights == DRAWN:
             raise UserError(f"its weight is frozen, and {conv} of groups={groups} cannot represent it")
         new.requires_grad_(False)
+    error = None
+    if nearest and weights == DRAWN:
+        error = set_nearest_(new, dense_weight_of(module))
+        weights = f"nearest weights, relative error {error:.3f}"
     if not module.weight.is_contiguous():
         new = new.to(memory_format=torch.channels_last)
     if module.bias is not None:
         bias = ChannelBias(module.out_channels, module.bias.device, module.bias.dtype)
         bias.bias = module.bias
         new = nn.Sequential(new, bias)
-    return new.train(module.training), weights
+    return new.train(module.training), weights, error
 
 
 def _same_geometry(module: nn.Conv2d, conv: str, groups: int, options: dict[str, Any]) -> nn.Module:
