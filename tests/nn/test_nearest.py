@@ -34,7 +34,9 @@ def test_the_fit_cannot_be_bettered_and_the_error_is_its(conv, options):
     weight, new = draw(16, 12, 3, 3), layer(conv, **options)
     error = set_nearest_(new, weight)
     distance = dense_of(new) - weight
-    torch.testing.assert_close(torch.tensor(error, dtype=torch.float64), distance.norm() / weight.norm(), **ROUNDING)
+    torch.testing.assert_close(
+        torch.tensor(error, dtype=torch.float64), distance.norm() / weight.norm(), **ROUNDING
+    )
     distance.square().sum().backward()
     for parameter in new.parameters():
         torch.testing.assert_close(parameter.grad, torch.zeros_like(parameter), **ROUNDING)
@@ -49,7 +51,9 @@ def test_no_representatives_reach_what_the_next_singular_values_have(kept):
         others = [row for row in range(16) if row // 4 != h]
         values = torch.linalg.svdvals(weight[others][:, 3 * h : 3 * h + 3].flatten(1))
         missed += values[kept:].square().sum()
-    torch.testing.assert_close(torch.tensor(error, dtype=torch.float64), missed.sqrt() / weight.norm(), **ROUNDING)
+    torch.testing.assert_close(
+        torch.tensor(error, dtype=torch.float64), missed.sqrt() / weight.norm(), **ROUNDING
+    )
 
 
 @pytest.mark.parametrize(("conv", "options"), KINDS)

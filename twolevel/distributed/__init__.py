@@ -4,6 +4,7 @@
 """
 
 from twolevel.distributed.collectives import MeshAxis
+from twolevel.distributed.gather import gather
 from twolevel.distributed.gradients import clip_gradients_, gradient_norm
 from twolevel.distributed.mesh import init_mesh
 from twolevel.distributed.parallelize import parallelize
@@ -12,6 +13,7 @@ from twolevel.distributed.replicas import replicate, sync_buffers
 __all__ = [
     "MeshAxis",
     "clip_gradients_",
+    "gather",
     "gradient_norm",
     "init_mesh",
     "parallelize",

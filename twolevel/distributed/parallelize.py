@@ -4,6 +4,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed.batch_norm import synchronise_batch_norm
+from twolevel.distributed.gather import remember_whole
 from twolevel.distributed.mpi_axis import exchange_of
 from twolevel.distributed.separable import check_within_groups
 from twolevel.distributed.shard import check_unshared, cut_channels, whole_layout
@@ -30,7 +31,7 @@ def parallelize(
     In order: (1) convolutions, normalisations, stem and classifier are cut by channel group;
     (2) two-level and balanced convolutions get the exchange of this `group` axis; (3) with `sync_batch_norm`, batch
     statistics are taken over the `data` axis (over the group axis there is nothing to share: a channel
-    lives on one rank). `replicate` then adds the gradients' all-reduce over `data`.
+    lives on one rank). `replicate` then adds the gradients' all-reduce over `data`. `gather` is the way back.
 
     `exchange` is what carries (2): "group", the process group of the axis; "mpi", within `timeout_s` a collective;
     or "auto", MPI for ranks on CPUs that it started. Every rank of the mesh must call this.
@@ -41,6 +42,9 @@ def parallelize(
     ranks = mesh["group"].size()
     if ranks > 1:
         _check(model, layout, ranks)
+    if mesh.size() > 1:
+        remember_whole(model)
+    if ranks > 1:
         layout = layout.part(mesh.get_local_rank("group"), ranks)
         cut_channels(model, layout, exchange_of(mesh, exchange, timeout_s))
     set_layout(model, layout)
