@@ -11,6 +11,7 @@ BENCHMARKS = {
     "traffic": "how often a layer passes over its maps, kernel by kernel; nothing is timed",
     "normalise": "batch norm and ReLU of every size in a network, forward and backward, by torch and by ours",
     "step": "whole training steps: dense, group, our and stock two-level convolutions",
+    "recompute": "memory and time of steps whose blocks are computed again in backward",
     "input": "training steps fed by the input pipeline against steps on a batch that is there",
     "predict": "the cost model of `twolevel plan`, calibrated here, against measured steps",
     "scaling": "GC-2L and its rivals over ranks, over emulated links, and projected to many ranks",

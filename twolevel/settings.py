@@ -55,6 +55,10 @@ RecipeName = Literal["paper", "fast"]
 Update = Literal["momentum", "nesterov", "muon"]
 Flip = Literal["random", "alternating"]
 
+# What is computed again in backward instead of being stored; convolutions whose forward changes nothing of their own.
+Recompute = Literal["none", "blocks"]
+RECOMPUTED = ("sc", "gc", "gc2l", "bgc", "shuffle", "flgc")
+
 # What a run does where a loss or a gradient is not finite.
 OnNotFinite = Literal["stop", "skip", "back"]
 

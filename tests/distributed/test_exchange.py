@@ -187,6 +187,7 @@ KINDS = {
     "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
     "c10d::alltoall_base_": ("reduce-scatter", 1),  # (received, parts, ...); ranks add up what they got
     "c10d::allreduce_": ("all-reduce", 0),  # (tensors, group, ...)
+    "c10d::broadcast_": ("broadcast", 0),  # of replicas' buffers
 }
 
 

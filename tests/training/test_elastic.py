@@ -38,6 +38,16 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_no_argument_changed(pool, ti
     torch.testing.assert_close(weights(pool, tmp_path / "run"), weights(pool, undisturbed), **close)
 
 
+def test_blocks_computed_again_change_no_bit_of_a_run_and_may_be_chosen_under_way(
+    pool, tiny, undisturbed, tmp_path
+):
+    argv = ["train", *tiny, *FIXED, "--output", tmp_path / "run"]
+    run(pool, *argv, "--recompute", "blocks", "--max-steps", 5, ranks=2)
+    first, _ = run(pool, *argv, "--resume", ranks=2)
+    assert first.err == "" and losses(tmp_path / "run") == losses(undisturbed)
+    torch.testing.assert_close(weights(pool, tmp_path / "run"), weights(pool, undisturbed), rtol=0, atol=0)
+
+
 def test_replicas_that_come_or_go_are_one_line(pool, tiny, tmp_path):
     argv = ["train", *tiny, *FIXED, "--groups", 2, "--output", tmp_path / "run", "--resume"]
     run(pool, *argv, "--max-steps", 1, ranks=4)

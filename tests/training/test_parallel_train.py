@@ -144,6 +144,12 @@ REFUSED = [
     ),
     ("--parallel channel --conv sc --model condensenet-50", "cat"),
     ("--parallel pipe --conv sc", "invalid choice 'pipe'"),
+    ("--recompute blocks --conv dgc", "recompute=blocks is invalid with conv=dgc, whose forward changes"),
+    (
+        "--recompute blocks --conv sc --parallel fsdp",
+        "recompute=blocks is invalid with parallel=fsdp; it is for",
+    ),
+    ("--recompute blocks --compile", "recompute=blocks is invalid with --compile; leave one of them out"),
 ]
 
 

@@ -17,17 +17,16 @@ from twolevel.nn import layout_of
 
 def remember_whole(model: nn.Module) -> None:
     """Keep in `model`, which is about to be cut, what it is now, without values: `gather` begins from it."""
-    object.__setattr__(model, "whole", _without_values(model))  # no submodule of it
-
-
-def _without_values(model: nn.Module) -> nn.Module | Exception:
-    """A copy on the meta device, or why there is none: only `gather` needs it."""
-    tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    memo = {key: _on_meta(tensor) for key, tensor in tensors.items()}
     try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        return error
+        whole = _copy_without_values(model)
+    except Exception as error:  # only `gather` needs it
+        whole = error
+    object.__setattr__(model, "whole", whole)  # no submodule of it
+
+
+def _copy_without_values(model: nn.Module) -> nn.Module:
+    tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, {key: _on_meta(tensor) for key, tensor in tensors.items()})
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -67,13 +66,13 @@ def gather(
             f"{type(model).__name__} cannot be copied, so it cannot be gathered ({whole}); use a checkpoint"
         )
     keep = rank is None or dist.get_rank() == rank
-    found = _without_values(whole).to_empty(device=device) if keep else None
+    found = _copy_without_values(whole).to_empty(device=device) if keep else None
     axis = MeshAxis(mesh.get_group("group"))
     places = {} if found is None else {**dict(found.named_parameters()), **dict(found.named_buffers())}
     for name, part in chain(model.named_parameters(), model.named_buffers()):
         tensor = part.detach()
-        if layout.is_split(name):
-            dim = layout.dims[name]
+        dim = layout.dims[name]
+        if layout.is_split(name) and dim is not None:
             tensor = axis.all_gather(tensor.transpose(0, dim).flatten())
             tensor = torch.cat([own.view(part.transpose(0, dim).shape) for own in tensor]).transpose(0, dim)
         if found is not None:

@@ -18,6 +18,9 @@ class Block(nn.Module):
     `[B, m, H/stride, W/stride]`, rounded up.
     """
 
+    only_added = ("conv2", "shortcut")
+    """Layers whose outputs no gradient needs: they are not computed again (`twolevel.nn.recompute_blocks`)."""
+
     def __init__(self, in_channels: int, out_channels: int, stride: int, conv: Callable[..., nn.Module]):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)

@@ -10,6 +10,7 @@ from twolevel.nn.inference.network import for_inference
 from twolevel.nn.init import initialize
 from twolevel.nn.layout import Layout, layout_of
 from twolevel.nn.lgc import LearnedGroupConv2d
+from twolevel.nn.recompute import recompute_blocks
 from twolevel.nn.shuffle import ShuffleConv2d
 from twolevel.nn.two_level import TwoLevelConv2d
 
@@ -29,4 +30,5 @@ __all__ = [
     "initialize",
     "layout_of",
     "make_conv",
+    "recompute_blocks",
 ]

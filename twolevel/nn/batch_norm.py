@@ -13,6 +13,7 @@ from twolevel.ops.normalise import Replicas, batch_norm
 from twolevel.ops.normalise_dispatch import SETS, normaliser_for
 from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import PLAIN
+from twolevel.ops.tape import TapedReplicas, current
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -116,7 +117,10 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor, *, relu: bool) -> tuple[Tensor, 
 
 
 def _replicas_of(norm: nn.BatchNorm2d) -> Replicas | None:
-    return norm.axis if isinstance(norm, SyncedBatchNorm2d) and norm.axis.ranks > 1 else None
+    if not isinstance(norm, SyncedBatchNorm2d) or norm.axis.ranks == 1:
+        return None
+    tape = None if torch.compiler.is_compiling() else current()
+    return norm.axis if tape is None else TapedReplicas(norm.axis, tape)
 
 
 def kernels_asked_for(norm: nn.BatchNorm2d) -> str:

@@ -9,6 +9,8 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from twolevel.ops.kernels import native, triton
 from twolevel.ops.problem import batch_class
@@ -170,6 +172,15 @@ def measure(problem: Layer, able: Sequence[Form], runs: Callable[[Layer], list[R
     On a GPU so is one that fails, as kernels may that a card has not been tried with, and forms are replayed as CUDA
     graphs, so that what the host needs to launch their kernels does not choose; unless one cannot be captured.
     """
+    with saved_tensors_hooks(_as_it_is, _as_it_is):  # what is timed is no part of the pass around it
+        return _times_of(problem, able, runs)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _times_of(problem: Layer, able: Sequence[Form], runs: Callable[[Layer], list[Run]]) -> dict[Form, float]:
     candidates = dict(zip(able, runs(problem), strict=True))
     on_gpu = problem.device.type == "cuda"
     times: dict[Form, float] = {}

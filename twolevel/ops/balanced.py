@@ -30,6 +30,7 @@ from twolevel.ops.geometry import Geometry, output_size
 from twolevel.ops.kernels.restriction import conv_backward
 from twolevel.ops.problem import channel_groups
 from twolevel.ops.strides import in_strides_of, memory_format_of
+from twolevel.ops.tape import TapedExchange, current
 
 Wanted = tuple[bool, bool, bool]
 """Which gradients are: of x, A and B."""
@@ -53,6 +54,9 @@ def balanced_conv2d(
         return y.add_(F.conv2d(_mean_of_groups(x, groups), mean, None, *geometry))
     if torch.compiler.is_compiling():
         return _forward_compiled(x, local, mean, *map(list, geometry), exchange.key)[0]
+    tape = current()
+    if tape is not None:
+        exchange = TapedExchange(exchange, tape)
     return _Balanced.apply(x, local, mean, geometry, exchange)
 
 

@@ -10,6 +10,7 @@ from twolevel.ops.dispatch import plan_for
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.problem import channel_groups
+from twolevel.ops.tape import TapedSchedule, current
 
 
 def two_level_conv2d(
@@ -38,6 +39,8 @@ def two_level_conv2d(
         groups = channel_groups(x, local)
         z = F.conv2d(x, restriction, None, *geometry, groups)
         return F.conv2d(x, local, None, *geometry, groups) + F.conv2d(z, coarse)
+    tape = None if torch.compiler.is_compiling() else current()
+    skip = tape is not None and tape.skips(coarse)
     x, local, restriction, coarse = cast_for_convolution(x, local, restriction, coarse)
     if schedule == "dense" and exchange.ranks == 1:
         return schedules.dense(x, local, restriction, coarse, geometry)
@@ -49,7 +52,8 @@ def two_level_conv2d(
     )
     if plan.schedule is None:
         return schedules.dense(x, *weights, geometry)
-    return _TwoLevel.apply(x, *weights, geometry, exchange, plan.schedule)
+    order = plan.schedule if tape is None else TapedSchedule(plan.schedule, tape, skip=skip)
+    return _TwoLevel.apply(x, *weights, geometry, exchange, order)
 
 
 @torch.compiler.assume_constant_result

@@ -14,6 +14,7 @@ from twolevel import durable
 from twolevel.data import Data
 from twolevel.distributed.agreement import together
 from twolevel.errors import Stopped, UserError
+from twolevel.nn import recompute_blocks
 from twolevel.terminal import program
 from twolevel.training import checkpoint, metrics
 from twolevel.training.checkpoint import Retention, Saver
@@ -102,6 +103,10 @@ class Trainer:
             compile=run.compile,
         )
         model = self.placed.model
+        if run.recompute == "blocks" and not recompute_blocks(model):
+            raise UserError(
+                f"recompute=blocks is invalid for {config.model.model}, which has no blocks; leave it out"
+            )
         self.chosen = self._choose_forms({} if run.remeasure else recorded)
         run.forms = recorded | self.chosen.forms
         self.state = self._make_state(model)

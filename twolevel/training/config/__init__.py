@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from twolevel.data.config import DataConfig
 from twolevel.errors import UserError
+from twolevel.settings import RECOMPUTED
 from twolevel.training.config.mesh import MeshConfig
 from twolevel.training.config.model import ModelConfig
 from twolevel.training.config.optimiser import OptimiserConfig
@@ -50,12 +51,27 @@ class TrainConfig:
                 f"ema_decay={self.optimiser.ema_decay} is invalid with parallel=fsdp, whose parameters have no copy "
                 "on a rank; leave it out or use --data-parallel"
             )
+        if self.run.recompute != "none":
+            self._check_recompute()
         parts = self.mesh.data_parallel * self.optimiser.accumulate
         if self.data.batch % parts:
             raise UserError(
                 f"batch_size={self.data.batch} does not divide by data_parallel={self.mesh.data_parallel} x "
                 f"accumulate={self.optimiser.accumulate}; use a multiple of {parts}"
             )
+
+    def _check_recompute(self) -> None:
+        asked = f"recompute={self.run.recompute} is invalid with"
+        if self.model.conv not in RECOMPUTED:
+            raise UserError(
+                f"{asked} conv={self.model.conv}, whose forward changes what training goes by; "
+                f"it is for {', '.join(RECOMPUTED)}"
+            )
+        if self.mesh.parallel != "group":
+            raise UserError(f"{asked} parallel={self.mesh.parallel}; it is for parallel=group")
+        for name in ("compile", "cuda_graph"):
+            if getattr(self.run, name):
+                raise UserError(f"{asked} --{name.replace('_', '-')}; leave one of them out")
 
     @property
     def output(self) -> Path:
