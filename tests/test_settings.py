@@ -8,6 +8,7 @@ import pytest
 from twolevel import settings
 from twolevel.nn import KINDS
 from twolevel.training.config import TrainConfig
+from twolevel.training.trackers import TRACKERS
 
 
 def test_listing_settings_imports_no_torch():
@@ -17,6 +18,10 @@ def test_listing_settings_imports_no_torch():
 
 def test_every_convolution_listed_can_be_built_and_no_other():
     assert set(KINDS) == set(settings.CONVS)
+
+
+def test_every_tracker_listed_can_be_told_and_no_other():
+    assert {*TRACKERS, "none"} == set(settings.TRACKERS)
 
 
 def test_pipelines_are_ways_to_share_a_network():

@@ -62,6 +62,10 @@ RECOMPUTED = ("sc", "gc", "gc2l", "bgc", "shuffle", "flgc")
 # What a run does where a loss or a gradient is not finite.
 OnNotFinite = Literal["stop", "skip", "back"]
 
+# What shows the records of a run beside its own files; several of them, or none.
+TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio", "none"]
+TRACKERS: tuple[str, ...] = get_args(TrackerName)
+
 # Which weights of a run: as trained, or their exponential moving average.
 WeightsOf = Literal["model", "ema"]
 

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -19,6 +20,8 @@ from command import command, write_image_folder
 from twolevel.training import metrics
 from twolevel.training.epoch import Epochs
 from twolevel.training.loop import Trainer
+from twolevel.training.trackers.aside import Aside
+from twolevel.training.trackers.tensorboard import TensorBoard
 
 
 def mount(*words: object) -> None:
@@ -155,13 +158,16 @@ def test_a_folder_that_is_removed_has_its_next_checkpoints(tiny, undisturbed, tm
 
 
 def test_the_thread_of_tensorboard_says_nothing_of_a_disk(tmp_path, capfd):
-    log = metrics.MetricsLog(tmp_path / "run")
+    board = TensorBoard()
+    log = metrics.MetricsLog(tmp_path / "run", 0, [Aside(board, tmp_path / "run", {})])
+    begun = threading.Event()
+    log.trackers[0]._ask(begun.set)
+    assert begun.wait(60)
     shutil.rmtree(tmp_path / "run" / "tensorboard")
     record = {"kind": "step", "step": 1, "loss": 1.0}
-    log.write(record)
-    with pytest.warns(UserWarning, match=r"tensorboard/ is not (written any more|whole): No such file"):
-        with contextlib.suppress(OSError):
-            log.board.flush()  # its thread ends
+    with pytest.warns(UserWarning, match="tensorboard is told no more of this run .No such file"):
+        log.write(record)
+        log.trackers[0]._ask(board.board.flush)  # its thread ends
         log.write(record)
         log.close()
     assert "Traceback" not in capfd.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import shlex
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from twolevel.distributed.agreement import together
 from twolevel.errors import Stopped, UserError
 from twolevel.nn import recompute_blocks
 from twolevel.terminal import program
-from twolevel.training import checkpoint, metrics
+from twolevel.training import checkpoint, metrics, trackers
 from twolevel.training.checkpoint import Retention, Saver
 from twolevel.training.config import TrainConfig
 from twolevel.training.context import Context, join
@@ -35,6 +36,8 @@ from twolevel.training.rules import rules_for
 from twolevel.training.state import TrainState, seed_ranks
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest
+from twolevel.training.trackers.aside import Aside
+from twolevel.training.trackers.base import Tracker
 from twolevel.training.watchdog import Watchdog
 from twolevel.training.whereabouts import Finder
 
@@ -42,8 +45,8 @@ from twolevel.training.whereabouts import Finder
 def train(config: TrainConfig) -> dict[str, Any] | None:
     """Train as configured; every rank calls it with the same configuration.
 
-    Leaves in the output folder `config.json`, `metrics.jsonl`, `epochs.csv`, `tensorboard/`,
-    `checkpoints/` and `curve.png`. Returns the record of the last epoch, None where `max_steps` ends the run
+    Leaves in the output folder `config.json`, `metrics.jsonl`, `epochs.csv`, `checkpoints/`, `curve.png`, and what
+    `trackers` write there. Returns the record of the last epoch, None where `max_steps` ends the run
     before the end of one.
 
     Raises UserError for what cannot be honoured, and Stopped where a signal asked for an end; both on every rank. On a
@@ -66,6 +69,7 @@ def _train(
         if config.run.cuda_graph:
             check_capturable(config, context.world)
         warn_of_ignored(config, context.mesh)
+        tracking = trackers.create(config.run.trackers) if context.first else []
     job, first, device = Job.of(context.device), context.first, context.device
     restarted = job.goes_on_in(config.output)
     resume = config.run.resume or restarted
@@ -73,7 +77,7 @@ def _train(
         print("restarted by torchrun: going on from the newest checkpoint", flush=True)
     claimed = claim(config.output, resume=resume, first=first, device=device, restarted=restarted)
     with claimed as start, autotuned(device):
-        trainer = Trainer(config, context, start, job, watchdog)
+        trainer = Trainer(config, context, start, job, watchdog, tracking)
         finder.follow(trainer.placed.model)
         return trainer.run()
 
@@ -82,9 +86,16 @@ class Trainer:
     """One run on this rank, which goes on from the checkpoint `start` unless that is None."""
 
     def __init__(
-        self, config: TrainConfig, context: Context, start: Path | None, job: Job, watchdog: Watchdog | None
+        self,
+        config: TrainConfig,
+        context: Context,
+        start: Path | None,
+        job: Job,
+        watchdog: Watchdog | None,
+        tracking: Sequence[Tracker],
     ):
         self.config, self.context, self.job, self.watchdog = config, context, job, watchdog
+        self.tracking = tracking
         recorded = self._recorded_forms(start)
         run, optimiser = config.run, config.optimiser
         dtype = torch.float64 if run.precision == "float64" else torch.float32
@@ -180,7 +191,7 @@ class Trainer:
         finally:
             saver.close()
             if metrics_log is not None:
-                metrics_log.close()
+                metrics_log.close(whole=state.step >= self.all_steps and not state.untested)
         if first:
             self._closing_words(last)
         return last
@@ -198,7 +209,8 @@ class Trainer:
         self.job.record(output)
         if self.chosen.why:
             durable.write_text(output / "forms.json", json.dumps(self.chosen.why, indent=1) + "\n")
-        return MetricsLog(output, self.state.step)
+        tracking = [Aside(tracker, output, self.config.to_dict()) for tracker in self.tracking]
+        return MetricsLog(output, self.state.step, tracking)
 
     def _save_seconds(self) -> float | None:
         minutes = self.config.run.checkpoint_minutes

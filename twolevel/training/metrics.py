@@ -1,16 +1,16 @@
-"""Records of a run on disk: JSON lines, a table of epochs, TensorBoard."""
+"""Records of a run on disk, as JSON lines and a table of epochs, and for whatever shows them elsewhere."""
 
 import csv
 import io
 import json
 import math
-import threading
-import warnings
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from twolevel import durable
+from twolevel.training.trackers.aside import CLOSE_SECONDS, Aside
 
 LINES, TABLE = "metrics.jsonl", "epochs.csv"
 EPOCH_COLUMNS = ["epoch", "step", "train_loss", "train_error", "test_loss", "test_error", "test_not_finite"]
@@ -19,31 +19,33 @@ EPOCH_COLUMNS += ["learning_rate", "images_per_second", "seconds"]
 
 
 class MetricsLog:
-    """Writes `metrics.jsonl` (every record), `epochs.csv` (a row an epoch) and `tensorboard/` into a run's folder.
+    """Writes `metrics.jsonl` (every record) and `epochs.csv` (a row an epoch) into a run's folder; tells `trackers`.
 
     Going on from step `start`, records of later steps, which are about to be made again, are removed first. A disk
-    that takes no more does not end the run: what is missing of the first two files is added when there is room.
+    that takes no more does not end the run: what is missing of the files is added when there is room.
     """
 
-    def __init__(self, output: Path, start: int = 0):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
+    def __init__(self, output: Path, start: int = 0, trackers: Sequence[Aside] = ()):
         output.mkdir(parents=True, exist_ok=True)
-        self.output, self.writer = output, SummaryWriter
-        self._hook, threading.excepthook = threading.excepthook, self._in_thread
-        self._begin(start)
+        self.output, self.trackers = output, trackers
+        told = self._begin(start)
+        for tracker in trackers:
+            tracker.begin(start, told)
 
-    def _begin(self, start: int) -> None:
-        kept = [r for r in read(self.output) if r["step"] <= start] if start else []
+    def _begin(self, start: int) -> dict[str, int]:
+        """Open the files; returns the last step of each kind of record that they held."""
+        before = [record for record in read(self.output) if isinstance(record.get("step"), int)]
+        kept = [record for record in before if record["step"] <= start] if start else []
         self.lines = durable.Appended(self.output / LINES, "".join(map(_line, kept)))
         self.table = durable.Appended(self.output / TABLE, _table(kept, header=True))
-        purge = start + 1 if start else None
-        self.board = self.writer(str(self.output / "tensorboard"), purge_step=purge)
+        return {record["kind"]: record["step"] for record in before}
 
     def rewind(self, start: int) -> None:
         """Remove the records of later steps than `start`, from which the run goes on."""
         self._end()
-        self._begin(start)
+        told = self._begin(start)
+        for tracker in self.trackers:
+            tracker.rewind(start, told)
 
     def write(self, record: dict[str, Any]) -> None:
         """A record of kind "step" or "epoch"; both have `step`, the number of steps done.
@@ -53,42 +55,26 @@ class MetricsLog:
         record = {name: value if _is_json(value) else None for name, value in record.items()}
         self.lines.add(_line(record))
         self.table.add(_table([record]))
-        self._show(record)
-
-    def _show(self, record: dict[str, Any]) -> None:
-        try:
-            for name, value in record.items():
-                if isinstance(value, float) and self.board is not None:
-                    self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-        except OSError as error:
-            warnings.warn(f"tensorboard/ is not written any more: {error.strerror}", stacklevel=3)
-            self.board = None
-
-    def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
-        """No traceback of TensorBoard's thread where a disk fails: `_show` is told, and warns."""
-        of_board = type(failure.thread).__module__.startswith("tensorboard")
-        if not (of_board and issubclass(failure.exc_type, OSError)):
-            self._hook(failure)
+        for tracker in self.trackers:
+            tracker.record(record)
 
     def sync(self) -> None:
         """Wait until the records are on the disk."""
         self.lines.sync()
         self.table.sync()
 
-    def close(self) -> None:
-        try:
-            self._end()
-        finally:
-            threading.excepthook = self._hook
+    def close(self, *, whole: bool = True) -> None:
+        """The run has ended; `whole` unless it was stopped or failed."""
+        self._end()
+        until = time.monotonic() + CLOSE_SECONDS
+        for tracker in self.trackers:
+            tracker.end(whole=whole)
+        for tracker in self.trackers:
+            tracker.wait(until)
 
     def _end(self) -> None:
         self.lines.close()
         self.table.close()
-        if self.board is not None:
-            try:
-                self.board.close()
-            except OSError as error:
-                warnings.warn(f"tensorboard/ is not whole: {error.strerror}", stacklevel=2)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from twolevel.settings import (
     STARTING,
     OnNotFinite,
     Precision,
-    Recompute,
+    TrackerName,
 )
 from twolevel.training.validation import check, check_least
 
@@ -79,6 +79,10 @@ class RunConfig:
     log_steps: int = field(default=20, metadata=FREE)
     """steps between two records of loss and accuracy; reading them waits for the device"""
 
+    trackers: tuple[TrackerName, ...] = field(default=("tensorboard",), metadata=FREE)
+    """what else shows the records, one or several; all but tensorboard are extras: pip install twolevel[NAME]. Each
+    takes its server, its key and its project from its own environment variables, as MLFLOW_TRACKING_URI"""
+
     remeasure: bool = field(default=False, metadata=STARTING)
     """gc2l: measure again which kernels are fastest for each layer, instead of using those that the run recorded"""
 
@@ -96,6 +100,14 @@ class RunConfig:
             "keep_epochs",
             "log_steps",
             "fingerprint_steps",
+        )
+        self.trackers = tuple(self.trackers)
+        alone = "none" not in self.trackers or len(self.trackers) == 1
+        check(
+            self,
+            "trackers",
+            alone and len({*self.trackers}) == len(self.trackers),
+            "each once, or none alone",
         )
         positive = self.checkpoint_minutes is None or 0 < self.checkpoint_minutes < math.inf
         check(self, "checkpoint_minutes", positive, "a positive number")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from twolevel.distributed.agreement import all_gather, together
 from twolevel.distributed.environment import World
+from twolevel.training import trackers
 from twolevel.training.config import MeshConfig, TrainConfig
 from twolevel.training.context import join
 from twolevel.training.doctor import cores, dataset, folder, limits, links, machine, past_run, room
@@ -28,6 +29,8 @@ def examine(config: TrainConfig, *, planned: bool, machine: str | None) -> list[
         if planned:
             with together():
                 check_kernels(config, context.device)
+                if context.first:
+                    trackers.create(config.run.trackers)
                 context.strategy(config.run.precision).check_batch(
                     config.data.batch, config.optimiser.accumulate
                 )
