@@ -81,6 +81,24 @@ def test_the_line_of_an_epoch_fits_the_terminal(terminal, columns, lines):
         assert part in output.getvalue()
 
 
+@pytest.mark.parametrize(("columns", "lines"), [(80, 3), (140, 2)])
+def test_what_an_epoch_made_of_the_machine_has_its_line_where_it_would_not_fit(terminal, columns, lines):
+    output = terminal(columns)
+    load = {"memory_mb": 139_876.5, "utilisation": 0.387, "exchange_exposed": 0.0512}
+    Display(78_200, 0, shown=True).epoch(EPOCH | load, 200)
+    printed = output.getvalue().splitlines()
+    assert len(printed) == lines and max(map(len, printed)) <= columns
+    assert printed[-1].strip() == "memory 139.9 GB  utilisation 39 %  exchange exposed 5 %"
+
+
+def test_what_is_not_known_of_the_machine_is_not_printed(terminal):
+    output = terminal(140)
+    load = {"memory_mb": 412.3, "utilisation": None, "exchange_exposed": None}
+    Display(78_200, 0, shown=True).epoch(EPOCH | load, 200)
+    assert "memory 412 MB" in output.getvalue()
+    assert "None" not in output.getvalue() and "utilisation" not in output.getvalue()
+
+
 def test_a_line_without_a_terminal_fits_columns_too(terminal, monkeypatch):
     output = terminal(80)
     monkeypatch.setattr(output, "isatty", lambda: False)

@@ -10,11 +10,12 @@ The pairs are conjugate: the ranks' uses of z and of the mean differ, so their g
 compute one loss from the same logits, so its gradient is already the same everywhere and must not be summed again.
 """
 
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from twolevel.ops.exchange import register, registered
 
@@ -32,22 +33,27 @@ def _started(work: dist.Work | None) -> dist.Work:
 class _InFlight(NamedTuple):
     work: dist.Work
     result: Tensor
+    axis: "MeshAxis"
     what: str
 
     def wait(self) -> Tensor:
+        began = perf_counter()
         self.work.wait()
+        self.axis.waited += perf_counter() - began
         return self.result
 
 
 class _Unsummed(NamedTuple):
     work: dist.Work
     parts: Tensor  # one of every rank
-    ranks: int
+    axis: "MeshAxis"
     what: str = "reduce-scatter"
 
     def wait(self) -> Tensor:
+        began = perf_counter()
         self.work.wait()
-        return self.parts.unflatten(0, (self.ranks, -1)).sum(0)
+        self.axis.waited += perf_counter() - began
+        return self.parts.unflatten(0, (self.axis.ranks, -1)).sum(0)
 
 
 class MeshAxis:
@@ -57,12 +63,14 @@ class MeshAxis:
         self.group = group
         self.ranks = group.size()
         self.key = register(self)
+        self.waited = 0.0
+        """Seconds in all that this process waited for others; on a GPU its stream waits instead, which is not timed."""
 
     def gather(self, own: Tensor) -> _InFlight:
         """Start the all-gather `[G/P, ...] -> [G, ...]`."""
         result = own.new_empty(self.ranks * len(own), *own.shape[1:])
         return _InFlight(
-            _started(all_gather_single(result, own, self.group, async_op=True)), result, "all-gather"
+            _started(all_gather_single(result, own, self.group, async_op=True)), result, self, "all-gather"
         )
 
     def scatter_sum(self, parts: Tensor) -> _InFlight | _Unsummed:
@@ -72,16 +80,16 @@ class MeshAxis:
             # Gloo's own sends about as much as an all-reduce: of the parts each rank gets those that it adds up.
             received = torch.empty_like(parts)
             work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
-            return _Unsummed(_started(work), received, self.ranks)
+            return _Unsummed(_started(work), received, self)
         result = parts.new_empty(len(parts) // self.ranks, *parts.shape[1:])
         work = reduce_scatter_single(result, parts, dist.ReduceOp.SUM, self.group, async_op=True)
-        return _InFlight(_started(work), result, "reduce-scatter")
+        return _InFlight(_started(work), result, self, "reduce-scatter")
 
     def sum(self, own: Tensor) -> _InFlight:
         """Start the sum over ranks, in the memory of `own`, which is contiguous."""
         refuse_second_derivative(own)
         work = dist.all_reduce(own, dist.ReduceOp.SUM, self.group, async_op=True)
-        return _InFlight(_started(work), own, "all-reduce")
+        return _InFlight(_started(work), own, self, "all-reduce")
 
     def sum_logits(self, partial: Tensor) -> Tensor:
         """The sum over ranks of `[B, classes]`, the same on each; its gradient passes unchanged."""
@@ -96,16 +104,26 @@ class MeshAxis:
     def all_gather(self, own: Tensor) -> Tensor:
         """The parts of all ranks, `[n] -> [P, n]`, without a gradient."""
         every = own.new_empty(self.ranks * len(own))
+        began = perf_counter()
         all_gather_single(every, own, self.group)
+        self.waited += perf_counter() - began
         return every.view(self.ranks, len(own))
 
     def all_reduce_(self, tensor: Tensor) -> None:
         """The sum over ranks, in place and without a gradient; `tensor` is contiguous."""
         refuse_second_derivative(tensor)
+        began = perf_counter()
         dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
+        self.waited += perf_counter() - began
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MeshAxis":
         return self  # copies of a network, such as its moving average, live on the same ranks
+
+
+def axes_of(network: nn.Module) -> list[MeshAxis]:
+    """Every axis, once, along which layers of a network exchange something."""
+    found = {id(v): v for layer in network.modules() for v in vars(layer).values() if isinstance(v, MeshAxis)}
+    return [*found.values()]
 
 
 class _SumForward(torch.autograd.Function):

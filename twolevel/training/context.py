@@ -12,6 +12,7 @@ from twolevel import data, models
 from twolevel.data.config import DataConfig
 from twolevel.distributed import strategies
 from twolevel.distributed.agreement import require_equal, together
+from twolevel.distributed.collectives import axes_of
 from twolevel.distributed.environment import World, start, stop
 from twolevel.distributed.mesh import lay_out
 from twolevel.distributed.mpi_axis import MPIAxis
@@ -73,8 +74,7 @@ class Context:
 
     def carriers(self, network: nn.Module) -> str:
         """What carries tensors between these ranks: MPI for the layers that have its axis."""
-        over_mpi = any(isinstance(v, MPIAxis) for module in network.modules() for v in vars(module).values())
-        if not over_mpi:
+        if not any(isinstance(axis, MPIAxis) for axis in axes_of(network)):
             return self.world.backend
         return "mpi" if self.mesh["data"].size() == 1 else f"mpi, {self.world.backend} between replicas"
 

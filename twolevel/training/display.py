@@ -21,6 +21,7 @@ from twolevel.launchers import discover
 from twolevel.terminal import Console, width
 
 WIDE = 140  # columns that the long forms take, whatever the numbers
+NARROW = 80  # and the short ones
 LINE_SECONDS = 15.0  # between two lines where there is no terminal
 
 
@@ -80,10 +81,17 @@ class Display:
         train = f"train loss {record['train_loss']:.3f}  accuracy {100 - record['train_error']:.2f} %  "
         test = f"test loss {loss_text(record['test_loss'])}  accuracy {100 - record['test_error']:.2f} %{others}  "
         rate, speed = f"lr {record['learning_rate']:.4g}", f"{record['images_per_second']:,.0f} images/s"
-        if self.wide:
-            self.say(f"{epoch}{train}{test}{rate}  {speed}")
-        else:
-            self.say(f"{epoch}{train}{speed}\n{'':{len(epoch)}}{test}{rate}")
+        load, indent = _load(record), " " * len(epoch)
+        lines = (
+            [f"{epoch}{train}{test}{rate}  {speed}"]
+            if self.wide
+            else [f"{epoch}{train}{speed}", f"{indent}{test}{rate}"]
+        )
+        if load:
+            last = f"{lines[-1]}  {load}"
+            fits = len(last) <= (WIDE if self.wide else NARROW)
+            lines[-1:] = [last] if fits else [lines[-1], f"{indent}{load}"]
+        self.say("\n".join(lines))
         if lost := _not_finite(record):
             self.say(f"{'':{len(epoch)}}{lost}")
         self.last_line = time.monotonic()
@@ -99,6 +107,16 @@ def loss_text(loss: float | None, digits: int = 3) -> str:
     if loss is None:
         return "none"
     return f"{loss:.{digits}f}" if loss < 1e6 else f"{loss:.{digits}e}"
+
+
+def _load(record: dict[str, Any]) -> str:
+    """What an epoch made of the machine, as far as it is known."""
+    memory, used, exposed = (record.get(name) for name in ("memory_mb", "utilisation", "exchange_exposed"))
+    size = "" if memory is None else f"{memory:.0f} MB" if memory < 1000 else f"{memory / 1000:.1f} GB"
+    words = [f"memory {size}"] if size else []
+    words += [] if used is None else [f"utilisation {100 * used:.0f} %"]
+    words += [] if exposed is None else [f"exchange exposed {100 * exposed:.0f} %"]
+    return "  ".join(words)
 
 
 def _not_finite(record: dict[str, Any]) -> str:

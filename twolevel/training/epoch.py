@@ -19,6 +19,7 @@ from twolevel.training.display import Display
 from twolevel.training.evaluate import evaluate
 from twolevel.training.fingerprint import fingerprint
 from twolevel.training.graphed import GraphedStep
+from twolevel.training.meter import Meter
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate
 from twolevel.training.precise_batch_norm import recompute_statistics
@@ -48,6 +49,7 @@ class Epochs:
     train_step: TrainStep | GraphedStep
     rules: list[Rule]
     display: Display
+    meter: Meter
     metrics: MetricsLog | None
     stop: StopRequest
     all_steps: int
@@ -104,6 +106,7 @@ class Epochs:
         state, run = self.state, self.config.run
         epoch = state.epoch
         self.began = time.perf_counter()
+        self.meter.begin()
         state.model.train()
         recorded = True
         for images, labels in self.data.train.batches(epoch, state.position):
@@ -185,6 +188,7 @@ class Epochs:
             "error": 100 * (1 - right / number) if number else math.nan,
             "learning_rate": self.rate,
             "images_per_second": number / (now - self.began),
+            **self.meter.steps(number, now - self.began),
         }
         self.began = now
         if self.metrics is not None:
@@ -206,6 +210,7 @@ class Epochs:
             "learning_rate": self.rate,
             "images_per_second": number / state.epoch_seconds,
             "seconds": state.epoch_seconds,
+            **self.meter.epoch(number, state.epoch_seconds),
         }
         state.epoch_sums, state.epoch_seconds = [0.0, 0.0, 0.0], 0.0
         for rule in self.rules:

@@ -27,6 +27,7 @@ from twolevel.training.epoch import Epochs
 from twolevel.training.forms import ChosenForms, fix_forms
 from twolevel.training.graphed import GraphedStep, check_capturable
 from twolevel.training.job import Job
+from twolevel.training.meter import make_meter
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import make_optimiser
 from twolevel.training.output import claim
@@ -120,6 +121,7 @@ class Trainer:
             )
         self.chosen = self._choose_forms({} if run.remeasure else recorded)
         run.forms = recorded | self.chosen.forms
+        self.meter = make_meter(self.placed, options, self.data.image_shape, first=context.first)
         self.state = self._make_state(model)
         seed_ranks(run.seed, 0)
         if start is not None:
@@ -177,6 +179,7 @@ class Trainer:
                     train_step=self.train_step,
                     rules=self.rules,
                     display=self.display,
+                    meter=self.meter,
                     metrics=metrics_log,
                     stop=stop,
                     all_steps=self.all_steps,

@@ -15,7 +15,14 @@ from twolevel.training.trackers.aside import CLOSE_SECONDS, Aside
 LINES, TABLE = "metrics.jsonl", "epochs.csv"
 EPOCH_COLUMNS = ["epoch", "step", "train_loss", "train_error", "test_loss", "test_error", "test_not_finite"]
 EPOCH_COLUMNS += ["test_mirrored_error", "ema_test_error", "ema_test_mirrored_error", "ema_test_not_finite"]
-EPOCH_COLUMNS += ["learning_rate", "images_per_second", "seconds"]
+EPOCH_COLUMNS += [
+    "learning_rate",
+    "images_per_second",
+    "seconds",
+    "memory_mb",
+    "utilisation",
+    "exchange_exposed",
+]
 
 
 class MetricsLog:

@@ -215,7 +215,12 @@ def _is_record(value: object) -> bool:
         return False
     counts = [value.get("epoch"), value.get("step")]
     numbers = ("train_loss", "train_error", "learning_rate", "images_per_second", "seconds")
-    return all(map(_is_count, counts)) and all(is_number(value.get(name, 0)) for name in numbers)
+    unknown = [value.get(name) for name in ("memory_mb", "utilisation", "exchange_exposed")]
+    return (
+        all(map(_is_count, counts))
+        and all(is_number(value.get(name, 0)) for name in numbers)
+        and all(each is None or is_number(each) for each in unknown)
+    )
 
 
 FITS: dict[str, Callable[[Any], bool]] = {
