@@ -139,6 +139,16 @@ class DynamicGroupInference(nn.Module):
             zip(self.shapes, map(Tensor.view, self.numbers.split(sizes), self.shapes.values()), strict=True)
         )
 
+    def weight(self) -> Tensor:
+        """The filters `[m, n, k, k]`, head by head, of which `parts` has the rows in the order of the form."""
+        rows = self.parts()["rows"].unflatten(0, (self.heads, -1))  # [H, n, m/H k k]
+        if self.form == "transposed_last":
+            rows = rows.unflatten(2, (*self.kernel_size, self.outputs)).permute(0, 1, 4, 2, 3)
+        else:
+            rows = rows.unflatten(2, (self.outputs, *self.kernel_size))
+        rows = rows.flip(-2, -1) if self.form.startswith("transposed") else rows
+        return rows.transpose(1, 2).flatten(0, 1)
+
     @torch.no_grad()
     def absorb(self, scale: Tensor, shift: Tensor) -> None:
         """Become scale y + shift for what is y now, `[m]` each."""

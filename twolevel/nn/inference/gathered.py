@@ -10,12 +10,9 @@ from torch.nn import functional as F
 
 from twolevel.nn.arguments import as_given, as_images, pair
 from twolevel.nn.channels import PermuteChannels
-from twolevel.nn.inference.grouped import RegroupedConv2d, TakeChannels, block, taking
+from twolevel.nn.inference.grouped import Members, RegroupedConv2d, TakeChannels, block, taking
 from twolevel.ops import Geometry
 from twolevel.ops.kernels.native import gathered
-
-Members = list[tuple[Tensor, Tensor]]
-"""The input and the output channels of each group."""
 
 
 class GatheredConv2d(nn.Module):
@@ -76,6 +73,23 @@ class GatheredConv2d(nn.Module):
         """Become max(0, y) for what is y now."""
         self.convolve.native = dataclasses.replace(self.convolve.native, relu=True)
 
+    def by_torch(self) -> nn.Module:
+        """The same function by convolutions of torch, each with a weight of its own."""
+        groups, take, order = self.convolve, _index(self.take), _index(self.order)
+        every = torch.arange(self.out_channels, device=groups.filters.device)
+        take = torch.arange(self.in_channels, device=every.device) if take is None else take
+        places = every if order is None else order.argsort()
+        blocks, rows = groups.blocks(), [rows for _, rows in groups.native.sizes]
+        inputs = take.split([width for width, _ in groups.native.sizes])
+        form = RegroupedConv2d(
+            [*zip(blocks, inputs, strict=True)],
+            [*places.split(rows)],
+            self.in_channels,
+            groups.native.geometry,
+            None if groups.bias is None else groups.bias[every if order is None else order],
+        )
+        return nn.Sequential(form, nn.ReLU()).eval() if groups.native.relu else form.eval()
+
     def forward(self, x: Tensor) -> Tensor:
         groups = self.convolve
         filters = groups.filters
@@ -89,7 +103,7 @@ def of_members(weight: Tensor, geometry: Geometry, members: Members) -> nn.Modul
     """`weight` `[m, n, k, k]` within groups of `members`: by the C kernels where they can compute it, else by torch."""
     if gathered.takes(weight, weight):
         return GatheredConv2d.of_members(weight, geometry, members)
-    return RegroupedConv2d(weight, geometry, members).eval()
+    return RegroupedConv2d.of_members(weight, geometry, members)
 
 
 def _index(module: nn.Module) -> Tensor | None:
@@ -123,6 +137,11 @@ class GroupsOfAnySize(nn.Module):
         bias = shift if self.bias is None else self.bias * scale + shift
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
 
+    def blocks(self) -> list[Tensor]:
+        """The blocks of the groups, as views."""
+        parts = zip(self.filters.split(self._numbers()), self._shapes(), strict=True)
+        return [part.view(shape) for part, shape in parts]
+
     def _shapes(self) -> list[tuple[int, ...]]:
         return [(rows, width, *self.native.kernel) for width, rows in self.native.sizes]
 
@@ -135,13 +154,8 @@ class GroupsOfAnySize(nn.Module):
             filters = self.filters.view(-1, *shapes[0][1:])
             y = F.conv2d(x, filters, self.bias, *geometry, len(shapes))
         else:
-            parts = zip(
-                x.split([shape[1] for shape in shapes], -3),
-                self.filters.split(self._numbers()),
-                shapes,
-                strict=True,
-            )
-            y = torch.cat([F.conv2d(t, w.view(shape), None, *geometry) for t, w, shape in parts], -3)
+            parts = zip(x.split([shape[1] for shape in shapes], -3), self.blocks(), strict=True)
+            y = torch.cat([F.conv2d(t, w, None, *geometry) for t, w in parts], -3)
             if self.bias is not None:
                 y = y + self.bias[:, None, None]
         return y.relu() if self.native.relu else y
