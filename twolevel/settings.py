@@ -69,6 +69,10 @@ TRACKERS: tuple[str, ...] = get_args(TrackerName)
 # Which weights of a run: as trained, or their exponential moving average.
 WeightsOf = Literal["model", "ema"]
 
+# Files with a whole network, and the suffix of each: twolevel's own, a program of torch.export, and ONNX.
+ExportFormat = Literal["safetensors", "torch", "onnx"]
+EXPORT_SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
+
 # Metadata of a setting's dataclass field: what a run that goes on from a checkpoint may do to it. Without metadata it
 # may change the setting with a warning.
 FIXED = {"on_resume": "fixed"}  # the state in the checkpoint would mean something else

@@ -72,6 +72,11 @@ def network(path: Path | str, options: dict[str, Any]) -> nn.Module:
 def load(path: Path | str) -> nn.Module:
     """The single-process network of a file that `twolevel export` wrote, with its weights."""
     options, _, tensors = read(path)
+    return filled(path, options, tensors)
+
+
+def filled(path: Path | str, options: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """The network of the weights at `path`, which it holds. Raises UserError where they are those of another one."""
     model = network(path, options)
     try:
         model.load_state_dict(tensors, assign=True)

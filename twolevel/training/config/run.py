@@ -17,6 +17,7 @@ from twolevel.settings import (
     STARTING,
     OnNotFinite,
     Precision,
+    Recompute,
     TrackerName,
 )
 from twolevel.training.validation import check, check_least
