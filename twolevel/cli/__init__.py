@@ -21,7 +21,7 @@ from twolevel.launchers import rank_of
 COMMANDS = {
     "train": "train a network on the ranks that a launcher started, or on one",
     "evaluate": "test a run, a checkpoint or an exported file",
-    "export": "write a run's whole network into one safetensors file",
+    "export": "write a run's whole network into one file: safetensors, torch.export or ONNX",
     "report": "make a page of runs and grids: curves, errors, and what learned or dynamic groups chose",
     "grid": "train the runs of a published table or figure, or of your own grid",
     "count": "count parameters, multiply-accumulates and bytes exchanged",

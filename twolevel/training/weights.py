@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from twolevel import __version__
+from twolevel import __version__, models
 from twolevel.data.config import DataConfig
 from twolevel.distributed.agreement import together
 from twolevel.errors import UserError
-from twolevel.models import files
+from twolevel.models import Exported, files
 from twolevel.nn import layout_of
 from twolevel.settings import WeightsOf
 from twolevel.training import checkpoint
@@ -84,18 +84,40 @@ class Weights:
                     part = distribute_tensor(part, tensor.device_mesh, tensor.placements)
                 tensor.copy_(part)
 
-    def export(self, output: Path) -> None:
-        """Write the whole network into one safetensors file. Raises UserError where `output` exists."""
+    def export(self, output: Path, format: str = "safetensors") -> Exported | None:
+        """Write the whole network into one file: safetensors, or in the formats of `twolevel.models.export`.
+
+        Raises UserError where `output` exists, and as `twolevel.models.export` does.
+        """
         if output.exists():
             raise UserError(f"{output} exists already; remove it or name another file")
+        if format != "safetensors":
+            return models.export(self.network(), output, self._image_shape(), format=format)
         if not self.path.is_dir():
             raise UserError(f"{self.path} is an exported file already")
+        data = {name: self.data[name] for name in files.DATA}
+        files.save(output, self._tensors(), self.options, data)
+        return None
+
+    def network(self) -> nn.Module:
+        """The whole network in this process."""
+        return files.filled(self.path, self.options, self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The `state_dict()` of the whole network."""
+        if not self.path.is_dir():
+            return files.read(self.path)[2]
         model = files.network(self.path, self.options)
         sizes = {f"{self.which}.{name}": tensor for name, tensor in model.state_dict().items()}
         checkpoint.require(self.path, sizes)  # before there is memory for them
         tensors = model.to(self.dtype).to_empty(device="cpu").state_dict()
         checkpoint.load(self.path, {f"{self.which}.{name}": tensor for name, tensor in tensors.items()})
-        files.save(output, tensors, self.options, {name: self.data[name] for name in files.DATA})
+        return tensors
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        if not self.data:
+            raise UserError(f"{self.path} does not say what it was trained on; use twolevel.models.export")
+        return DataConfig(**self.data).image_shape
 
 
 def _config(path: Path, state: dict[str, Any]) -> TrainConfig:
