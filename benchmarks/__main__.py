@@ -6,6 +6,7 @@ import sys
 BENCHMARKS = {
     "dispatch": "what a two-level layer costs the host above its kernels",
     "inference": "in inference, on the CPU: every kind of group convolution, and a network of dynamic ones",
+    "export": "whole networks in inference, on the CPU: eager, prepared, as a program of torch, in onnxruntime",
     "kernels": "what Triton kernels compile to for cards that need not be there: registers, loads, instructions",
     "layers": "every distinct convolution of a network, forward and its gradients, against the roofline",
     "traffic": "how often a layer passes over its maps, kernel by kernel; nothing is timed",

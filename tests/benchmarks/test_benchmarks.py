@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import layers, normalise, peers, report, roofline, step
+from benchmarks.export import Settings as ExportSettings
 from benchmarks.inference.command import Settings as InferenceSettings
 from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
@@ -213,6 +214,7 @@ def test_a_peer_that_fills_the_card_costs_the_others_nothing(monkeypatch):
         ("layers", TINY_LAYERS),
         ("normalise", TINY_NORMALISE),
         ("inference", ["--turns", "2", "--size", "32"]),
+        ("export", ["--turns", "2", "--model", "wrn-10-1", "--batches", "1", "2"]),
     ],
 )
 def test_results_name_their_command_machine_versions_and_date(name, options, tmp_path, monkeypatch, capsys):
@@ -227,7 +229,7 @@ def test_results_name_their_command_machine_versions_and_date(name, options, tmp
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d$", result["date"])
     assert result["settings"]["turns"] == 2
     assert f"wrote {output}" in capsys.readouterr().out
-    assert output.with_suffix(".png").exists() == (name != "inference")
+    assert output.with_suffix(".png").exists() == (name not in ("inference", "export"))
 
 
 def test_layers_are_the_distinct_convolutions_of_the_network_after_its_stem():
@@ -336,7 +338,9 @@ def test_a_gpu_has_larger_defaults_and_a_file_of_its_own(settings, monkeypatch):
     assert chosen.output.stem.endswith("-gpu")
 
 
-@pytest.mark.parametrize("settings", [step.Settings, layers.Settings, normalise.Settings, InferenceSettings])
+@pytest.mark.parametrize(
+    "settings", [step.Settings, layers.Settings, normalise.Settings, InferenceSettings, ExportSettings]
+)
 def test_one_turn_is_refused_since_it_has_no_quartiles(settings):
     with pytest.raises(UserError, match="--turns 1 gives no spread; use 2 or more"):
         settings(turns=1)
