@@ -5,11 +5,14 @@
 A step is that of `benchmarks step`. Peers are one network that stores its activations, one whose blocks are computed
 again (`twolevel.nn.recompute_blocks`), and one whose blocks are called through torch.utils.checkpoint as its
 documentation has it. Times are of turns in one process. Memory is the highest resident size of a process that takes
-three steps, above what it had before it made the network: weights, gradients and momentum are in it. (With stock
-checkpoints running statistics follow each batch twice.)
+three steps, above what it had before it made the network: weights, gradients and momentum are in it. Its C library is
+told to hand back what is freed (MALLOC_MMAP_THRESHOLD_), which takes time; unless told, glibc keeps most of it, in
+pieces that fit nothing else, and a process on CPUs gains less. (With stock checkpoints running statistics follow each
+batch twice.)
 """
 
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +94,7 @@ def make_step(settings: Settings, conv: str, peer: str) -> Step:
 
 def peak_mb(settings: Settings, conv: str, peer: str) -> float:
     """In a process of its own, whose highest size is this peer's."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 18)  # bytes of a block from which on it is handed back
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_mb, (settings, conv, peer))
 

@@ -28,6 +28,7 @@ from twolevel.distributed.strategies.channel import split_channels
 from twolevel.distributed.strategies.fsdp import shard_parameters
 from twolevel.distributed.strategies.stages import cut_stages
 from twolevel.errors import UserError
+from twolevel.nn import recompute_blocks
 from twolevel.nn.structure import ACTIVATIONS
 
 NETWORKS = [
@@ -133,6 +134,46 @@ def test_peak_of_forward_and_backward_within_4_percent_of_live_tensors(name, con
         Part(traced, traced.layers, 4).peak() - images.nbytes - labels.nbytes
     )  # these were there before
     assert predicted == pytest.approx(live.most, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("name", "conv", "groups", "size"),
+    [("wrn-28-1", "sc", 1, 16), ("wrn-28-1", "gc2l", 4, 16), ("resnet18", "sc", 1, 64)],
+)
+def test_blocks_computed_again_hold_what_the_model_says(name, conv, groups, size):
+    network, (images, labels) = make(name, conv, groups).train(), batch_of(16, size)
+    recompute_blocks(network)
+    traced = trace(make(name, conv, groups), (3, size, size))
+    for _ in range(2):  # what is built at the first call stays
+        with Live() as live:
+            F.cross_entropy(network(images), labels).backward()
+        network.zero_grad()
+    part = Part(traced, traced.layers, 16, recompute=True)
+    predicted = part.peak() - images.nbytes - labels.nbytes
+    # Temporary tensors of single operations are a larger share of what is left.
+    assert predicted == pytest.approx(live.most, rel=0.08)
+    assert part.activations() < 0.6 * Part(traced, traced.layers, 16).activations()
+
+
+def test_what_nothing_needs_is_not_computed_again():
+    traced = trace(make("wrn-10-1", "gc2l", 4), (3, 16, 16))
+    again = Part(traced, traced.layers, 16, recompute=True).again()
+    convolutions = sorted(layer.name for layer in again if layer.kind in ("conv", "two-level"))
+    assert convolutions == ["stages.0.0.conv1", "stages.1.0.conv1", "stages.2.0.conv1"]
+    assert Part(traced, traced.layers, 16).again() == set()
+
+
+def test_a_step_whose_blocks_are_computed_again_takes_their_forward_longer():
+    traced = trace(make("wrn-10-1", "sc", 1), (3, 16, 16))
+    stored, again = (
+        group_cost(traced, Setting(SIMPLE, 16, recompute=choice), "sc", data=1, group=1)
+        for choice in (False, True)
+    )
+    part = Part(traced, traced.layers, 16, recompute=True)
+    timing = Setting(SIMPLE, 16).timing
+    added = sum(timing(traced.work(layer, 16)).forward for layer in part.again())
+    assert again.compute - stored.compute == pytest.approx(added) and added > 0
+    assert again.peak_bytes < stored.peak_bytes and again.messages == stored.messages
 
 
 @pytest.mark.parametrize(("conv", "groups"), [("gc2l", 4), ("gc2l", 8), ("gc", 4)])

@@ -214,6 +214,7 @@ def test_a_peer_that_fills_the_card_costs_the_others_nothing(monkeypatch):
         ("layers", TINY_LAYERS),
         ("normalise", TINY_NORMALISE),
         ("inference", ["--turns", "2", "--size", "32"]),
+        ("recompute", ["--turns", "2", "--model", "wrn-10-1", "--convs", "gc2l", "--batch", "2"]),
         ("export", ["--turns", "2", "--model", "wrn-10-1", "--batches", "1", "2"]),
     ],
 )
@@ -229,7 +230,7 @@ def test_results_name_their_command_machine_versions_and_date(name, options, tmp
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d$", result["date"])
     assert result["settings"]["turns"] == 2
     assert f"wrote {output}" in capsys.readouterr().out
-    assert output.with_suffix(".png").exists() == (name not in ("inference", "export"))
+    assert output.with_suffix(".png").exists() == (name not in ("inference", "recompute", "export"))
 
 
 def test_layers_are_the_distinct_convolutions_of_the_network_after_its_stem():

@@ -8,7 +8,7 @@ import tyro
 
 from twolevel.cli.options import parse
 from twolevel.errors import UserError
-from twolevel.settings import Device, PlanPrecision
+from twolevel.settings import Device, PlanPrecision, Recompute
 from twolevel.training.validation import check_least
 
 
@@ -33,6 +33,9 @@ class PlanConfig:
 
     precision: PlanPrecision | None = None
     """bf16 is autocast; that of a measured machine, else float32, unless given"""
+
+    recompute: Recompute = "none"
+    """blocks: as `train --recompute blocks`, where the network is replicated or split by group"""
 
     machine: str | None = None
     """titan-rtx, v100, a100-40, a100-80, h100, h200, rtx-4090, or a file of --calibrate; the newest measurement
@@ -115,7 +118,7 @@ def run(argv: list[str]) -> None:
         model=config.model,
         conv=config.conv,
         ranks=config.ranks,
-        setting=Setting(machine, config.batch_size, precision),
+        setting=Setting(machine, config.batch_size, precision, config.recompute == "blocks"),
         groups=config.groups,
         num_classes=config.num_classes,
         image_size=config.image_size,

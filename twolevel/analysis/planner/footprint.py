@@ -8,6 +8,7 @@ parameters as they are computed. Not counted: workspaces of libraries, the alloc
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from twolevel.analysis.planner.timing import ITEMSIZE
@@ -21,7 +22,8 @@ Saved = tuple[Hashable, int]  # (which tensor, bytes)
 class Part:
     """What one rank holds of a step: `layers` for `batch` images, maps cut in `ranks` by channel.
 
-    `gathers` is the dense convolution on all input channels (channel parallelism).
+    `gathers` is the dense convolution on all input channels (channel parallelism). With `recompute` blocks of two
+    convolutions or more keep their input and the representatives, and compute the rest again (`train --recompute`).
     """
 
     workload: Workload
@@ -30,6 +32,7 @@ class Part:
     ranks: int = 1
     precision: str = "float32"
     gathers: bool = False
+    recompute: bool = False
 
     def bytes_of(self, value: int, *, whole: bool = False) -> int:
         """Bytes of a value for the batch on this rank."""
@@ -75,9 +78,45 @@ class Part:
             saved.append(("loss", self.batch * (4 * out.shape[0] + 8) + 4))
         return saved
 
+    def kept(self, layer: Layer) -> list[Saved]:
+        """Of `saved` what is kept from forward to backward."""
+        if layer.block not in self._blocks:
+            return self.saved(layer)
+        inputs = self._inputs(layer.block)
+        return [(key, size) for key, size in self.saved(layer) if key in inputs or _is_representatives(key)]
+
+    def again(self) -> set[Layer]:
+        """The layers that are computed again: those whose result is saved, or read by such a layer."""
+        found: set[Layer] = set()
+        for name in self._blocks:
+            layers = [layer for layer in self.layers if layer.block == name]
+            needed = {key for layer in layers for key, _ in self.saved(layer)} - self._inputs(name)
+            for layer in reversed(layers):
+                if self._storage(layer.output) in needed:
+                    found.add(layer)
+                    needed |= {self._storage(value) for value in layer.inputs}
+        return found
+
+    @cached_property
+    def _blocks(self) -> set[str]:
+        """The blocks that are computed again."""
+        convolutions = Counter(
+            layer.block for layer in self.layers if layer.kind in ("conv", "two-level") and layer.block
+        )
+        return {name for name, number in convolutions.items() if self.recompute and number > 1}
+
+    def _inputs(self, block: str) -> set[Hashable]:
+        """The storages that a block reads and has not written."""
+        layers = [layer for layer in self.layers if layer.block == block]
+        written = {self._storage(layer.output) for layer in layers}
+        return {self._storage(value) for layer in layers for value in layer.inputs} - written
+
+    def _storage(self, value: int) -> Hashable:
+        return self.workload.values[value].storage
+
     def activations(self) -> int:
         """Bytes that autograd keeps from forward to backward, each storage once."""
-        return sum(dict(saved for layer in self.layers for saved in self.saved(layer)).values())
+        return sum(dict(kept for layer in self.layers for kept in self.kept(layer)).values())
 
     def peak(self, *, gradients_persist: bool = False) -> int:
         """The most bytes of activations and gradients held at once in forward and backward.
@@ -93,7 +132,7 @@ class Part:
         saved: dict[Hashable, int] = {}
         most = 0
         for layer in self.layers:
-            saved |= dict(self.saved(layer))
+            saved |= dict(self.kept(layer))
             alive[values[layer.output].storage] = self.bytes_of(layer.output)
             most = max(most, sum((alive | saved).values()))
             for value in layer.inputs:
@@ -105,12 +144,18 @@ class Part:
 
     def _backward(self, gradients_persist: bool) -> int:
         keep = Counter(key for layer in self.layers for key, _ in self.saved(layer))
-        sizes = dict(saved for layer in self.layers for saved in self.saved(layer))
-        saved, gradients, most = sum(sizes.values()), _Gradients(), 0
+        there = dict(kept for layer in self.layers for kept in self.kept(layer))
+        saved, gradients, most = sum(there.values()), _Gradients(), 0
         parameters = 0
+        begun: set[str] = set()
         gradients.add(self.layers[-1].output, self.bytes_of(self.layers[-1].output))
         for layer in reversed(self.layers):
             extra = 0
+            if layer.block in self._blocks - begun:
+                begun.add(layer.block)
+                block = [other for other in self.layers if other.block == layer.block]
+                again = dict(entry for other in block for entry in self.saved(other))
+                saved += sum(size for key, size in again.items() if key not in there)
             if layer.kind == "add" or layer.operation == "cat":
                 gradients.share(layer.output, layer.inputs)
             else:
@@ -126,6 +171,10 @@ class Part:
                 keep[key] -= 1
                 saved -= 0 if keep[key] else size
         return most
+
+
+def _is_representatives(key: Hashable) -> bool:
+    return isinstance(key, tuple) and key[0] == "z"
 
 
 class _Gradients:

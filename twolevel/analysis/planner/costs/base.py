@@ -1,7 +1,7 @@
 """What a training step costs one rank, in memory and time, and the parts that strategies share."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -18,11 +18,15 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 @dataclass(frozen=True)
 class Setting:
-    """What all strategies share: a machine and a precision, images of a step over all replicas together."""
+    """What all strategies share: a machine and a precision, images of a step over all replicas together.
+
+    With `recompute` blocks are computed again in backward where the network is replicated or split by group.
+    """
 
     machine: Machine
     batch: int
     precision: str = "float32"
+    recompute: bool = False
 
     @property
     def timing(self) -> Timing:
@@ -126,9 +130,13 @@ def walk(
     ranks: int = 1,
     *,
     whole_input: bool = False,
+    again: Collection[Layer] = (),
     on_layer: Callable[[Layer, Seconds], None] = lambda layer, seconds: None,
 ) -> Walk:
-    """Compute of a rank; `on_layer` is called with every layer and its seconds, from the last layer to the first."""
+    """Compute of a rank, which computes the layers in `again` twice.
+
+    `on_layer` is called with every layer and its seconds, from the last layer to the first.
+    """
     layers, line = tuple(layers), Walk()
     sizes: list[int] = []
     outputs = {layer.output for layer in layers}
@@ -138,7 +146,7 @@ def walk(
             line.backward += timing(workload.join(layer.output, batch, ranks)).forward
         seconds = timing(workload.work(layer, batch, ranks, whole_input=whole_input))
         line.forward += seconds.forward
-        line.backward += seconds.backward
+        line.backward += seconds.backward + (seconds.forward if layer in again else 0.0)
         on_layer(layer, seconds)
         if layer.parameters:
             line.ready.append((line.backward, layer))

@@ -39,7 +39,8 @@ def group_cost(
         elif group > 1 and layer.end == "classifier":
             messages.append(logits_message(workload, layer, axis, batch=batch, itemsize=itemsize))
 
-    line = walk(workload, workload.layers, batch, timing, group, on_layer=add_layer)
+    part = Part(workload, workload.layers, batch, group, setting.precision, recompute=setting.recompute)
+    line = walk(workload, workload.layers, batch, timing, group, again=part.again(), on_layer=add_layer)
     messages += replica_messages(workload, line, replicas, group)
     return step_cost(
         "group" if group > 1 or workload.groups > 1 else "ddp",
@@ -50,7 +51,7 @@ def group_cost(
         inner=group,
         parameters=sum(rank_parameters(layer, group) for layer in workload.layers),
         static=buffers(workload, workload.layers, group) + 4 * batch * workload.values[0].elements,
-        part=Part(workload, workload.layers, batch, group, setting.precision),
+        part=part,
         line=line,
         messages=messages,
         two_level_exchange=two_level_exchange,
