@@ -50,13 +50,13 @@ def weights(run: Path, to: Path) -> bytes:
 def undisturbed(tiny, tmp_path_factory) -> bytes:
     folder = tmp_path_factory.mktemp("undisturbed")
     assert command("train", *tiny, "--output", folder / "run").code == 0
-    return weights(folder / "run", folder / "weights")
+    return weights(folder / "run", folder / "weights.safetensors")
 
 
 def check_goes_on(tiny: list[str], run: Path, undisturbed: bytes) -> None:
     outcome = command("train", *tiny, "--output", run, "--resume")
     assert outcome.code == 0, outcome.err
-    assert weights(run, run / "weights") == undisturbed
+    assert weights(run, run / "weights.safetensors") == undisturbed
 
 
 @contextlib.contextmanager
