@@ -1,5 +1,6 @@
 """The examples run as they stand, and show what they say."""
 
+import json
 import os
 import re
 import subprocess
@@ -48,3 +49,21 @@ def test_a_network_of_torchvision_is_converted_and_fine_tuned(tmp_path, monkeypa
     saved = tmp_path / "weights.pt"
     torch.save(finetune.dense(None).state_dict(), saved)
     assert convert(finetune.dense(str(saved)), "gc2l", 4).conversion.replaced
+
+
+def test_the_notebook_runs_and_shows_what_it_says(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((EXAMPLES / "one_layer.ipynb").read_text())["cells"]
+    assert all(
+        not cell["outputs"] for cell in cells if cell["cell_type"] == "code"
+    )  # made anew by who runs it
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    names: dict = {}
+    exec(compile(source, "one_layer.ipynb", "exec"), names)
+    names["plt"].close("all")
+    for weight in ("drawn", "trained"):
+        alone, two_level = names["series"][f"GC, {weight}"], names["series"][f"GC-2L, {weight}"]
+        assert alone[0] == two_level[0] == 0 and alone == sorted(alone)
+        assert all(ours < theirs for ours, theirs in zip(two_level[1:], alone[1:], strict=True))
+        assert two_level[-1] < two_level[-2]
+    assert max(names["series"]["GC-2L, trained, R = 4"]) < max(names["series"]["GC-2L, trained"])
