@@ -7,67 +7,34 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from documented import CONFIGS, KNOWN_OPTIONS, check_options, commands_in, options_in, recipes_in
 
 from twolevel import models
-from twolevel.cli.count import CountConfig
-from twolevel.cli.doctor import DoctorConfig
-from twolevel.cli.evaluate import EvaluateConfig
-from twolevel.cli.export import ExportConfig
-from twolevel.cli.grid import GridConfig
 from twolevel.cli.options import parse
-from twolevel.cli.plan import PlanConfig
-from twolevel.cli.report import ReportConfig
 from twolevel.models.files import save
 from twolevel.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-CONFIGS = {
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "export": ExportConfig,
-    "report": ReportConfig,
-    "count": CountConfig,
-    "plan": PlanConfig,
-    "grid": GridConfig,
-    "doctor": DoctorConfig,
-}
-LAUNCHERS_OPTIONS = {
-    "--standalone",
-    *("--nproc-per-node", "--nnodes", "--local-addr", "--oversubscribe", "--bind-to", "--allow-run-as-root"),
-    *("--nodes", "--help", "--config", "--max-restarts", "--rdzv-conf", "--rdzv-endpoint", "--requeue"),
-}
+LAUNCH = (ROOT / "launch" / "README.md").read_text()
 
 
 def shell_lines() -> list[list[str]]:
-    """The words of every line in the README's shell blocks, with its own variables replaced."""
-    text = "\n".join(line[4:] for line in README.splitlines() if line.startswith("    "))
-    variables, lines = {}, []
-    for line in text.replace("\\\n", " ").splitlines():
-        for name, value in variables.items():
-            line = line.replace(f"${name}", value)
-        if assigned := re.fullmatch(r'(\w+)="(.*)"', line):
-            variables[assigned[1]] = assigned[2]
-        elif re.match(r"(torchrun|mpirun|srun|twolevel|python -m twolevel.torchrun) ", line):
-            lines.append(shlex.split(line, comments=True))
-    return lines
+    """The words of every line in the README's shell blocks."""
+    return commands_in("\n".join(line[4:] for line in README.splitlines() if line.startswith("    ")))
 
 
 def recipe_lines() -> list[list[str]]:
     """The words of the recipes in launch/README.md that train."""
-    text = (ROOT / "launch" / "README.md").read_text()
-    lines = [shlex.split(code) for code in re.findall(r"`([^`]*launch/[^`]* --model [^`]*)`", text)]
-    return [["twolevel", "train", *line[line.index("--model") :]] for line in lines]
+    return recipes_in("\n".join(re.findall(r"`([^`]*launch/[^`]*)`", LAUNCH)))
 
 
 @pytest.mark.parametrize("words", [*shell_lines(), *recipe_lines()], ids=" ".join)
 def test_every_command_takes_its_options(words):
-    name, *options = words[words.index("twolevel") + 1 :]
-    parse(CONFIGS[name], name, options)
+    check_options(words)
 
 
 def test_the_blocks_are_read_whole():
@@ -77,12 +44,7 @@ def test_the_blocks_are_read_whole():
 
 
 def test_every_option_that_is_named_exists():
-    def names(cls) -> list[str]:
-        return [n for f in fields(cls) for n in (names(f.type) if is_dataclass(f.type) else [f.name])]
-
-    known = {f"--{n.replace('_', '-')}" for cls in CONFIGS.values() for n in names(cls)}
-    for text in (README, (ROOT / "launch" / "README.md").read_text()):
-        assert {*re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)} <= known | LAUNCHERS_OPTIONS
+    assert options_in(README) | options_in(LAUNCH) <= KNOWN_OPTIONS
 
 
 def test_the_python_block_runs_in_one_process(tmp_path):
