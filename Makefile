@@ -15,6 +15,7 @@ help:
 	@echo "make test         the same, then run every test"
 	@echo "make test-oldest  install $(OLDEST) into .venv-oldest, then run every test,"
 	@echo "                  or some: make test-oldest TESTS='tests/ops tests/nn'"
+	@echo "make docs         the same as far as installing, then build the documentation into build/docs"
 	@echo "make clean        remove .venv, .venv-oldest and what a build left"
 
 # $(1): what else is installed
@@ -51,7 +52,11 @@ test: check
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(TESTS)
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --config-file docs/mkdocs.yml
+	@echo "build/docs/index.html is the first page"
+
 clean:
 	rm -rf .venv .venv-oldest build *.egg-info
 
-.PHONY: help demo check test test-oldest clean
+.PHONY: help demo check test test-oldest docs clean
