@@ -50,6 +50,8 @@ class DataSet:
     """beside its name in the help"""
     num_classes: int | None = None
     """None: one for each folder in data_root/train"""
+    train_images: int | None = None
+    """None: those of the folders in data_root/train"""
     image_size: int | None = None
     """height and width of an image; None: as image_size asks"""
     uses: tuple[str, ...] = ("data_root",)
@@ -68,6 +70,7 @@ DATA_SETS: Mapping[str, DataSet] = {
         module="sample",
         about="2,500 CIFAR-10 images in the package",
         num_classes=10,
+        train_images=2_000,
         image_size=32,
         uses=(),
         citation=CIFAR_CITATION,
@@ -75,6 +78,7 @@ DATA_SETS: Mapping[str, DataSet] = {
     "cifar10": DataSet(
         module="cifar",
         num_classes=10,
+        train_images=50_000,
         image_size=32,
         uses=("data_root", "download"),
         citation=CIFAR_CITATION,
@@ -82,6 +86,7 @@ DATA_SETS: Mapping[str, DataSet] = {
     "cifar100": DataSet(
         module="cifar",
         num_classes=100,
+        train_images=50_000,
         image_size=32,
         uses=("data_root", "download"),
         citation=CIFAR_CITATION,

@@ -25,7 +25,8 @@ def initialize(
     Weights of convolutions and linear layers are normal with variance 2 / fan-in (He et al.,
     arXiv 1502.01852), normalisations start at scale 1, everything else at 0. Each channel group has its
     own stream, always drawn on the CPU in float32, so that any rank of any number of ranks gets the same
-    values and draws no others. With `device`, a model on the meta device is first given memory there.
+    values and draws no others. With `device`, a model on the meta device is first given memory there. On the meta
+    device nothing is drawn.
     `prefix` is the name of `model` within a larger network, and `layout` the part of that network's layout which is
     about `model`: so a network is drawn piece by piece, with the values of the whole.
     """
@@ -49,6 +50,8 @@ def initialize(
 
 
 def _draw_he_normal(weight: Tensor, layout: Layout, name: str, *key: int | str) -> None:
+    if weight.is_meta:
+        return
     std = math.sqrt(2 / math.prod(layout.whole_shape(name, weight)[1:]))
     dim = layout.dims[name]
     if dim is None:

@@ -15,9 +15,8 @@ from twolevel import durable
 from twolevel.data import Data
 from twolevel.distributed.agreement import together
 from twolevel.errors import Stopped, UserError
-from twolevel.nn import recompute_blocks
 from twolevel.terminal import program
-from twolevel.training import checkpoint, metrics, trackers
+from twolevel.training import checkpoint, metrics
 from twolevel.training.checkpoint import Retention, Saver
 from twolevel.training.config import TrainConfig
 from twolevel.training.context import Context, join
@@ -25,14 +24,15 @@ from twolevel.training.cudnn import autotuned
 from twolevel.training.display import Display, waiting
 from twolevel.training.epoch import Epochs
 from twolevel.training.forms import ChosenForms, fix_forms
-from twolevel.training.graphed import GraphedStep, check_capturable
+from twolevel.training.graphed import GraphedStep
 from twolevel.training.job import Job
 from twolevel.training.meter import make_meter
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import make_optimiser
 from twolevel.training.output import claim
 from twolevel.training.precise_batch_norm import check_number
-from twolevel.training.preflight import check_kernels, check_resumable, warn_of_ignored
+from twolevel.training.preflight import check_recompute, check_resumable, check_run
+from twolevel.training.rehearsal import rehearse
 from twolevel.training.rules import rules_for
 from twolevel.training.state import TrainState, seed_ranks
 from twolevel.training.step import TrainStep
@@ -48,12 +48,17 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 
     Leaves in the output folder `config.json`, `metrics.jsonl`, `epochs.csv`, `checkpoints/`, `curve.png`, and what
     `trackers` write there. Returns the record of the last epoch, None where `max_steps` ends the run
-    before the end of one.
+    before the end of one. With `dry_run` it says what the run would be, writes nothing and returns None.
 
     Raises UserError for what cannot be honoured, and Stopped where a signal asked for an end; both on every rank. On a
     rank that was a spare with mesh=auto it raises SpareEnded in the end.
     """
     context = join(config.mesh, config.flat())
+    if config.run.dry_run:
+        try:
+            return rehearse(config, context)
+        finally:
+            context.close()
     finder = Finder(replicas=context.mesh["data"].size() > 1)
     try:
         with context.watch(finder) as watchdog:
@@ -66,11 +71,7 @@ def _train(
     config: TrainConfig, context: Context, watchdog: Watchdog | None, finder: Finder
 ) -> dict[str, Any] | None:
     with together(context.device):
-        check_kernels(config, context.device)
-        if config.run.cuda_graph:
-            check_capturable(config, context.world)
-        warn_of_ignored(config, context.mesh)
-        tracking = trackers.create(config.run.trackers) if context.first else []
+        tracking = check_run(config, context.world, context.mesh)
     job, first, device = Job.of(context.device), context.first, context.device
     restarted = job.goes_on_in(config.output)
     resume = config.run.resume or restarted
@@ -101,7 +102,7 @@ class Trainer:
         run, optimiser = config.run, config.optimiser
         dtype = torch.float64 if run.precision == "float64" else torch.float32
         self.data: Data = context.load_data(config.data, run.seed, dtype)
-        check_number(optimiser.precise_batch_norm, self.data.train)
+        check_number(optimiser.precise_batch_norm, self.data.train.steps_per_epoch)
         self.strategy = context.strategy(run.precision)
         self.strategy.check_batch(config.data.batch, optimiser.accumulate)
         options = config.model.create_options() | {"num_classes": self.data.num_classes}
@@ -115,10 +116,7 @@ class Trainer:
             compile=run.compile,
         )
         model = self.placed.model
-        if run.recompute == "blocks" and not recompute_blocks(model):
-            raise UserError(
-                f"recompute=blocks is invalid for {config.model.model}, which has no blocks; leave it out"
-            )
+        check_recompute(config, model)
         self.chosen = self._choose_forms({} if run.remeasure else recorded)
         run.forms = recorded | self.chosen.forms
         self.meter = make_meter(self.placed, options, self.data.image_shape, first=context.first)

@@ -67,8 +67,7 @@ def check_shared(output: Path, *, first: bool, device: torch.device | None = Non
 @contextlib.contextmanager
 def folder(output: Path) -> Iterator[None]:
     """Make the folder; what is new of it and of those above it, and stays empty, is removed in the end."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output={output} is a file; name a folder")
+    _check_folder(output)
     new = [path for path in (output, *output.parents) if not path.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -135,6 +134,19 @@ def _locked(path: Path, wait_s: float) -> int:
                 os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return file
         os.close(file)
+
+
+def check_free(output: Path, *, resume: bool) -> None:
+    """Raise UserError where a run cannot have this folder, of which nothing is made or locked here."""
+    _check_folder(output)
+    if is_in_use(output):
+        raise UserError(f"output={output} is in use by another run; wait for it, or name another --output")
+    check_leftovers(output, resume)
+
+
+def _check_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={output} is a file; name a folder")
 
 
 def check_leftovers(output: Path, resume: bool) -> None:

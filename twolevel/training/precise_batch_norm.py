@@ -13,12 +13,11 @@ from twolevel.distributed.strategies import Placed
 from twolevel.errors import UserError
 
 
-def check_number(number: int, train: TrainSplit) -> None:
-    """Raise UserError where an epoch does not have `number` batches."""
-    if number > train.steps_per_epoch:
+def check_number(number: int, steps: int) -> None:
+    """Raise UserError where an epoch of `steps` does not have `number` batches."""
+    if number > steps:
         raise UserError(
-            f"precise_batch_norm={number} is more than the {train.steps_per_epoch} batches of an epoch; "
-            f"use at most {train.steps_per_epoch}"
+            f"precise_batch_norm={number} is more than the {steps} batches of an epoch; use at most {steps}"
         )
 
 

@@ -5,13 +5,39 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from twolevel.distributed.environment import World
 from twolevel.errors import UserError
+from twolevel.nn import recompute_blocks
 from twolevel.ops.kernels import native
 from twolevel.settings import MICROBATCHED, PIPELINES
+from twolevel.training import trackers
 from twolevel.training.config import TrainConfig
 from twolevel.training.config.shape import largest_shape
+from twolevel.training.graphed import check_capturable
+from twolevel.training.trackers.base import Tracker
+
+
+def check_run(config: TrainConfig, world: World, mesh: DeviceMesh) -> list[Tracker]:
+    """Make sure that these ranks can do as asked; what shows the records, on rank 0.
+
+    Raises UserError where they cannot, and warns of settings without effect. Holds no collective.
+    """
+    check_kernels(config, world.device)
+    if config.run.cuda_graph:
+        check_capturable(config, world)
+    warn_of_ignored(config, mesh)
+    return trackers.create(config.run.trackers) if world.rank == 0 else []
+
+
+def check_recompute(config: TrainConfig, model: nn.Module) -> None:
+    """Have the blocks of this network recomputed, if that is asked for. Raises UserError where there are none."""
+    if config.run.recompute == "blocks" and not recompute_blocks(model):
+        raise UserError(
+            f"recompute=blocks is invalid for {config.model.model}, which has no blocks; leave it out"
+        )
 
 
 def check_kernels(config: TrainConfig, device: torch.device) -> None:

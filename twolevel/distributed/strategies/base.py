@@ -81,7 +81,7 @@ class Strategy(ABC):
 
     def _draw(self, network: nn.Module, seed: int) -> nn.Module:
         """Memory and values for the part of a network that is left on the meta device."""
-        with together(self.device):
+        with together():  # the device may be the meta device
             initialize(network, seed, self.device)
         return self._in_memory_format(network)
 

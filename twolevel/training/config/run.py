@@ -33,6 +33,9 @@ class RunConfig:
     resume: bool = field(default=False, metadata=STARTING)
     """go on from the newest checkpoint in the output folder"""
 
+    dry_run: bool = field(default=False, metadata=STARTING)
+    """print what the run would be and stop: layers, memory and time as far as they are known; nothing is written"""
+
     seed: int = field(default=0, metadata=FIXED)
     """seed of initial weights, image order, crops and flips; the same for any number of ranks"""
 
