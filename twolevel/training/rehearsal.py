@@ -133,6 +133,7 @@ def _print(
         batch=config.data.batch // parts,
         precision="bf16" if run.precision == "bf16" else "float32",
         microbatches=strategy.microbatches,
+        recompute=config.run.recompute == "blocks",
     )
     found = estimate(way, options, config.data.image_shape)
     rate = f"learning rate {optimiser.learning_rate:g}, {optimiser.lr_schedule}, {optimiser.update}"
@@ -155,9 +156,8 @@ def _memory(found: Estimate, config: TrainConfig) -> str:
         return f"not known: {found.why_no_memory}"
     factor = 2 if run.precision == "float64" else 1
     kept = cost.parameter_bytes + cost.gradient_bytes + cost.momentum_bytes
-    without = "" if run.recompute == "none" else f", without recompute={run.recompute}"
     return (
-        f"{gigabytes(factor * cost.peak_bytes)} at the most by the cost model{without}: {gigabytes(factor * kept)} of "
+        f"{gigabytes(factor * cost.peak_bytes)} at the most by the cost model: {gigabytes(factor * kept)} of "
         f"parameters, gradients and momentum, {gigabytes(factor * cost.activation_bytes)} of activations"
     )
 
@@ -166,8 +166,8 @@ def _time(found: Estimate, config: TrainConfig, steps: int) -> str:
     cost, machine, run = found.time, found.machine, config.run
     if run.precision == "float64":
         return "not known: the cost model has no float64"
-    if config.optimiser.accumulate > 1 or run.recompute != "none":
-        return "not known: the cost model has neither accumulate nor recompute"
+    if config.optimiser.accumulate > 1:
+        return "not known: the cost model has no accumulate"
     if cost is None or machine is None:
         return f"not known: {found.why_no_time}"
     epoch = seconds(steps * cost.step)

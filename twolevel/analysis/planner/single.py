@@ -33,10 +33,11 @@ class Way:
     batch: int
     precision: str
     microbatches: int = 1
+    recompute: bool = False
 
     def cost(self, workload: Workload, machine: Machine) -> Cost:
         """Raises UserError for a machine that has no rate for this precision."""
-        setting = Setting(machine, self.batch, self.precision)
+        setting = Setting(machine, self.batch, self.precision, self.recompute)
         if self.parallel == "group":
             return group_cost(workload, setting, self.conv, data=self.data, group=self.inner)
         if self.parallel == "channel":
