@@ -20,7 +20,9 @@ SHOWN = ("finished", "bit_equal", "records_whole", "named", "in_time")
 
 @dataclass
 class Settings:
-    """Disturb runs at random moments, and count what becomes of them; goes on where an earlier command stopped."""
+    """Disturb runs at random moments, and count what becomes of them; goes on where an earlier command stopped, by the
+    trials in its folder or else by those in its results.
+    """
 
     kinds: tuple[str, ...] = tuple(trial.KINDS)
     """what to do to them"""
@@ -63,6 +65,7 @@ def main(argv: list[str]) -> None:
         report.save(output, command, facts, {}, {"chains": found})
         return
     lines = settings.folder / "trials.jsonl"
+    go_on(lines, settings.output)
     skipped = {}
     for name in settings.kinds:
         why = _why_not(name)
@@ -116,6 +119,14 @@ def _trials(name: str, wanted: int, settings: Settings, lines: Path) -> None:
         print(f"  {number}: {'good' if good else 'BAD'} {trial.as_line(name, number, found)}", flush=True)
         if good and not settings.keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def go_on(lines: Path, output: Path) -> None:
+    """Have a new folder begin with the trials of the results that there are."""
+    if not lines.exists() and output.exists():
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        trials = json.loads(output.read_text())["trials"]
+        lines.write_text("".join(json.dumps(line) + "\n" for line in trials))
 
 
 def read(lines: Path) -> list[dict[str, Any]]:

@@ -58,6 +58,18 @@ def test_trials_are_counted_and_those_that_struck_nobody_are_not():
         command.table([])
 
 
+def test_a_new_folder_goes_on_from_the_results(tmp_path):
+    output, lines = tmp_path / "faults.json", tmp_path / "new" / "trials.jsonl"
+    command.go_on(lines, output)
+    assert not lines.exists()
+    output.write_text(json.dumps({"trials": [{"kind": "kill", "trial": 0}, {"kind": "stop", "trial": 3}]}))
+    command.go_on(lines, output)
+    assert [line["trial"] for line in command.read(lines)] == [0, 3]
+    output.write_text(json.dumps({"trials": []}))
+    command.go_on(lines, output)  # its own are the newer ones
+    assert len(command.read(lines)) == 2
+
+
 def test_losses_of_changed_ranks_are_compared_step_by_step(tmp_path):
     assert chain.difference([2.0, 1.0, 0.5], [2.0, 1.25, 0.5]) == 0.25
     assert chain.difference([2.0, 1.0], [2.0, 1.0, 0.5]) == float("inf")
