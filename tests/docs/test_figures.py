@@ -1,0 +1,119 @@
+"""The figures of the documentation are those of benchmarks/results, and the files that it names are there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "pages"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def page(name: str) -> str:
+    return (PAGES / name).read_text()
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    """The cells of the table that has this header."""
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_errors_by_number_of_groups():
+    lines = map(json.loads, (RESULTS / "accuracy" / "table3-small.jsonl").read_text().splitlines())
+    trained = {}
+    for line in lines:
+        settings, counts = line["settings"], line["counts"]
+        macs, error = f"{counts['macs'] / 1e6:.1f} M", f"{line['final']['test_error']:.2f}"
+        trained[settings["conv"], settings.get("groups")] = [f"{counts['parameters']:,}", macs, error]
+    kinds = {"dense": "sc", "GC-2L": "gc2l", "group convolution": "gc"}
+    table = rows(page("how-to/choose-g-and-r.md"), "| | parameters | multiply-accumulates | test error, % |")
+    shown = {}
+    for name, *figures in table:
+        kind, _, groups = name.partition(", G=")
+        shown[kinds[kind], int(groups) if groups else None] = figures
+    assert shown == {key: trained[key] for key in shown} and len(shown) == 7
+
+
+@pytest.mark.parametrize("groups", [4, 16])
+def test_steps_against_the_dense_network(groups):
+    step = result("step.json")
+    shares = {(peer["peer"], peer["groups"]): f"{peer['to_sc']:.2f}" for peer in step["peers"]}
+    names = {"two-level, this package": "gc2l", "two-level, stock layers, compiled": "stock compiled"}
+    names["two-level, stock layers"] = "stock"
+    text = page("index.md")
+    for name, *figures in rows(text, "| | G=4 | G=16 |"):
+        assert figures[[4, 16].index(groups)] == shares[names[name], groups]
+    (dense,) = (peer["median_ms"] for peer in step["peers"] if peer["peer"] == "sc")
+    assert f"takes {dense:.0f} ms a step" in text and step["date"][:10] in text
+
+
+def test_steps_and_bytes_over_links():
+    ways = {"GPipe": "gpipe", "DDP": "ddp", "channel-parallel": "channel"}
+    measured = {(r["strategy"], r["groups"], r["link"]): r for r in result("scaling-links.json")["rows"]}
+    table = rows(page("explanation/exchange.md"), "| | MB | 1 Gbit/s, ms | 100 Mbit/s, ms |")
+    for name, *figures in table:
+        kind, _, way = name.partition(", ")
+        case = ("group", int(way.removeprefix("G="))) if kind == "GC-2L" else (ways[way], 1)
+        over = [measured[(*case, link)] for link in ("1gbit", "100mbit")]
+        sent = f"{over[0]['sent_by_ring_bytes'] / 1e6:.1f}"
+        assert figures == [sent, *(f"{row['median_ms']:.0f}" for row in over)]
+    both = [dict((name, cells) for name, *cells in table)[name] for name in ("GC-2L, G=2", "dense, DDP")]
+    (ours, dense), text = both, page("index.md")
+    assert f"send {ours[0]} MB a step for GC-2L with G=2, and {dense[0]} MB" in " ".join(text.split())
+    assert f"takes {ours[2]} ms and {dense[2]} ms" in " ".join(text.split())
+
+
+def test_what_carries_the_exchange():
+    first, text = (
+        result("exchange-mpi-2.json")["exchanges"][0],
+        " ".join(page("explanation/exchange.md").split()),
+    )
+    assert (first["collective"], first["bytes_of_a_rank"]) == ("gather", 128 * 1024)
+    us = {name: f"{time:.0f} µs" for name, time in first["us"].items()}
+    assert f"takes {us['gloo']} over Gloo and {us['mpi']} over MPI" in text
+    assert f"{us['gloo overlapped']} and {us['mpi overlapped']} to a matrix product" in text
+
+
+def test_predictions_within_a_fifth():
+    ratios = [case["ratio"] for case in result("predict.json")["cases"]]
+    near = sum(abs(1 - ratio) <= 0.2 for ratio in ratios)
+    assert f"{near} of {len(ratios)} steps" in " ".join(page("explanation/cost-model.md").split())
+
+
+def test_what_was_tried_has_the_measured_shares():
+    text = page("explanation/what-was-tried.md")
+    shares = {peer["peer"]: peer["to_sc"] for peer in result("step.json")["peers"] if peer["groups"] == 4}
+    assert f"{shares['stock']:.2f} of the dense step at G=4" in text
+    assert f"(`stock three`) take {shares['stock three']:.2f}" in text
+    fused, overlapped = shares["one rank of 4 fused"], shares["one rank of 4"]
+    assert f"{fused:.3f} of the dense step by it and {overlapped:.3f} overlapped" in text
+    passes = {mean["form"]: mean["passes"] for mean in result("traffic.json")["means"] if mean["ranks"] == 1}
+    assert f"over its maps {passes['torch']:.0f} times" in text
+    assert f"; {passes['overlapped native']:.0f} passes" in text
+
+
+def test_trials_of_faults():
+    faults, text = result("faults.json"), " ".join(page("index.md").split())
+    kill = faults["counts"]["kill"]
+    assert kill["finished"] == kill["bit_equal"] == kill["trials"]
+    assert f"in {kill['trials']} trials out of {kill['trials']} whose ranks were killed" in text
+    tried = " ".join(page("explanation/what-was-tried.md").split())
+    assert (
+        f"{kill['trials']} trials of killed ranks" in tried
+        and f"the {sum(faults['wanted'].values())} that" in tried
+    )
+
+
+@pytest.mark.parametrize("path", sorted(PAGES.rglob("*.md")), ids=lambda path: str(path.relative_to(PAGES)))
+def test_files_that_are_named_exist(path):
+    text = path.read_text()
+    named = re.findall(r"github\.com/twolevel/twolevel/(?:blob|tree)/main/([^)#]+)", text)
+    named += re.findall(r"(?:tests|examples|launch)/[\w/.-]*\.\w+", text)
+    assert [name for name in named if not (ROOT / name.split("#")[0]).exists()] == []
