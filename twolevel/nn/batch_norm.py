@@ -13,6 +13,7 @@ from twolevel.ops.normalise import Replicas, batch_norm
 from twolevel.ops.normalise_dispatch import SETS, normaliser_for
 from twolevel.ops.normalise_problem import NormaliseProblem
 from twolevel.ops.problem import PLAIN
+from twolevel.ops.ranges import normaliser_in_ranges
 from twolevel.ops.tape import TapedReplicas, current
 
 
@@ -102,6 +103,7 @@ def _normalise(norm: nn.BatchNorm2d, x: Tensor, *, relu: bool) -> tuple[Tensor, 
             kernels_asked_for(norm),
             may_measure=torch.is_grad_enabled(),
         )
+        kernels = normaliser_in_ranges(kernels)
     if replicas is None and kernels.name == "torch":
         return None
     return batch_norm(

@@ -29,6 +29,7 @@ from twolevel.ops.exchange import LOCAL, Exchange, registered
 from twolevel.ops.geometry import Geometry, output_size
 from twolevel.ops.kernels.restriction import conv_backward
 from twolevel.ops.problem import channel_groups
+from twolevel.ops.ranges import exchange_in_ranges
 from twolevel.ops.strides import in_strides_of, memory_format_of
 from twolevel.ops.tape import TapedExchange, current
 
@@ -57,7 +58,7 @@ def balanced_conv2d(
     tape = current()
     if tape is not None:
         exchange = TapedExchange(exchange, tape)
-    return _Balanced.apply(x, local, mean, geometry, exchange)
+    return _Balanced.apply(x, local, mean, geometry, exchange_in_ranges(exchange))
 
 
 def _mean_of_groups(x: Tensor, groups: int) -> Tensor:

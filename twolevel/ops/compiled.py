@@ -11,6 +11,7 @@ from twolevel.ops import schedules
 from twolevel.ops.dispatch import plan_for
 from twolevel.ops.exchange import Exchange, registered
 from twolevel.ops.geometry import Geometry, output_size
+from twolevel.ops.ranges import in_ranges
 from twolevel.ops.strides import in_strides_of, memory_format_of
 
 
@@ -147,7 +148,7 @@ def _schedule(
         may_be_dense=False,
     )
     assert plan.schedule is not None
-    return plan.schedule
+    return in_ranges(plan.schedule)
 
 
 def _four(wanted: list[bool]) -> tuple[bool, bool, bool, bool]:

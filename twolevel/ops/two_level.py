@@ -10,6 +10,7 @@ from twolevel.ops.dispatch import plan_for
 from twolevel.ops.exchange import LOCAL, Exchange
 from twolevel.ops.geometry import Geometry
 from twolevel.ops.problem import channel_groups
+from twolevel.ops.ranges import in_ranges
 from twolevel.ops.tape import TapedSchedule, current
 
 
@@ -52,7 +53,8 @@ def two_level_conv2d(
     )
     if plan.schedule is None:
         return schedules.dense(x, *weights, geometry)
-    order = plan.schedule if tape is None else TapedSchedule(plan.schedule, tape, skip=skip)
+    order = in_ranges(plan.schedule)
+    order = order if tape is None else TapedSchedule(order, tape, skip=skip)
     return _TwoLevel.apply(x, *weights, geometry, exchange, order)
 
 

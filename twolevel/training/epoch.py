@@ -23,6 +23,7 @@ from twolevel.training.meter import Meter
 from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import learning_rate
 from twolevel.training.precise_batch_norm import recompute_statistics
+from twolevel.training.profiling import Profiling
 from twolevel.training.rules import Rule, copy_choices
 from twolevel.training.state import TrainState
 from twolevel.training.step import TrainStep
@@ -54,6 +55,7 @@ class Epochs:
     stop: StopRequest
     all_steps: int
     last_step: int
+    profiling: Profiling | None = None
     began: float = field(default=0.0, init=False)
     """When the steps began that are not recorded yet."""
     rate: float = field(default=0.0, init=False)
@@ -120,6 +122,8 @@ class Epochs:
                 self.save()
             elif saving:  # written for another reason meanwhile
                 self.stop.saved(unit)
+            if self.profiling is not None:
+                self.say(self.profiling.before_step())
             self.rate = self.step(images, labels)
             state.step += 1
             state.test_error = None
@@ -140,9 +144,20 @@ class Epochs:
             if saving or stopping:
                 self.save()
             if stopping:
+                self.end_profile()
                 return False
+        self.end_profile()
         self.finish(epoch)
         return True
+
+    def end_profile(self) -> None:
+        """A profile is of the steps of one epoch: a test would be in it."""
+        if self.profiling is not None:
+            self.say(self.profiling.end())
+
+    def say(self, text: str | None) -> None:
+        if text is not None:
+            self.display.say(text)
 
     def leave_fingerprint(self, *batch: Tensor) -> None:
         state, parallel = self.state, self.config.mesh.parallel

@@ -32,6 +32,7 @@ from twolevel.training.optimiser import make_optimiser
 from twolevel.training.output import claim
 from twolevel.training.precise_batch_norm import check_number
 from twolevel.training.preflight import check_recompute, check_resumable, check_run
+from twolevel.training.profiling import Profiling
 from twolevel.training.rehearsal import rehearse
 from twolevel.training.rules import rules_for
 from twolevel.training.state import TrainState, seed_ranks
@@ -161,6 +162,7 @@ class Trainer:
         saver = Saver(self.config.output / "checkpoints", kept)
         self.display = Display(self.last_step, state.step, shown=first)
         metrics_log = None
+        profiling = self._profiling()
         with together(self.context.device):
             if first:
                 metrics_log = self._begin_records()
@@ -182,6 +184,7 @@ class Trainer:
                     stop=stop,
                     all_steps=self.all_steps,
                     last_step=self.last_step,
+                    profiling=profiling,
                 )
                 last = epochs.run()
         except Stopped:
@@ -191,11 +194,20 @@ class Trainer:
             raise
         finally:
             saver.close()
+            if profiling is not None:
+                profiling.close()
             if metrics_log is not None:
                 metrics_log.close(whole=state.step >= self.all_steps and not state.untested)
         if first:
             self._closing_words(last)
         return last
+
+    def _profiling(self) -> Profiling | None:
+        run, context = self.config.run, self.context
+        if run.profile is None:
+            return None
+        rank = context.world.rank
+        return Profiling(run.profile, self.config.output, context.device, rank, compiled=run.compile)
 
     def _begin_records(self) -> MetricsLog:
         """Write what is known before the first step. Raises UserError where the folder takes nothing more."""

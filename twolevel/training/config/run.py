@@ -36,6 +36,10 @@ class RunConfig:
     dry_run: bool = field(default=False, metadata=STARTING)
     """print what the run would be and stop: layers, memory and time as far as they are known; nothing is written"""
 
+    profile: int | None = field(default=None, metadata=STARTING)
+    """record so many steps of an epoch, after three others, with torch's profiler: a trace of each rank and a table
+    of where the time goes, in OUTPUT/profile; in a graph of torch.compile batch norms have no name"""
+
     seed: int = field(default=0, metadata=FIXED)
     """seed of initial weights, image order, crops and flips; the same for any number of ranks"""
 
@@ -99,12 +103,18 @@ class RunConfig:
             self,
             1,
             "max_steps",
+            "profile",
             "checkpoint_steps",
             "keep_checkpoints",
             "keep_epochs",
             "log_steps",
             "fingerprint_steps",
         )
+        if self.profile is not None and self.cuda_graph:
+            raise UserError(
+                f"profile={self.profile} is invalid with --cuda-graph, whose replays have no names; "
+                "leave one of them out"
+            )
         self.trackers = tuple(self.trackers)
         alone = "none" not in self.trackers or len(self.trackers) == 1
         check(
