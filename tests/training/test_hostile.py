@@ -205,7 +205,7 @@ def test_a_clock_that_goes_back_and_forth_changes_nothing(tiny, undisturbed, tmp
         words = ["--output", tmp_path / "run", "--checkpoint-minutes", "60"]
         outcome = command("train", *tiny, *words)
     assert outcome.code == 0 and not outcome.err
-    assert weights(tmp_path / "run", tmp_path / "weights") == undisturbed
+    assert weights(tmp_path / "run", tmp_path / "weights.safetensors") == undisturbed
     assert all(record["seconds"] < 3600 for record in metrics.read(tmp_path / "run", "epoch"))
 
 
