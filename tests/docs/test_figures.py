@@ -101,6 +101,13 @@ def test_what_was_tried_has_the_measured_shares():
     assert f"; {passes['overlapped native']:.0f} passes" in text
 
 
+def test_blocks_computed_again():
+    again = result("recompute.json")["networks"]["gc2l"]["computed again"]
+    text = " ".join(page("how-to/save-memory.md").split())
+    assert f"takes {again['memory_ratio']:.2f} of the memory" in text
+    assert f"and {again['time_ratio']:.2f} of the time" in text
+
+
 def test_trials_of_faults():
     """Each kind that is told of: how many of how many ended well."""
     said = re.findall(r"(\d+) of (\d+)", page("index.md"))
