@@ -21,9 +21,14 @@ def recompute_blocks(model: nn.Module) -> int:
     """
     number = 0
     for module in model.modules():
-        if type(module) is nn.Sequential and any(map(_is_block, module)):
+        if type(module) is not nn.Sequential:
+            continue
+        again = [_is_block(member) for member in module]
+        if any(again):
             module.__class__ = RecomputedSequential
-            number += sum(map(_is_block, module))
+            assert isinstance(module, RecomputedSequential)
+            module.again = again
+            number += sum(again)
     return number
 
 
@@ -32,12 +37,14 @@ def _is_block(module: nn.Module) -> bool:
 
 
 class RecomputedSequential(nn.Sequential):
-    """nn.Sequential whose blocks compute their activations again in backward."""
+    """nn.Sequential of which the members that are marked in `again` compute their activations again in backward."""
+
+    again: list[bool]
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in self:
-            again = self.training and torch.is_grad_enabled() and _is_block(module)
-            x = _recomputed(module, x) if again else module(x)
+        training = self.training and torch.is_grad_enabled()
+        for module, again in zip(self, self.again, strict=True):
+            x = _recomputed(module, x) if training and again else module(x)
         return x
 
 

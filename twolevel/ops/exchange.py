@@ -49,7 +49,9 @@ class Exchange(Protocol):
         ...
 
 
-class _Done(NamedTuple):
+class Done(NamedTuple):
+    """A result that is there already."""
+
     value: Tensor
 
     def wait(self) -> Tensor:
@@ -65,13 +67,13 @@ class _Local:
         self.key = register(self)
 
     def gather(self, own: Tensor) -> Pending:
-        return _Done(own)
+        return Done(own)
 
     def scatter_sum(self, parts: Tensor) -> Pending:
-        return _Done(parts)
+        return Done(parts)
 
     def sum(self, own: Tensor) -> Pending:
-        return _Done(own)
+        return Done(own)
 
     def __reduce__(self) -> str:
         return "LOCAL"  # a copy, or what is read from a file, is the one that there is
@@ -88,10 +90,10 @@ class Copies:
         self.key = register(self)
 
     def gather(self, own: Tensor) -> Pending:
-        return _Done(own.repeat(self.ranks, *[1] * (own.dim() - 1)))
+        return Done(own.repeat(self.ranks, *[1] * (own.dim() - 1)))
 
     def scatter_sum(self, parts: Tensor) -> Pending:
-        return _Done(parts[: len(parts) // self.ranks])
+        return Done(parts[: len(parts) // self.ranks])
 
     def sum(self, own: Tensor) -> Pending:
-        return _Done(own)
+        return Done(own)

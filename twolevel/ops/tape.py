@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from twolevel.ops.exchange import Exchange, Pending
-from twolevel.ops.geometry import Geometry, output_size
+from twolevel.ops.exchange import Done, Exchange, Pending
+from twolevel.ops.geometry import output_size
 from twolevel.ops.kernels.base import Gradients
 from twolevel.ops.normalise import Replicas
 from twolevel.ops.schedules import Schedule
@@ -67,13 +67,6 @@ def current() -> Tape | None:
     return _tape.get()
 
 
-class _Given(NamedTuple):
-    value: Tensor
-
-    def wait(self) -> Tensor:
-        return self.value
-
-
 class _Keeping(NamedTuple):
     pending: Pending
     tape: Tape
@@ -101,7 +94,7 @@ class TapedExchange:
     def _once(self, start: Callable[[], Pending]) -> Pending:
         if current() is not self._tape:  # the gradient of a sum is one too
             return start()
-        return _Given(self._tape.take()) if self._tape.replays else _Keeping(start(), self._tape)
+        return Done(self._tape.take()) if self._tape.replays else _Keeping(start(), self._tape)
 
 
 class TapedReplicas:
@@ -126,42 +119,15 @@ class TapedSchedule:
     def __init__(self, schedule: Schedule, tape: Tape, *, skip: bool):
         self._schedule, self._tape, self._skip = schedule, tape, skip
 
-    def forward(
-        self,
-        x: Tensor,
-        local: Tensor,
-        restriction: Tensor,
-        coarse: Tensor,
-        geometry: Geometry,
-        exchange: Exchange,
-    ) -> tuple[Tensor, Tensor]:
-        weights = (local, restriction, coarse)
-        if not self._tape.replays:
-            y, z = self._schedule.forward(x, *weights, geometry, exchange)
-            return y, self._tape.keep(z)
-        z = self._tape.take()
+    def forward(self, x, local, restriction, coarse, geometry, exchange) -> tuple[Tensor, Tensor]:
         if self._skip:
             height, width = output_size(x.shape[2:], local.shape[2:], geometry)
-            return x.new_empty(len(x), len(local), height, width), z
-        if exchange.ranks > 1:
-            exchange = _Answering(exchange, z)
-        return self._schedule.forward(x, *weights, geometry, exchange)[0], z
+            return x.new_empty(len(x), len(local), height, width), self._tape.take()
+        weights = (local, restriction, coarse)
+        if exchange.ranks > 1:  # z is what it gathers
+            return self._schedule.forward(x, *weights, geometry, TapedExchange(exchange, self._tape))
+        y, z = self._schedule.forward(x, *weights, geometry, exchange)
+        return y, self._tape.take() if self._tape.replays else self._tape.keep(z)
 
     def backward(self, *args) -> Gradients:
         return self._schedule.backward(*args)
-
-
-class _Answering:
-    """An exchange of which only the gathered representatives are asked, which are known."""
-
-    def __init__(self, exchange: Exchange, z: Tensor):
-        self.ranks, self.key, self._z = exchange.ranks, exchange.key, z
-
-    def gather(self, own: Tensor) -> Pending:
-        return _Given(self._z)
-
-    def scatter_sum(self, parts: Tensor) -> Pending:
-        raise NotImplementedError
-
-    def sum(self, own: Tensor) -> Pending:
-        raise NotImplementedError
