@@ -82,15 +82,14 @@ class Part:
         """Of `saved` what is kept from forward to backward."""
         if layer.block not in self._blocks:
             return self.saved(layer)
-        inputs = self._inputs(layer.block)
+        inputs = self._inputs[layer.block]
         return [(key, size) for key, size in self.saved(layer) if key in inputs or _is_representatives(key)]
 
     def again(self) -> set[Layer]:
         """The layers that are computed again: those whose result is saved, or read by such a layer."""
         found: set[Layer] = set()
-        for name in self._blocks:
-            layers = [layer for layer in self.layers if layer.block == name]
-            needed = {key for layer in layers for key, _ in self.saved(layer)} - self._inputs(name)
+        for name, layers in self._blocks.items():
+            needed = {key for layer in layers for key, _ in self.saved(layer)} - self._inputs[name]
             for layer in reversed(layers):
                 if self._storage(layer.output) in needed:
                     found.add(layer)
@@ -98,18 +97,23 @@ class Part:
         return found
 
     @cached_property
-    def _blocks(self) -> set[str]:
-        """The blocks that are computed again."""
-        convolutions = Counter(
-            layer.block for layer in self.layers if layer.kind in ("conv", "two-level") and layer.block
-        )
-        return {name for name, number in convolutions.items() if self.recompute and number > 1}
+    def _blocks(self) -> dict[str, list[Layer]]:
+        """The layers of each block that is computed again."""
+        blocks: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            if self.recompute and layer.block:
+                blocks.setdefault(layer.block, []).append(layer)
+        convolutions = Counter(layer.block for layer in self.layers if layer.kind in ("conv", "two-level"))
+        return {name: layers for name, layers in blocks.items() if convolutions[name] > 1}
 
-    def _inputs(self, block: str) -> set[Hashable]:
-        """The storages that a block reads and has not written."""
-        layers = [layer for layer in self.layers if layer.block == block]
-        written = {self._storage(layer.output) for layer in layers}
-        return {self._storage(value) for layer in layers for value in layer.inputs} - written
+    @cached_property
+    def _inputs(self) -> dict[str, set[Hashable]]:
+        """The storages that each of these blocks reads and has not written."""
+        return {
+            name: {self._storage(value) for layer in layers for value in layer.inputs}
+            - {self._storage(layer.output) for layer in layers}
+            for name, layers in self._blocks.items()
+        }
 
     def _storage(self, value: int) -> Hashable:
         return self.workload.values[value].storage
@@ -151,10 +155,9 @@ class Part:
         gradients.add(self.layers[-1].output, self.bytes_of(self.layers[-1].output))
         for layer in reversed(self.layers):
             extra = 0
-            if layer.block in self._blocks - begun:
+            if layer.block in self._blocks and layer.block not in begun:
                 begun.add(layer.block)
-                block = [other for other in self.layers if other.block == layer.block]
-                again = dict(entry for other in block for entry in self.saved(other))
+                again = dict(entry for other in self._blocks[layer.block] for entry in self.saved(other))
                 saved += sum(size for key, size in again.items() if key not in there)
             if layer.kind == "add" or layer.operation == "cat":
                 gradients.share(layer.output, layer.inputs)
