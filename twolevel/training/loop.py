@@ -31,7 +31,7 @@ from twolevel.training.metrics import MetricsLog
 from twolevel.training.optimiser import make_optimiser
 from twolevel.training.output import claim
 from twolevel.training.precise_batch_norm import check_number
-from twolevel.training.preflight import check_recompute, check_resumable, check_run
+from twolevel.training.preflight import apply_recompute, check_resumable, check_run
 from twolevel.training.profiling import Profiling
 from twolevel.training.rehearsal import rehearse
 from twolevel.training.rules import rules_for
@@ -117,7 +117,7 @@ class Trainer:
             compile=run.compile,
         )
         model = self.placed.model
-        check_recompute(config, model)
+        apply_recompute(config, model)
         self.chosen = self._choose_forms({} if run.remeasure else recorded)
         run.forms = recorded | self.chosen.forms
         self.meter = make_meter(self.placed, options, self.data.image_shape, first=context.first)

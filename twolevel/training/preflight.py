@@ -32,8 +32,11 @@ def check_run(config: TrainConfig, world: World, mesh: DeviceMesh) -> list[Track
     return trackers.create(config.run.trackers) if world.rank == 0 else []
 
 
-def check_recompute(config: TrainConfig, model: nn.Module) -> None:
-    """Have the blocks of this network recomputed, if that is asked for. Raises UserError where there are none."""
+def apply_recompute(config: TrainConfig, model: nn.Module) -> None:
+    """Have the blocks of this network computed again in backward, if that is asked for.
+
+    Raises UserError where there are none.
+    """
     if config.run.recompute == "blocks" and not recompute_blocks(model):
         raise UserError(
             f"recompute=blocks is invalid for {config.model.model}, which has no blocks; leave it out"

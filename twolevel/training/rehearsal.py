@@ -23,7 +23,7 @@ from twolevel.training.config import TrainConfig
 from twolevel.training.context import Context, strategy_for
 from twolevel.training.output import check_free
 from twolevel.training.precise_batch_norm import check_number
-from twolevel.training.preflight import check_recompute, check_resumable, check_run
+from twolevel.training.preflight import apply_recompute, check_resumable, check_run
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def rehearse(config: TrainConfig, context: Context) -> None:
     placed = context.build(
         strategy, options, run.seed, config.data.image_shape, sync_batch_norm=config.mesh.sync_batch_norm
     )
-    check_recompute(config, placed.model)
+    apply_recompute(config, placed.model)
     with together(context.device):
         if context.first:
             _print(config, context, strategy, placed, images, steps, start)
