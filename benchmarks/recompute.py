@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import report
+from benchmarks.scaling.rank import in_use
 from benchmarks.step import Step
 from twolevel import models
 from twolevel.nn import recompute_blocks
@@ -101,18 +102,12 @@ def peak_mb(settings: Settings, conv: str, peer: str) -> float:
 
 def _peak_mb(settings: Settings, conv: str, peer: str) -> float:
     torch.set_num_threads(settings.threads)
-    before = _status_mb("VmRSS")
+    device = torch.device("cpu")
+    before = in_use("VmRSS", device)
     step = make_step(settings, conv, peer)
     for _ in range(STEPS):
         step()
-    return _status_mb("VmHWM") - before
-
-
-def _status_mb(field: str) -> float:
-    """VmRSS, what this process has in memory, or VmHWM, the most that it has had."""
-    # Not by getrusage, whose maximum a process inherits from the one that started it.
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+    return (in_use("VmHWM", device) - before) / 2**20
 
 
 def main(argv: list[str]) -> None:

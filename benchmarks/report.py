@@ -18,6 +18,7 @@ import tyro
 from twolevel.analysis import plots
 from twolevel.errors import UserError
 from twolevel.host import processor
+from twolevel.ops.clock import gpu_seconds
 from twolevel.settings import Device
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,16 +73,7 @@ def stopwatch(device: str, threads: int) -> Callable[..., float]:
             call()
         return (clock() - start) / 1e9 / repeats
 
-    def on_gpu(call: Callable[[], object], repeats: int = 1) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-
-    return on_cpu if device == "cpu" else on_gpu
+    return on_cpu if device == "cpu" else gpu_seconds
 
 
 def take_turns(

@@ -11,14 +11,14 @@ def usable_cores() -> list[int]:
     return bound or list(range(os.cpu_count() or 1))
 
 
-def peak_memory() -> int | None:
-    """The most bytes of memory that this process has had so far; None where the system does not say."""
+def process_memory(field: str) -> int | None:
+    """VmRSS, the resident bytes of this process, or VmHWM, the most so far; None where the system does not say."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    return 1024 * int(peaks[0]) if peaks else None
+    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return 1024 * int(found[0]) if found else None
 
 
 def processor() -> str:

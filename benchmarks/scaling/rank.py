@@ -29,6 +29,7 @@ from twolevel.distributed import MeshAxis
 from twolevel.distributed.agreement import together
 from twolevel.distributed.environment import start, stop
 from twolevel.errors import UserError
+from twolevel.host import process_memory
 
 TIMEOUT_S = 300
 MEMORY_STEPS = 3
@@ -127,12 +128,11 @@ def in_use(field: str, device: torch.device) -> int:
     """VmRSS, the resident bytes of this process, or VmHWM, the most there have been; of tensors on a GPU."""
     if device.type == "cuda":
         return {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}[field](device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    # Not getrusage, whose maximum is handed down by the process that started this one.
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    # Not getrusage, whose maximum is handed down by the process that started this one, where the system says more.
+    found = process_memory(field)
+    if found is not None:
+        return found
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _finished(step: Training, device: torch.device) -> Callable[[], object]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from twolevel.ops.clock import gpu_seconds
 from twolevel.streams import stream
 
 SIDES = 256, 4096  # of the matrices, the smallest and the largest
@@ -43,15 +44,9 @@ def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[]
 
 
 def _seconds(call: Callable[[], object], number: int, device: torch.device) -> float:
-    if device.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(number):
-            call()
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    if device.type == "cuda":
+        return number * gpu_seconds(call, number)
+    began = time.perf_counter()
     for _ in range(number):
         call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return time.perf_counter() - began

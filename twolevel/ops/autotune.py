@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from twolevel.ops.clock import gpu_seconds
 from twolevel.ops.kernels import native, triton
 from twolevel.ops.problem import batch_class
 from twolevel.ops.replay import replays
@@ -206,13 +207,7 @@ def _times_of(problem: Layer, able: Sequence[Form], runs: Callable[[Layer], list
 
 def _seconds(run: Run, device: torch.device) -> float:
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(GPU_RUNS):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / GPU_RUNS
+        return gpu_seconds(run, GPU_RUNS)
     # With one thread the time that it had a core: other ranks of the machine do not count.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()

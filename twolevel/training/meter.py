@@ -10,7 +10,7 @@ from twolevel.distributed.agreement import all_gather, together
 from twolevel.distributed.collectives import axes_of
 from twolevel.distributed.strategies import Placed
 from twolevel.errors import UserError
-from twolevel.host import peak_memory
+from twolevel.host import process_memory
 
 PASSES = 3  # forward, and the gradients of inputs and of weights, each as many multiply-accumulates
 
@@ -84,7 +84,7 @@ class Meter:
 
     def _memory(self) -> float | None:
         on_gpu = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_memory()
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else process_memory("VmHWM")
         return None if peak is None else peak / 1e6
 
 
