@@ -39,7 +39,7 @@ def measure() -> dict[str, Any]:
         context = join(config.mesh, config.flat())
         torch.set_num_threads(1)  # which `join` has set
         try:
-            trainer = Trainer(config, context, None, Job.of(context.device), None)
+            trainer = Trainer(config, context, None, Job.of(context.device), None, ())
             return _windows(trainer, Saver(Path(folder, "checkpoints"), Retention()))
         finally:
             context.close()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.faults import chain, command, processes, trial
+from benchmarks.faults import chain, command, cost, processes, trial
 from twolevel.errors import UserError
 
 
@@ -80,6 +80,15 @@ def test_losses_of_changed_ranks_are_compared_step_by_step(tmp_path):
         "undisturbed": [2.0, 1.0, 0.5],
     }
     assert chain.draw([found | {"largest_difference": float("inf")}], tmp_path / "chains.png").stat().st_size
+
+
+def test_the_cost_of_a_checkpoint_is_that_of_windows_with_and_without(monkeypatch):
+    for name, small in {"WINDOW": 1, "PAIRS": 2, "NETWORK": {"model": "wrn-10-1", "groups": 4}}.items():
+        monkeypatch.setattr(cost, name, small)
+    found = cost.measure()
+    assert len(found["windows_without_s"]) == len(found["windows_with_s"]) == 2
+    assert found["saver_cpu_s"] > 0 and found["fingerprint_s"] > 0
+    assert "fingerprint" in command.cost_table(found)
 
 
 def test_a_kind_that_does_not_exist_is_named(tmp_path):
