@@ -163,7 +163,9 @@ def bars(
     marks: dict[str, dict[str, list[float]]] | None = None,
 ) -> None:
     """Draw bars: panel -> series -> one value (None: no bar) for each label; `marks` are lines over the bars."""
-    width = max(8, 1.1 * len(labels) + 3)
+    number = len(labels) * max(map(len, panels.values()))
+    room = 0.1 if marks else 0.38  # inches of a bar, and of the value over it
+    width = max(8, 1.1 * len(labels) + 3, room * number + 3.5)
     figure, panes = plots.new_figure(len(panels), width=width, height=3.5, theme=plots.PAPER)
     looks = plots.looks_of(name for series in panels.values() for name in series)
     for axes, (panel, series) in zip(panes, panels.items(), strict=True):
@@ -182,6 +184,6 @@ def bars(
         axes.grid(visible=False, axis="x")
         plots.from_zero(axes)
     plots.one_legend(figure, beside=True)
-    figure.suptitle(title)
+    figure.suptitle(title, x=0.01, horizontalalignment="left")  # the legend is on the right
     plots.save(figure, path)
     print(f"wrote {path}")
