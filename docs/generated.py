@@ -1,6 +1,7 @@
 """Pages that mkdocs makes of the package: the options of every command, and every public name.
 
-The help of a command is what `--help` prints; the names are those that a package imports for its users.
+The help of a command is what `--help` prints; the names are those that a package imports for its users. Figures of
+measured results, which pages show by their address, come from the repository: the site fetches nothing.
 """
 
 import ast
@@ -11,11 +12,14 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from twolevel.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["twolevel", "nn", "models", "distributed", "analysis", "data", "ops"]
+FIGURES = ROOT / "benchmarks" / "results"
+ADDRESS = "https://raw.githubusercontent.com/twolevel/twolevel/main/benchmarks/results/"
 COLUMNS = "96"  # of the help: what a page shows without a scroll bar
 
 
@@ -24,7 +28,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages["reference/commands.md"] = commands_page()
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
+    for figure in FIGURES.glob("*.png"):
+        files.append(File.generated(config, f"figures/{figure.name}", abs_src_path=str(figure)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page with the figures of this site; one that is not there becomes a link that leads nowhere, an error."""
+    return markdown.replace(ADDRESS, "../" * page.file.src_uri.count("/") + "figures/")
 
 
 def commands_page() -> str:

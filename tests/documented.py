@@ -31,10 +31,15 @@ LAUNCHERS_OPTIONS = {
 }
 
 
+def unbroken(text: str) -> list[str]:
+    """Its lines, with those that a backslash continues as one."""
+    return text.replace("\\\n", " ").splitlines()
+
+
 def commands_in(text: str) -> list[list[str]]:
     """The words of every line that starts twolevel, with the text's own shell variables replaced."""
     variables, lines = {}, []
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in unbroken(text):
         for name, value in variables.items():
             line = line.replace(f"${name}", value)
         if assigned := re.fullmatch(r'(\w+)="(.*)"', line):
@@ -46,7 +51,7 @@ def commands_in(text: str) -> list[list[str]]:
 
 def recipes_in(text: str) -> list[list[str]]:
     """The words of every line that hands options to a recipe of launch/, as those of `twolevel train`."""
-    lines = [shlex.split(line, comments=True) for line in text.splitlines() if "launch/" in line]
+    lines = [shlex.split(line, comments=True) for line in unbroken(text) if "launch/" in line]
     return [["twolevel", "train", *line[line.index("--model") :]] for line in lines if "--model" in line]
 
 

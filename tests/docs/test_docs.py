@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from documented import CONFIGS, KNOWN_OPTIONS, check_options, commands_in, options_in, options_of, recipes_in
+from documented import (
+    CONFIGS,
+    KNOWN_OPTIONS,
+    check_options,
+    commands_in,
+    options_in,
+    options_of,
+    recipes_in,
+    unbroken,
+)
 from narrow import BEGINNINGS, narrow_words, ranks_of, run_line, run_python
 
 ROOT = Path(__file__).parents[2]
@@ -34,14 +43,20 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def lines_of(text: str) -> list[str]:
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    return [line for line in unbroken(text) if line and not line.startswith("#")]
 
 
 def test_every_fence_is_read():
     for page, text in PAGES.items():
         assert len(re.findall(r"^\s*```", text, re.M)) == 2 * len(blocks_of(page)), page
         assert {block.language for block in blocks_of(page)} <= {"sh", "python", "text"}, page
+
+
+def test_no_line_of_code_is_cut():
+    """A page 1280 points wide shows so many letters beside its two tables of contents; output may be longer."""
+    shown = [(page, block) for page in PAGES for block in blocks_of(page) if block.language != "text"]
+    long = [line for _, block in shown for line in block.text.splitlines() if len(line) > 80]
+    assert shown and not long
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
