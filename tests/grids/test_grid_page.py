@@ -74,6 +74,15 @@ def test_recipes_and_lengths_are_compared_only_where_a_grid_varies_them(tmp_path
     assert section.kinds == ["group, recipe fast, epochs 10", "group, recipe paper, epochs 200"]
 
 
+def test_a_run_of_two_grids_is_in_the_sections_of_both():
+    fast = {"recipe": "fast", "epochs": 10}
+    of_one = [line("gc", 8, 0, 9.0, grid="groups", **fast), line("gc", 4, 0, 8.0, grid="groups", **fast)]
+    of_two = [line("gc", 4, 0, 8.0, grid="recipes", **fast), line("gc", 4, 0, 7.0, grid="recipes")]
+    for lines in (of_one + of_two, of_two + of_one):
+        found = sorted(sorted(case.groups for case in section.cases) for section in sections(lines))
+        assert found == [[4, 4], [4, 8]]
+
+
 def test_what_a_grid_varies_beside_kinds_is_a_case_of_its_own_and_what_all_have_is_said_once(tmp_path):
     lines = [line("gc", 4, 0, 9.0, epochs=3), line("gc", 4, 0, 8.0, epochs=3, flip="random")]
     (section,) = sections(lines)

@@ -78,16 +78,17 @@ class Section:
 
 
 def sections(lines: Iterable[Line]) -> list[Section]:
-    """Of equal runs the later; together are runs of one recipe and length, or of a grid that varies these."""
-    latest = {json.dumps(line["completed"], sort_keys=True): line for line in lines}.values()
+    """Together are runs of one recipe and length, or of a grid that varies these; of equal runs there the later."""
+    lines = list(lines)
     lengths = defaultdict(set)
-    for line in latest:
+    for line in lines:
         lengths[_network(line), line["grid"]].add(_length(line))
-    together = defaultdict(list)
-    for line in latest:
+    together: dict[Any, dict[str, Line]] = defaultdict(dict)
+    for line in lines:
         varied = len(lengths[_network(line), line["grid"]]) > 1
-        together[_network(line), (line["grid"],) if varied else _length(line)].append(line)
-    return [_section(network, of_one) for (network, _), of_one in together.items()]
+        place = (_network(line), (line["grid"],) if varied else _length(line))
+        together[place][json.dumps(line["completed"], sort_keys=True)] = line
+    return [_section(network, [*of_one.values()]) for (network, _), of_one in together.items()]
 
 
 def _network(line: Line) -> tuple[str, str]:
