@@ -81,6 +81,7 @@ NOT_OF_A_RUN = {
     "device": "it is --device of `twolevel grid`",
     "mesh": "declare data_parallel and group_parallel",
     "resume": "a grid goes on by itself",
+    "start_from": "runs of a grid begin with weights that their seed draws",
     "max_steps": "a run of a grid ends with its last epoch",
 }
 

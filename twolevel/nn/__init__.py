@@ -12,6 +12,7 @@ from twolevel.nn.layout import Layout, layout_of
 from twolevel.nn.lgc import LearnedGroupConv2d
 from twolevel.nn.recompute import recompute_blocks
 from twolevel.nn.shuffle import ShuffleConv2d
+from twolevel.nn.transfer import Transfer, transfer
 from twolevel.nn.two_level import TwoLevelConv2d
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Layout",
     "LearnedGroupConv2d",
     "ShuffleConv2d",
+    "Transfer",
     "TwoLevelConv2d",
     "convert",
     "for_inference",
@@ -31,4 +33,5 @@ __all__ = [
     "layout_of",
     "make_conv",
     "recompute_blocks",
+    "transfer",
 ]

@@ -15,6 +15,7 @@ from twolevel import durable
 from twolevel.data import Data
 from twolevel.distributed.agreement import together
 from twolevel.errors import Stopped, UserError
+from twolevel.nn import Transfer
 from twolevel.terminal import program
 from twolevel.training import checkpoint, metrics
 from twolevel.training.checkpoint import Retention, Saver
@@ -41,6 +42,7 @@ from twolevel.training.stopping import StopRequest
 from twolevel.training.trackers.aside import Aside
 from twolevel.training.trackers.base import Tracker
 from twolevel.training.watchdog import Watchdog
+from twolevel.training.weights import Weights, fill
 from twolevel.training.whereabouts import Finder
 
 
@@ -118,6 +120,7 @@ class Trainer:
         )
         model = self.placed.model
         apply_recompute(config, model)
+        self.transfer = None if start is not None else self._start_from(model, options)
         self.chosen = self._choose_forms({} if run.remeasure else recorded)
         run.forms = recorded | self.chosen.forms
         self.meter = make_meter(self.placed, options, self.data.image_shape, first=context.first)
@@ -140,6 +143,15 @@ class Trainer:
             written = checkpoint.read_state(start)
             check_resumable(self.config, written, self.context.world.size)
             return written["config"]["run"].get("forms", {})
+
+    def _start_from(self, model: nn.Module, options: dict[str, Any]) -> Transfer | None:
+        if self.config.run.start_from is None:
+            return None
+        with together(self.context.device):
+            weights = Weights.find(self.config.run.start_from)
+            tensors, done = weights.start_of(options, self.config.run.seed)
+        fill(model, tensors)  # outside `together`: it may hold a collective
+        return done
 
     def _choose_forms(self, recorded: dict[str, str]) -> ChosenForms:
         images = self.config.data.batch // self.context.mesh["data"].size()
@@ -231,6 +243,8 @@ class Trainer:
 
     def _opening_words(self) -> None:
         self.display.say(self._headline())
+        if self.transfer is not None:
+            self.display.say(f"started from {self.config.run.start_from}: {self.transfer}")
         if self.chosen.measured:
             self.display.say(
                 f"chose kernels for {len(self.chosen.forms)} sizes of layers in {self.chosen.seconds:.0f} s "

@@ -24,6 +24,7 @@ from twolevel.training.context import Context, strategy_for
 from twolevel.training.output import check_free
 from twolevel.training.precise_batch_norm import check_number
 from twolevel.training.preflight import apply_recompute, check_resumable, check_run
+from twolevel.training.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -187,4 +188,6 @@ def _data(config: TrainConfig, images: _Images) -> str:
 def _beginning(config: TrainConfig, start: Path | None) -> str:
     if start is not None:
         return f"going on from {start.name}"
+    if config.run.start_from is not None:
+        return f"a new run, from the weights of {Weights.find(config.run.start_from).path}"
     return "a new run; there is nothing to resume" if config.run.resume else "a new run"

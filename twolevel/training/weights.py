@@ -14,7 +14,7 @@ from twolevel.data.config import DataConfig
 from twolevel.distributed.agreement import together
 from twolevel.errors import UserError
 from twolevel.models import Exported, files
-from twolevel.nn import layout_of
+from twolevel.nn import Transfer, initialize, layout_of, transfer
 from twolevel.settings import WeightsOf
 from twolevel.training import checkpoint
 from twolevel.training.config import MeshConfig, TrainConfig
@@ -69,7 +69,6 @@ class Weights:
         if self.path.is_dir():
             checkpoint.load(self.path, named_parts(self.which, model, mesh))
             return
-        layout = layout_of(model)
         *_, tensors = files.read(self.path)
         held = model.state_dict()  # of one stage of a pipeline a part of the names
         missing = held.keys() - tensors.keys()
@@ -77,12 +76,21 @@ class Weights:
             raise UserError(
                 f"{self.path} does not hold what its network needs: {sorted(missing)[0]} is missing"
             )
-        with torch.no_grad():
-            for name, tensor in held.items():
-                part = layout.cut(name, tensors[name]).to(tensor.device)
-                if isinstance(tensor, DTensor):
-                    part = distribute_tensor(part, tensor.device_mesh, tensor.placements)
-                tensor.copy_(part)
+        fill(model, tensors)
+
+    def start_of(self, options: dict[str, Any], seed: int) -> tuple[dict[str, Tensor], Transfer]:
+        """The `state_dict()` of the whole network of `options`, started from these weights as `nn.transfer` can.
+
+        What they do not have is drawn from `seed`. Raises UserError where they are of another network.
+        """
+        with torch.device("meta"):
+            whole = models.create(**options)
+        initialize(whole, seed, "cpu").to(self.dtype)
+        try:
+            done = transfer(whole, self.network())
+        except UserError as error:
+            raise UserError(f"{options['name']} cannot start from {self.path}: {error}") from error
+        return whole.state_dict(), done
 
     def export(self, output: Path, format: str = "safetensors") -> Exported | None:
         """Write the whole network into one file: safetensors, or in the formats of `twolevel.models.export`.
@@ -111,13 +119,26 @@ class Weights:
         sizes = {f"{self.which}.{name}": tensor for name, tensor in model.state_dict().items()}
         checkpoint.require(self.path, sizes)  # before there is memory for them
         tensors = model.to(self.dtype).to_empty(device="cpu").state_dict()
-        checkpoint.load(self.path, {f"{self.which}.{name}": tensor for name, tensor in tensors.items()})
+        checkpoint.load(
+            self.path, {f"{self.which}.{name}": tensor for name, tensor in tensors.items()}, alone=True
+        )
         return tensors
 
     def _image_shape(self) -> tuple[int, int, int]:
         if not self.data:
             raise UserError(f"{self.path} does not say what it was trained on; use twolevel.models.export")
         return DataConfig(**self.data).image_shape
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fill this rank's part of a network from the `state_dict()` of the whole; every rank calls this."""
+    layout = layout_of(model)
+    for name, tensor in model.state_dict().items():
+        part = layout.cut(name, tensors[name]).to(tensor.device)
+        if isinstance(tensor, DTensor):
+            part = distribute_tensor(part, tensor.device_mesh, tensor.placements)
+        tensor.copy_(part)
 
 
 def _config(path: Path, state: dict[str, Any]) -> TrainConfig:

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint: which part of the whole a rank holds, and reading them back."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -41,8 +42,10 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise Damaged(path, cause(error)) from error
 
 
-def load(path: Path, tensors: dict[str, Tensor]) -> None:
+def load(path: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
     """Read a checkpoint into `tensors`, in place: parts as `as_part` marks them, or whole.
+
+    Every rank calls this, unless it reads whole tensors `alone`.
 
     What the shards hold is taken as it is: `verify` says whether it is what was written.
 
@@ -50,8 +53,9 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     require(path, tensors)
     try:
-        with torch.no_grad():
-            load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
+            load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
     except _UNREADABLE as error:
         raise Damaged(path, cause(error)) from error
 

@@ -33,6 +33,10 @@ class RunConfig:
     resume: bool = field(default=False, metadata=STARTING)
     """go on from the newest checkpoint in the output folder"""
 
+    start_from: Path | None = field(default=None, metadata=FREE)
+    """weights with which a new run begins: a run, a checkpoint or an exported file, of the same network; gc, gc2l and
+    bgc take the weights nearest to those of sc or gc. A run that goes on has its own"""
+
     dry_run: bool = field(default=False, metadata=STARTING)
     """print what the run would be and stop: layers, memory and time as far as they are known; nothing is written"""
 
@@ -99,6 +103,7 @@ class RunConfig:
 
     def __post_init__(self):
         self.output = self.output and Path(self.output).expanduser()
+        self.start_from = self.start_from and Path(self.start_from).expanduser()
         check_least(
             self,
             1,
