@@ -13,6 +13,7 @@ BENCHMARKS = {
     "normalise": "batch norm and ReLU of every size in a network, forward and backward, by torch and by ours",
     "step": "whole training steps: dense, group, our and stock two-level convolutions",
     "recompute": "memory and time of steps whose blocks are computed again in backward",
+    "finetune": "error of networks that start from the weights nearest to a dense one's, against anew; hours",
     "input": "training steps fed by the input pipeline against steps on a batch that is there",
     "predict": "the cost model of `twolevel plan`, calibrated here, against measured steps",
     "scaling": "GC-2L and its rivals over ranks, over emulated links, and projected to many ranks",
@@ -23,13 +24,13 @@ HELP = """usage: python -m benchmarks [NAME [OPTIONS]]
 
 Without a name: all of them with their defaults, on the CPU and on a GPU where there is one; about half an hour.
 Some ranks of your own, under mpirun or torchrun: python -m benchmarks.exchange
-Not among them: gpu, a GPU's first hour, and faults, some hours of trials.
+Not among them: gpu, a GPU's first hour, and faults and finetune, some hours each.
 
 {names}
 
 python -m benchmarks NAME --help shows the options of one. Results go to benchmarks/results/."""
 ON_A_GPU = ("layers", "normalise", "step", "input", "scaling")
-ALONE = ("gpu", "faults")  # of their own length
+ALONE = ("gpu", "faults", "finetune")  # of their own length
 
 
 def run_one(name: str, argv: list[str]) -> None:

@@ -314,7 +314,7 @@ def test_all_benchmarks_run_where_they_can_and_the_rest_is_named(there, monkeypa
     monkeypatch.setattr(command, "run_one", lambda name, argv: ran.append((name, *argv)))
     command.main([])
     able = ("layers", "normalise", "step", "input", "scaling")
-    names = [name for name in command.BENCHMARKS if name not in ("gpu", "faults")]  # of their own length
+    names = [name for name in command.BENCHMARKS if name not in command.ALONE]
     on_cpu = [(name, *["--device", "cpu"] * (name in able)) for name in names]
     assert ran == on_cpu + [(name, "--device", "cuda") for name in able] * there
     out = capsys.readouterr().out
@@ -363,6 +363,7 @@ def test_every_option_has_help(name, capsys):
         "traffic": "--ranks",
         "gpu": "--budget-s",
         "faults": "--trials",
+        "finetune": "--seeds",
     }  # the others are timed
     assert counted.get(name, "--turns") in capsys.readouterr().out
 
