@@ -7,7 +7,9 @@ from unittest import mock
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from twolevel.distributed.collectives import MeshAxis
 from twolevel.distributed.mpi_axis import MPIAxis
+from twolevel.distributed.simulation import SimulatedAxis
 
 KINDS = {  # kind, and which argument holds what the rank hands over
     "c10d::_allgather_base_": ("all-gather", 1),
@@ -27,7 +29,7 @@ KINDS = {  # kind, and which argument holds what the rank hands over
     "_c10d_functional::all_reduce_": ("all-reduce", 0),
 }
 NOTHING = {"_c10d_functional::wait_tensor"}  # begins nothing
-OVER_MPI = {
+BY_METHOD = {  # of an axis that does not call torch.distributed
     "gather": "all-gather",
     "scatter_sum": "reduce-scatter",
     "sum": "all-reduce",
@@ -53,11 +55,12 @@ class Collectives(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[list[tuple[str, int]]]:
-    """The collectives of the body: (kind, bytes handed over by this rank), over torch.distributed and over MPI."""
+    """The collectives of the body: (kind, bytes handed over by this rank), whatever would carry them."""
     with Collectives() as mode:
         patches = [
-            mock.patch.object(MPIAxis, name, _listed(getattr(MPIAxis, name), kind, mode.seen))
-            for name, kind in OVER_MPI.items()
+            mock.patch.object(axis, name, _listed(getattr(axis, name), kind, mode.seen))
+            for axis in (MPIAxis, SimulatedAxis)
+            for name, kind in BY_METHOD.items()
         ]
         for patch in patches:
             patch.start()
@@ -93,7 +96,7 @@ def sent_by_ring(found: dict[str, dict[str, int]], ranks: int) -> float:
 
 
 def _listed(method, kind: str, seen: list[tuple[str, int]]):
-    def call(axis: MPIAxis, tensor: Tensor):
+    def call(axis: MeshAxis, tensor: Tensor):
         seen.append((kind, _bytes(tensor)))
         return method(axis, tensor)
 

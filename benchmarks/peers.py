@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.stock import StockTwoLevelConv2d, ThreeConvolutions, TunedTwoLevelConv2d, to_stock
 from twolevel import models
 from twolevel.distributed import parallelize
-from twolevel.ops import Copies
+from twolevel.distributed.simulation import simulated_ranks
 
 Build = Callable[[], nn.Module]
 
@@ -21,29 +20,11 @@ COMPILED_ON_CPU = ("stock", "gc2l")
 NEVER_COMPILED = ("stock tuned", "stock three")
 
 
-class NothingCrosses(Copies):
-    """The exchange of one of `ranks` ranks with itself alone, for the stem and the classifier as well."""
-
-    def sum_logits(self, partial: Tensor) -> Tensor:
-        return partial
-
-    share_input = sum_logits
-
-
 def one_rank(name: str, groups: int, ranks: int, **options: Any) -> nn.Module:
     """The part of a two-level network that rank 0 of `ranks` holds, without any other rank; options are the layers'."""
     model = models.create(name, conv="gc2l", groups=groups, **options)
-    # The process group is there only to cut the network by the package's own code; nothing is ever sent over it.
-    dist.init_process_group("fake", rank=0, world_size=ranks)
-    try:
-        parallelize(model, init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "group")))
-    finally:
-        dist.destroy_process_group()
-    for module in model.modules():
-        for attribute in ("exchange", "axis"):
-            if hasattr(module, attribute):
-                setattr(module, attribute, NothingCrosses(ranks))
-    return model
+    with simulated_ranks(ranks):
+        return parallelize(model, init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "group")))
 
 
 def rank_name(ranks: int) -> str:

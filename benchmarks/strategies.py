@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 
 from twolevel import models
+from twolevel.distributed.simulation import FAKE
 from twolevel.errors import UserError, unknown
 from twolevel.training.config import OptimiserConfig
 from twolevel.training.step import make_step
@@ -70,7 +70,6 @@ def build(
     batch: int,
     mesh: DeviceMesh,
     exchange: str = "group",
-    crosses: bool = True,
     device: str = "cpu",
 ) -> Training:
     """The training step of `strategy` for this rank of `mesh`, as `mesh_of` makes it; every rank must call this.
@@ -78,7 +77,6 @@ def build(
     Args:
         batch: images of a step over all ranks together.
         exchange: what carries the representatives of `group` and the activations of `channel`, as in `parallelize`.
-        crosses: False for a mesh of `mesh_of(..., crosses=False)`.
 
     In float32 on the CPU, on a GPU under bfloat16 autocast.
 
@@ -105,10 +103,6 @@ def build(
         precision="bf16" if device == "cuda" else "float32",
         optimiser=RULE,
     )
-    network = step.placed.network
-    if isinstance(network, DistributedDataParallel) and not crosses:
-        # As DDP itself does, which stumbles over the fake group: what that hands back is no tensor.
-        network.register_comm_hook(mesh.get_group("data"), _keep_own)
     return Training(lambda: step(images, labels), step.placed.model, step.optimiser)
 
 
@@ -131,20 +125,13 @@ def mesh_of(strategy: str, *, crosses: bool = True, device: str = "cpu") -> Devi
     shape = (ranks, 1) if strategy in OVER_DATA else (1, ranks)
     if crosses and strategy != ALONE:
         return init_device_mesh(device, shape, mesh_dim_names=AXES)
-    lone = [dist.new_group([r], backend="fake") for r in range(ranks)][rank]
+    lone = [dist.new_group([r], backend=FAKE) for r in range(ranks)][rank]
     if strategy == ALONE:
         return DeviceMesh.from_group([lone, lone], device, mesh=torch.tensor([[rank]]), mesh_dim_names=AXES)
-    every = dist.new_group(range(ranks), backend="fake")
+    every = dist.new_group(range(ranks), backend=FAKE)
     axes = [every if size > 1 else lone for size in shape]
     order = torch.arange(ranks).view(shape)
     return DeviceMesh.from_group(axes, device, mesh=order, mesh_dim_names=AXES)
-
-
-def _keep_own(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    dist.all_reduce(bucket.buffer(), group=group)
-    done = torch.futures.Future()
-    done.set_result(bucket.buffer())
-    return done
 
 
 def _bytes(tensor: Tensor) -> int:

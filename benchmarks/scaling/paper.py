@@ -6,8 +6,9 @@ are those of 200 epochs at its pace; on a CPU the networks are narrower, and onl
 
 import torch
 
-from benchmarks.scaling.projection import LABEL, corner, fake_world, summaries
+from benchmarks.scaling.projection import LABEL, corner, summaries
 from benchmarks.strategies import ALONE, build
+from twolevel.distributed.simulation import simulated_ranks
 
 PROCESSORS = (1, 2, 4)
 HOURS = {  # SC, GC-2L of 2 groups, of 4
@@ -24,7 +25,7 @@ EPOCHS, IMAGES = 200, 50_000
 def measure(widths: tuple[int, ...], *, batch: int, turns: int, threads: int, device: str) -> dict:
     """A row for each width and number of processors."""
     rows = []
-    with fake_world(max(PROCESSORS)):
+    with simulated_ranks(max(PROCESSORS)):
         for k in widths:
             steps = []
             for ranks in PROCESSORS:
@@ -37,7 +38,6 @@ def measure(widths: tuple[int, ...], *, batch: int, turns: int, threads: int, de
                         groups=ranks,
                         batch=batch,
                         mesh=corner(1, ranks),
-                        crosses=False,
                         device=device,
                     )
                 )

@@ -8,17 +8,14 @@ N ranks are `data x group`: as many as the network's channels allow along `group
 takes its share of the batch, one image at least.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-import torch.distributed as dist
 from torch.distributed import DeviceMesh
 
 from benchmarks import report
 from benchmarks.collectives import by_kind, counting
 from benchmarks.strategies import OVER_DATA, Training, build
 from twolevel import models
+from twolevel.distributed.simulation import simulated_ranks
 from twolevel.errors import UserError
 from twolevel.nn.structure import ends
 from twolevel.settings import PIPELINES
@@ -27,18 +24,8 @@ WARM_UP = 2
 LABEL = "projection: one rank of N on one device, nothing crosses"
 
 
-@contextmanager
-def fake_world(ranks: int) -> Iterator[None]:
-    """This process as rank 0 of `ranks` that nobody else is among."""
-    dist.init_process_group("fake", rank=0, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def corner(data: int, group: int) -> DeviceMesh:
-    """The first data x group ranks of the fake world."""
+    """The first data x group ranks of those that are simulated."""
     ranks = torch.arange(data * group).view(data, group)
     return DeviceMesh("cpu", ranks, mesh_dim_names=("data", "group"))
 
@@ -56,7 +43,7 @@ def shape_of(strategy: str, model: str, ranks: int) -> tuple[int, int]:
 def one_rank(
     strategy: str, model: str, conv: str, ranks: int, batch: int, device: str = "cpu"
 ) -> tuple[Training, dict]:
-    """The step of one of `ranks` ranks, a channel group to each rank of the group axis; call it in a `fake_world`."""
+    """The step of one of `ranks` ranks, a channel group to each rank of the group axis; in `simulated_ranks`."""
     data, group = shape_of(strategy, model, ranks)
     images = max(1, batch // data)
     conv, groups = (conv, group) if strategy == "group" else ("sc", 1)
@@ -67,7 +54,6 @@ def one_rank(
         groups=groups,
         batch=images * data,
         mesh=corner(data, group),
-        crosses=False,
         device=device,
     )
     facts = {"strategy": strategy, "model": model, "conv": conv, "groups": groups, "ranks": ranks}
@@ -99,7 +85,7 @@ def project(
 ) -> dict:
     """A row for each strategy and number of ranks; `bound_images_per_second` is that of all N ranks at this pace."""
     rows, steps, skipped = [], [], {}
-    with fake_world(max(ranks)):
+    with simulated_ranks(max(ranks)):
         for strategy in strategies:
             if strategy in PIPELINES:
                 skipped[f"{strategy}, one rank of N"] = (

@@ -52,7 +52,6 @@ def build_all(cases: list[Case], device: torch.device) -> tuple[dict[str, Traini
                     batch=case.batch,
                     mesh=meshes[key],
                     exchange=case.exchange,
-                    crosses=case.crosses,
                     device=str(device),
                 )
         except UserError as error:

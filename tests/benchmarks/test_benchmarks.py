@@ -105,14 +105,6 @@ def test_one_rank_of_one_is_the_whole_network():
     torch.testing.assert_close(peers.one_rank("wrn-10-1", 4, 1)(x), whole(x))
 
 
-def test_the_exchange_of_nothing_has_the_shapes_of_an_exchange():
-    exchange = peers.NothingCrosses(4)
-    own = torch.randn(2, 3, 5, 5)
-    gathered = exchange.gather(own).wait()
-    assert gathered.shape == (8, 3, 5, 5)
-    assert exchange.scatter_sum(gathered).wait().shape == own.shape
-
-
 def test_peers_take_turns_and_ratios_are_of_medians(monkeypatch):
     asked = []
 

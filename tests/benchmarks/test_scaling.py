@@ -19,6 +19,7 @@ from benchmarks.strategies import ALONE, OVER_DATA, STRATEGIES, build, mesh_of
 from twolevel import models
 from twolevel.analysis import count
 from twolevel.distributed import MeshAxis
+from twolevel.distributed.simulation import simulated_ranks
 from twolevel.errors import UserError
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def one_thread():
 
 def built(case: Case):
     mesh = mesh_of(case.strategy, crosses=case.crosses)
-    settings = {k: getattr(case, k) for k in ("conv", "groups", "batch", "exchange", "crosses")}
+    settings = {k: getattr(case, k) for k in ("conv", "groups", "batch", "exchange")}
     return build(case.strategy, case.model, mesh=mesh, **settings)
 
 
@@ -327,7 +328,7 @@ def test_no_mpirun_is_one_line(monkeypatch, tmp_path):
     ],
 )
 def test_one_rank_of_many_holds_and_sends_what_it_would(strategy, ranks, shape):
-    with projection.fake_world(ranks):
+    with simulated_ranks(ranks):
         step, facts = projection.one_rank(strategy, "wrn-10-1", "gc2l", ranks, 2)
         step()
         with counting() as seen:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 # torch.distributed documents them, and its type hints leave them out.
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
-from twolevel.distributed import nccl
+from twolevel.distributed import nccl, simulation
 from twolevel.distributed.meeting import did_not_meet, first_line, meet, prefer_loopback
 from twolevel.distributed.spares import Spares, wait_for_the_end
 from twolevel.errors import LostRank, UserError, unknown
@@ -104,9 +104,7 @@ def start(device: str = "auto", timeout_s: float = 600, workers: Callable[[int],
     if ranks.rank >= size:
         wait_for_the_end(PrefixStore("spares", store), number)
     mine, working = reports[ranks.rank], reports[:size]
-    if "OMP_NUM_THREADS" not in os.environ:
-        sharing = sum((r["host"], r["cores"]) == (mine["host"], mine["cores"]) for r in working)
-        torch.set_num_threads(max(1, len(mine["cores"]) // sharing))
+    _divide_cores(mine, working)
     local_size = sum(r["host"] == mine["host"] for r in working) if number else ranks.local_world_size
     return World(
         rank=ranks.rank,
@@ -120,6 +118,32 @@ def start(device: str = "auto", timeout_s: float = 600, workers: Callable[[int],
         store=PrefixStore("word", store),
         spares=Spares(PrefixStore("spares", store), number) if number and ranks.rank == 0 else None,
     )
+
+
+def simulate(size: int, device: str = "auto") -> World:
+    """This process as rank 0 of `size` ranks, of which there are no others: see `twolevel.distributed.simulation`.
+
+    `device` is as in `start`. The device and its cores are this rank's alone.
+
+    Raises UserError where a launcher has started others, a process group exists, or the device is not there.
+    """
+    if device not in DEVICES:
+        raise unknown("device", device, DEVICES)
+    ranks = discover()
+    if ranks.world_size > 1:
+        raise UserError(
+            f"simulate={size} takes one process, and {ranks.launcher} has started {ranks.world_size}; "
+            "start it without a launcher"
+        )
+    if dist.is_initialized():
+        raise UserError(f"simulate={size} makes a process group of its own, and one exists; end that before")
+    report = _probe(ranks, device, None)
+    if report["error"] is not None:
+        raise UserError(report["error"])
+    own_device = _device_of(report)
+    simulation.begin(size)
+    _divide_cores(report, [report])
+    return World(0, size, 0, 1, own_device, simulation.FAKE, ranks.launcher, owns_group=True)
 
 
 def stop(world: World) -> None:
@@ -161,6 +185,13 @@ def _probe(ranks: Ranks, device: str, workers: Callable[[int], int] | None) -> d
     elif device == "cuda":
         report["error"] = f"device=cuda but torch {torch.__version__} finds no CUDA GPU; use cpu"
     return report
+
+
+def _divide_cores(mine: dict, working: list[dict]) -> None:
+    """Give this rank's threads its share of the cores that it shares with others, unless the user has said how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        sharing = sum((r["host"], r["cores"]) == (mine["host"], mine["cores"]) for r in working)
+        torch.set_num_threads(max(1, len(mine["cores"]) // sharing))
 
 
 def _device_of(report: dict) -> torch.device:

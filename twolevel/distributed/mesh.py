@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed import nccl
 from twolevel.distributed.environment import World, start
+from twolevel.distributed.simulation import FAKE
 from twolevel.errors import UserError
 
 
@@ -28,7 +29,8 @@ def init_mesh(
 
 def lay_out(world: World, data: int, group: int | None, timeout_s: float) -> DeviceMesh:
     """As `init_mesh`, over the ranks of a world that `start` has given."""
-    check_mesh(data, group, world.size)
+    came = "simulated" if world.backend == FAKE else "started"
+    check_mesh(data, group, world.size, came)
     ranks = torch.arange(world.size).view(data, -1)
     axes = {"data": ranks.T, "group": ranks}
     # Not by init_device_mesh, whose groups wait for torch's default of half an hour.
@@ -52,15 +54,15 @@ def _own_group(axis: str, lines: list[list[int]], timeout_s: float) -> dist.Proc
     return own
 
 
-def check_mesh(data: int, group: int | None, world_size: int) -> None:
-    """Raise UserError unless a mesh of data x group takes all `world_size` ranks."""
+def check_mesh(data: int, group: int | None, world_size: int, came: str = "started") -> None:
+    """Raise UserError unless a mesh of data x group takes all `world_size` ranks that `came`."""
     for name, size in (("data", data), ("group", group)):
         if size is not None and size < 1:
             raise UserError(f"mesh axis {name}={size} is not positive; use 1 or more")
     if group is None and world_size % data:
-        raise UserError(f"mesh axis data={data} does not divide the {world_size} ranks that were started")
+        raise UserError(f"mesh axis data={data} does not divide the {world_size} ranks that were {came}")
     if group is not None and data * group != world_size:
         raise UserError(
-            f"mesh data={data} x group={group} takes {data * group} ranks, but {world_size} were started; "
-            f"start {data * group} or choose axes whose product is {world_size}"
+            f"mesh data={data} x group={group} takes {data * group} ranks, but {world_size} were {came}; "
+            f"take {data * group} or choose axes whose product is {world_size}"
         )

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed.agreement import together
 from twolevel.distributed.collectives import MeshAxis, refuse_second_derivative
+from twolevel.distributed.simulation import SimulatedAxis, is_simulated
 from twolevel.errors import UserError, unknown
 from twolevel.host import usable_cores
 from twolevel.launchers import discover
@@ -36,7 +37,7 @@ def exchange_of(mesh: DeviceMesh, exchange: str, timeout_s: float = 600) -> Mesh
     Args:
         exchange: "group", the axis's own process group (NCCL or Gloo); "mpi"; or "auto": MPI where it started
             the ranks and they compute on CPUs, else the process group. Rank 0 warns where "auto" would take
-            MPI and cannot.
+            MPI and cannot. Nothing carries anything where the other ranks are simulated.
 
     Raises:
         UserError: another `exchange`; "mpi" for a mesh of GPUs, or as in `MPIAxis`.
@@ -45,6 +46,8 @@ def exchange_of(mesh: DeviceMesh, exchange: str, timeout_s: float = 600) -> Mesh
         raise unknown("exchange", exchange, CARRIERS)
     on_cpus = mesh.device_type == "cpu"
     group = mesh.get_group("group")
+    if is_simulated(group):
+        return SimulatedAxis(group.size())
     if exchange == "mpi" and not on_cpus:
         raise UserError(f"exchange=mpi carries CPU tensors, not those of {mesh.device_type}; use group")
     if exchange == "mpi":

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from twolevel.distributed.simulation import is_simulated, keep_own_gradients
+
 
 def replicate(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Average gradients over the `data` axis with DistributedDataParallel; nothing where it has one rank.
@@ -19,7 +21,9 @@ def replicate(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for parameter in model.parameters():
         if parameter.requires_grad and 1 in parameter.shape:
             parameter.register_hook(partial(_in_strides, parameter.stride()))
-    return DistributedDataParallel(model, process_group=mesh.get_group("data"), gradient_as_bucket_view=True)
+    group = mesh.get_group("data")
+    replicas = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+    return keep_own_gradients(replicas, group) if is_simulated(group) else replicas
 
 
 def _in_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
