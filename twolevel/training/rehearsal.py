@@ -10,7 +10,7 @@ from twolevel import data, durable
 from twolevel.analysis import count
 from twolevel.analysis.count import countable
 from twolevel.analysis.planner.plan import gigabytes, seconds
-from twolevel.analysis.planner.single import Estimate, Way, estimate
+from twolevel.analysis.planner.single import Estimate
 from twolevel.analysis.report import count_table
 from twolevel.data.config import DataConfig
 from twolevel.data.order import Order
@@ -24,6 +24,7 @@ from twolevel.training.context import Context, strategy_for
 from twolevel.training.output import check_free
 from twolevel.training.precise_batch_norm import check_number
 from twolevel.training.preflight import apply_recompute, check_resumable, check_run
+from twolevel.training.projection import project
 from twolevel.training.weights import Weights
 
 
@@ -114,7 +115,6 @@ def _print(
     run, optimiser, mesh = config.run, config.optimiser, context.mesh
     replicas, inner = mesh["data"].size(), mesh["group"].size()
     options = config.model.create_options() | {"num_classes": images.num_classes}
-    parts = optimiser.accumulate
     console = Console()
     console.print("dry run: nothing is written and no step is taken")
     counted = count(
@@ -126,23 +126,13 @@ def _print(
     )
     count_table(counted)
     console.print()
-    way = Way(
-        parallel=config.mesh.parallel,
-        conv=config.model.conv,
-        data=replicas,
-        inner=inner,
-        batch=config.data.batch // parts,
-        precision="bf16" if run.precision == "bf16" else "float32",
-        microbatches=strategy.microbatches,
-        recompute=config.run.recompute == "blocks",
-    )
-    found = estimate(way, options, config.data.image_shape)
+    found = project(config, strategy, mesh, options)
     rate = f"learning rate {optimiser.learning_rate:g}, {optimiser.lr_schedule}, {optimiser.update}"
     rows = {
         "mesh": f"{strategy} on {context.device.type} ({context.carriers(placed.model)})",
         "this rank": f"{placed.num_parameters():,} parameters",
         "memory a rank": _memory(found, config),
-        "time of a step": _time(found, config, steps),
+        "time of a step": _time(found, steps),
         "recipe": f"{optimiser.recipe}: {config.epochs} epochs of {steps:,} steps, batch {config.data.batch}, {rate}",
         "data": _data(config, images),
         "output": f"{config.output.absolute()}, {_beginning(config, start)}",
@@ -163,12 +153,8 @@ def _memory(found: Estimate, config: TrainConfig) -> str:
     )
 
 
-def _time(found: Estimate, config: TrainConfig, steps: int) -> str:
-    cost, machine, run = found.time, found.machine, config.run
-    if run.precision == "float64":
-        return "not known: the cost model has no float64"
-    if config.optimiser.accumulate > 1:
-        return "not known: the cost model has no accumulate"
+def _time(found: Estimate, steps: int) -> str:
+    cost, machine = found.time, found.machine
     if cost is None or machine is None:
         return f"not known: {found.why_no_time}"
     epoch = seconds(steps * cost.step)
