@@ -13,7 +13,7 @@ from twolevel.data.config import DataConfig
 from twolevel.distributed import strategies
 from twolevel.distributed.agreement import require_equal, together
 from twolevel.distributed.collectives import axes_of
-from twolevel.distributed.environment import World, start, stop
+from twolevel.distributed.environment import World, simulate, start, stop
 from twolevel.distributed.mesh import lay_out
 from twolevel.distributed.mpi_axis import MPIAxis
 from twolevel.distributed.strategies import Placed, Strategy
@@ -112,12 +112,15 @@ def strategy_for(
 def join(mesh: MeshConfig, settings: dict[str, Any]) -> Context:
     """Meet the other ranks, make sure that all have the same settings, and lay out the mesh.
 
-    With mesh=auto `settings` are those of a run. A spare stays here until the others have ended: see `start`.
+    With mesh=auto, and with `simulate`, `settings` are those of a run. A spare stays here until the others have ended:
+    see `start`. Ranks that are simulated do not come, so that nobody is met.
     """
-    auto = mesh.mesh == "auto"
-    world = start(
-        mesh.device, mesh.timeout, (lambda came: largest_shape(settings, came).ranks) if auto else None
-    )
+    auto, simulated = mesh.mesh == "auto", settings.get("simulate")
+    workers = (lambda came: largest_shape(settings, came).ranks) if auto else None
+    if simulated:
+        world = simulate(simulated if workers is None else workers(simulated), mesh.device)
+    else:
+        world = start(mesh.device, mesh.timeout, workers)
     try:
         require_equal("configurations", settings, world.device)
         data, group = mesh.data_parallel, mesh.group_parallel
@@ -125,7 +128,7 @@ def join(mesh: MeshConfig, settings: dict[str, Any]) -> Context:
             data, group = (world.size if data == 1 else data), 1
         if auto:
             data, group = shape = largest_shape(settings, world.size)
-            if world.rank == 0:
+            if world.rank == 0 and not simulated:
                 print(_taken(shape, world.spares.number if world.spares else 0), flush=True)
         return Context(world, lay_out(world, data, group, mesh.timeout), mesh)
     except BaseException:

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.table import Column
 
 from twolevel.launchers import discover
@@ -145,8 +146,21 @@ class _Warnings(logging.Handler):
 
 
 @contextmanager
-def waiting(text: str, *, shown: bool) -> Iterator[None]:
-    """Shows on a terminal that there is something to wait for, for as long as the context lasts."""
-    console = Console(file=sys.stdout)
-    with console.status(text) if shown and _is_live(console) else nullcontext():
-        yield
+def waiting(text: str, *, shown: bool) -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal that there is something to wait for, for as long as the context lasts.
+
+    What it gives says how far that has come: there, or elsewhere in a line now and then.
+    """
+    console = Console(file=sys.stdout, quiet=not shown)
+    last_line = time.monotonic()
+
+    def say(progress: str) -> None:
+        nonlocal last_line
+        if isinstance(status, Status):
+            status.update(progress)
+        elif time.monotonic() - last_line > LINE_SECONDS:
+            last_line = time.monotonic()
+            console.print(progress)
+
+    with console.status(text) if shown and _is_live(console) else nullcontext() as status:
+        yield say

@@ -21,10 +21,10 @@ from twolevel.training.fingerprint import fingerprint
 from twolevel.training.graphed import GraphedStep
 from twolevel.training.meter import Meter
 from twolevel.training.metrics import MetricsLog
-from twolevel.training.optimiser import learning_rate
 from twolevel.training.precise_batch_norm import recompute_statistics
 from twolevel.training.profiling import Profiling
 from twolevel.training.rules import Rule, copy_choices
+from twolevel.training.run_step import take_step
 from twolevel.training.state import TrainState
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest
@@ -168,17 +168,10 @@ class Epochs:
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         """One optimiser step on this rank's share of a batch; returns the learning rate. No host wait."""
-        state = self.state
-        rate = learning_rate(self.config.optimiser, state.step, state.steps_per_epoch)
-        self.train_step.set_rate(rate)
-        for rule in self.rules:
-            rule.begin_step(state.step / self.all_steps)
-        self.sums += self.train_step(images, labels)
+        sums, rate = take_step(images, labels, self.state, self.train_step, self.rules, self.all_steps)
+        self.sums += sums
         if isinstance(self.train_step, TrainStep) and self.train_step.skipped:
-            self.display.say(f"step {state.step + 1} is skipped: its loss or gradients are not finite")
-        if state.ema is not None:
-            state.ema.update_parameters(state.model)
-            copy_choices(state.model, state.ema.module)
+            self.display.say(f"step {self.state.step + 1} is skipped: its loss or gradients are not finite")
         return rate
 
     def record_steps(self, epoch: int) -> None:

@@ -36,6 +36,7 @@ from twolevel.training.preflight import apply_recompute, check_resumable, check_
 from twolevel.training.profiling import Profiling
 from twolevel.training.rehearsal import rehearse
 from twolevel.training.rules import rules_for
+from twolevel.training.simulation import Simulation, announce, interruptible
 from twolevel.training.state import TrainState, seed_ranks
 from twolevel.training.step import TrainStep
 from twolevel.training.stopping import StopRequest
@@ -51,19 +52,19 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 
     Leaves in the output folder `config.json`, `metrics.jsonl`, `epochs.csv`, `checkpoints/`, `curve.png`, and what
     `trackers` write there. Returns the record of the last epoch, None where `max_steps` ends the run
-    before the end of one. With `dry_run` it says what the run would be, writes nothing and returns None.
+    before the end of one. With `dry_run` it says what the run would be, with `simulate` what steps of one of its ranks
+    take: it writes nothing and returns None.
 
     Raises UserError for what cannot be honoured, and Stopped where a signal asked for an end; both on every rank. On a
     rank that was a spare with mesh=auto it raises SpareEnded in the end.
     """
     context = join(config.mesh, config.flat())
-    if config.run.dry_run:
-        try:
-            return rehearse(config, context)
-        finally:
-            context.close()
     finder = Finder(replicas=context.mesh["data"].size() > 1)
     try:
+        if config.run.dry_run:
+            return rehearse(config, context)
+        if config.run.simulate is not None:
+            return _simulate(config, context)
         with context.watch(finder) as watchdog:
             return _train(config, context, watchdog, finder)
     finally:
@@ -85,6 +86,15 @@ def _train(
         trainer = Trainer(config, context, start, job, watchdog, tracking)
         finder.follow(trainer.placed.model)
         return trainer.run()
+
+
+def _simulate(config: TrainConfig, context: Context) -> None:
+    check_run(config, context.world, context.mesh)
+    with interruptible(), autotuned(context.device):
+        announce(context)
+        trainer = Trainer(config, context, None, Job.of(context.device), None, ())
+        parts = (trainer.data, trainer.state, trainer.train_step, trainer.rules, trainer.meter)
+        Simulation(context, trainer.placed, *parts, trainer.all_steps).run()
 
 
 class Trainer:

@@ -53,6 +53,8 @@ class TrainConfig:
             )
         if self.run.recompute != "none":
             self._check_recompute()
+        if self.run.simulate is not None:
+            self._check_simulated()
         parts = self.mesh.data_parallel * self.optimiser.accumulate
         if self.data.batch % parts:
             raise UserError(
@@ -72,6 +74,16 @@ class TrainConfig:
         for name in ("compile", "cuda_graph"):
             if getattr(self.run, name):
                 raise UserError(f"{asked} --{name.replace('_', '-')}; leave one of them out")
+
+    def _check_simulated(self) -> None:
+        asked = f"is invalid with simulate={self.run.simulate}"
+        if self.mesh.parallel != "group":
+            raise UserError(
+                f"parallel={self.mesh.parallel} {asked}: one rank is simulated of parallel=group alone; "
+                "leave one of them out"
+            )
+        if self.mesh.exchange == "mpi":
+            raise UserError(f"exchange=mpi {asked}, which sends nothing; leave it out")
 
     @property
     def output(self) -> Path:

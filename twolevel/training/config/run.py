@@ -40,6 +40,10 @@ class RunConfig:
     dry_run: bool = field(default=False, metadata=STARTING)
     """print what the run would be and stop: layers, memory and time as far as they are known; nothing is written"""
 
+    simulate: int | None = field(default=None, metadata=STARTING)
+    """take steps of rank 0 of a run of so many ranks on this one device, and print their time and memory: nothing is
+    sent or written, and losses mean nothing; --max-steps of them, 20 unless given; with parallel=group"""
+
     profile: int | None = field(default=None, metadata=STARTING)
     """record so many steps of an epoch, after three others, with torch's profiler: a trace of each rank and a table
     of where the time goes, in OUTPUT/profile; in a graph of torch.compile batch norms have no name"""
@@ -108,6 +112,7 @@ class RunConfig:
             self,
             1,
             "max_steps",
+            "simulate",
             "profile",
             "checkpoint_steps",
             "keep_checkpoints",
@@ -120,6 +125,8 @@ class RunConfig:
                 f"profile={self.profile} is invalid with --cuda-graph, whose replays have no names; "
                 "leave one of them out"
             )
+        if self.simulate is not None:
+            self._check_simulated()
         self.trackers = tuple(self.trackers)
         alone = "none" not in self.trackers or len(self.trackers) == 1
         check(
@@ -137,4 +144,13 @@ class RunConfig:
                 raise UserError(
                     f"forms: {form!r} for layers of {title} is invalid; use a schedule and kernels, like "
                     "'overlapped grouped'"
+                )
+
+    def _check_simulated(self) -> None:
+        """Raise UserError for what takes no step, goes on from a checkpoint, or writes."""
+        for name in ("dry_run", "resume", "profile"):
+            if getattr(self, name):
+                raise UserError(
+                    f"simulate={self.simulate} is invalid with --{name.replace('_', '-')}: it takes steps of its "
+                    "own, and reads and writes nothing of a run; leave one of them out"
                 )
