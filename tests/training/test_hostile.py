@@ -17,9 +17,8 @@ from unittest import mock
 import pytest
 from command import command, write_image_folder
 
-from twolevel.training import metrics
+from twolevel.training import loop, metrics
 from twolevel.training.epoch import Epochs
-from twolevel.training.loop import Trainer
 from twolevel.training.trackers.aside import Aside
 from twolevel.training.trackers.tensorboard import TensorBoard
 
@@ -98,14 +97,14 @@ def test_a_full_disk(tiny, undisturbed, disk, kilobytes, says):
 
 def test_a_disk_without_room_for_the_curve_has_the_network(tiny, undisturbed, disk):
     mount("-t", "tmpfs", "-o", "size=5m", "tmpfs", disk)
-    draw = Trainer._draw_curve
+    draw = loop.draw_curve
 
-    def fill_and_draw(self):
+    def fill_and_draw(output):
         with pytest.raises(OSError, match="No space left"), (disk / "filler").open("wb") as filler:
             filler.write(bytes(2**23))
-        return draw(self)
+        return draw(output)
 
-    with mock.patch.object(Trainer, "_draw_curve", fill_and_draw):
+    with mock.patch.object(loop, "draw_curve", fill_and_draw):
         outcome = command("train", *tiny, "--output", disk / "run")
     assert outcome.code == 0 and "curve.png is not drawn: No space left on device" in outcome.err
     assert not [*(disk / "run").glob("*curve*")]

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from twolevel import durable
 from twolevel.data import Data
 from twolevel.distributed.agreement import together
 from twolevel.errors import Stopped, UserError
-from twolevel.nn import Transfer
 from twolevel.terminal import program
-from twolevel.training import checkpoint, metrics
+from twolevel.training import checkpoint
 from twolevel.training.checkpoint import Retention, Saver
 from twolevel.training.config import TrainConfig
 from twolevel.training.context import Context, join
 from twolevel.training.cudnn import autotuned
+from twolevel.training.curve import draw_curve
 from twolevel.training.display import Display, waiting
 from twolevel.training.epoch import Epochs
 from twolevel.training.forms import ChosenForms, fix_forms
@@ -43,7 +42,7 @@ from twolevel.training.stopping import StopRequest
 from twolevel.training.trackers.aside import Aside
 from twolevel.training.trackers.base import Tracker
 from twolevel.training.watchdog import Watchdog
-from twolevel.training.weights import Weights, fill
+from twolevel.training.weights import start_from
 from twolevel.training.whereabouts import Finder
 
 
@@ -130,7 +129,9 @@ class Trainer:
         )
         model = self.placed.model
         apply_recompute(config, model)
-        self.transfer = None if start is not None else self._start_from(model, options)
+        self.transfer = None
+        if start is None and run.start_from is not None:
+            self.transfer = start_from(run.start_from, model, options, run.seed, context.device)
         self.chosen = self._choose_forms({} if run.remeasure else recorded)
         run.forms = recorded | self.chosen.forms
         self.meter = make_meter(self.placed, options, self.data.image_shape, first=context.first)
@@ -153,15 +154,6 @@ class Trainer:
             written = checkpoint.read_state(start)
             check_resumable(self.config, written, self.context.world.size)
             return written["config"]["run"].get("forms", {})
-
-    def _start_from(self, model: nn.Module, options: dict[str, Any]) -> Transfer | None:
-        if self.config.run.start_from is None:
-            return None
-        with together(self.context.device):
-            weights = Weights.find(self.config.run.start_from)
-            tensors, done = weights.start_of(options, self.config.run.seed)
-        fill(model, tensors)  # outside `together`: it may hold a collective
-        return done
 
     def _choose_forms(self, recorded: dict[str, str]) -> ChosenForms:
         images = self.config.data.batch // self.context.mesh["data"].size()
@@ -281,7 +273,7 @@ class Trainer:
                     f"{output} is complete: {self.config.epochs} epochs; raise --epochs to go on"
                 )
             return
-        curve = self._draw_curve()
+        curve = draw_curve(output)
         run, file = shlex.quote(str(output)), shlex.quote(f"{output}/model.safetensors")
         self.display.say(
             f"test accuracy {100 - last['test_error']:.2f} % after epoch {last['epoch']}\n"
@@ -289,20 +281,3 @@ class Trainer:
             + f"evaluate    {program()} evaluate {run}\n"
             f"export      {program()} export {run} {file}"
         )
-
-    def _draw_curve(self) -> Path | None:
-        """The run's curve; None where its records or the room for it are gone, of which it warns."""
-        from twolevel.analysis.figures import training_curve  # matplotlib takes a second to import
-
-        output = self.config.output
-        path = output / "curve.png"
-        steps, epochs = list(metrics.read(output, "step")), list(metrics.read(output, "epoch"))
-        try:
-            if not epochs:
-                raise FileNotFoundError(2, f"{metrics.LINES} has no epoch")
-            with durable.replacing(path) as made:
-                training_curve(steps, epochs, output.name, made)
-        except OSError as error:
-            warnings.warn(f"{path} is not drawn: {error.strerror or error}", stacklevel=2)
-            return None
-        return path

@@ -76,7 +76,7 @@ class Weights:
             raise UserError(
                 f"{self.path} does not hold what its network needs: {sorted(missing)[0]} is missing"
             )
-        fill(model, tensors)
+        _fill(model, tensors)
 
     def start_of(self, options: dict[str, Any], seed: int) -> tuple[dict[str, Tensor], Transfer]:
         """The `state_dict()` of the whole network of `options`, started from these weights as `nn.transfer` can.
@@ -130,8 +130,21 @@ class Weights:
         return DataConfig(**self.data).image_shape
 
 
+def start_from(
+    path: Path, model: nn.Module, options: dict[str, Any], seed: int, device: torch.device
+) -> Transfer:
+    """Have this rank's part of the network of `options` start from the weights at `path`; every rank calls this.
+
+    What these do not have is drawn from `seed`. Raises UserError, on every rank, as `find` and `nn.transfer` do.
+    """
+    with together(device):
+        tensors, done = Weights.find(path).start_of(options, seed)
+    _fill(model, tensors)  # outside `together`: it may hold a collective
+    return done
+
+
 @torch.no_grad()
-def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Fill this rank's part of a network from the `state_dict()` of the whole; every rank calls this."""
     layout = layout_of(model)
     for name, tensor in model.state_dict().items():
