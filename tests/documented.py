@@ -28,6 +28,7 @@ LAUNCHERS_OPTIONS = {
     "--standalone",
     *("--nproc-per-node", "--nnodes", "--local-addr", "--oversubscribe", "--bind-to", "--allow-run-as-root"),
     *("--nodes", "--help", "--config", "--max-restarts", "--rdzv-conf", "--rdzv-endpoint", "--requeue"),
+    *("--gpus", "--cpus", "--min-workers", "--restarts", "--ranks"),
 }
 
 

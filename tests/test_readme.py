@@ -40,7 +40,7 @@ def test_every_command_takes_its_options(words):
 def test_the_blocks_are_read_whole():
     names = [words[words.index("twolevel") + 1] for words in shell_lines()]
     assert {*names} == {*CONFIGS} and names.count("train") == 10
-    assert len(recipe_lines()) == 5
+    assert len(recipe_lines()) == 7
 
 
 def test_links_are_absolute_and_lead_somewhere():
