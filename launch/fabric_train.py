@@ -33,17 +33,18 @@ from twolevel.nn import initialize
 from twolevel.training.config import TrainConfig
 from twolevel.training.optimiser import learning_rate, make_optimiser
 
-# What this loop does nothing about, which is an error where it is asked for.
-LEFT_OUT = (
-    "label_smoothing accumulate clip_norm ema_decay precise_batch_norm data_parallel parallel mesh sync_batch_norm "
-    "resume profile compile cuda_graph recompute checkpoint_steps checkpoint_minutes mirrored_test dry_run"
-)
+# What this loop goes by, beside the settings of the network and the data; another value of any other is an error.
+USED = (
+    "recipe epochs update learning_rate lr_matrices lr_restriction lr_coarse lr_schedule lr_milestones lr_gamma "
+    "warmup_epochs momentum weight_decay decay_norm device output max_steps log_steps seed precision"
+).split()
 
 
 def settings(words: list[str]) -> TrainConfig:
-    config, usual = configure(words), TrainConfig().flat()
-    for name in LEFT_OUT.split():
-        if (value := config.flat()[name]) != usual[name]:
+    config = configure(words)
+    usual = TrainConfig(model=config.model, data=config.data).flat()
+    for name, value in config.flat().items():
+        if value != usual[name] and name not in USED:
             raise UserError(f"{name}={value}: this loop has no such thing; leave it out, or add it")
     if config.run.precision == "bf16" or config.model.conv in ("dgconv", "dgc", "lgc"):
         raise UserError("this loop is for float32 and float64, and convolutions without a rule of their own")
@@ -61,6 +62,8 @@ parser.add_argument("--ranks", type=int, default=1, help="on all machines; their
 parser.add_argument("--nodes", type=int, default=1, help="machines, each with as many ranks")
 at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
 own = parser.parse_args(sys.argv[1:at])
+if own.nodes < 1 or own.ranks < 1 or own.ranks % own.nodes:
+    parser.error(f"--ranks {own.ranks} does not divide over --nodes {own.nodes}")
 try:
     config = settings(sys.argv[at + 1 :])
 except UserError as error:

@@ -43,7 +43,7 @@ def ran(*argv: object, status: int = 0, **extra: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     assert done.returncode == status, done.stdout
     return done.stdout
@@ -135,12 +135,13 @@ def test_options_that_are_refused_start_no_rank(recipe):
     assert re.fullmatch(r"\S+( \S+)?: Unrecognized options: --groops, 6; did you mean --groups\?\n", out)
 
 
-def test_the_loop_under_fabric_refuses_what_it_does_nothing_about():
+@pytest.mark.parametrize(
+    "option, name", [("--accumulate 2", "accumulate=2"), ("--recipe fast", "label_smoothing=0.1")]
+)
+def test_the_loop_under_fabric_refuses_what_it_does_nothing_about(option, name):
     pytest.importorskip("lightning_fabric")
-    out = ran(sys.executable, LAUNCH / "fabric_train.py", "--", "--accumulate", 2, status=2)
-    assert (
-        out == "launch/fabric_train.py: accumulate=2: this loop has no such thing; leave it out, or add it\n"
-    )
+    out = ran(sys.executable, LAUNCH / "fabric_train.py", "--", *option.split(), status=2)
+    assert out == f"launch/fabric_train.py: {name}: this loop has no such thing; leave it out, or add it\n"
 
 
 def test_the_status_under_ray_tells_a_lost_worker_from_a_defect():
