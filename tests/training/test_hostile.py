@@ -17,10 +17,13 @@ from unittest import mock
 import pytest
 from command import command, write_image_folder
 
+from twolevel.host import usable_cores
 from twolevel.training import loop, metrics
 from twolevel.training.epoch import Epochs
 from twolevel.training.trackers.aside import Aside
 from twolevel.training.trackers.tensorboard import TensorBoard
+
+WORKERS = min(2, len(usable_cores()))  # of more than there are cores torch warns
 
 
 def mount(*words: object) -> None:
@@ -225,15 +228,15 @@ def test_little_shared_memory_is_said_and_does_not_hang(tiny, undisturbed, tmp_p
     prefix = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"', "sh")
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("nothing can be mounted here")
-    argv = ["train", *tiny, "--output", tmp_path / "run", "--workers", 2]
+    argv = ["train", *tiny, "--output", tmp_path / "run", "--workers", WORKERS]
     code, err = in_a_process(*argv, prefix=prefix)
     (line,) = err.splitlines()
     assert code == 2 and "shared memory (/dev/shm) is too small" in line and "--shm-size" in line
     check_goes_on(tiny, tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("files", [64, 21])
+@pytest.mark.parametrize("files", [64, 28, 21])
 def test_few_open_files_are_enough_or_said(tiny, undisturbed, tmp_path, files):
-    code, err = in_a_process("train", *tiny, "--output", tmp_path / "run", "--workers", 2, files=files)
+    code, err = in_a_process("train", *tiny, "--output", tmp_path / "run", "--workers", WORKERS, files=files)
     assert (code, err) == (0, "") or (code == 2 and len(err.splitlines()) == 1), err
     check_goes_on(tiny, tmp_path / "run", undisturbed)

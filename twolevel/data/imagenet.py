@@ -1,5 +1,6 @@
 """ImageNet as folders, train/<class>/<image> and val/<class>/<image>, decoded by workers."""
 
+import errno
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,9 @@ MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 RESIZE = 256 / 224
 """How much larger than the crop the shorter side is made for testing (Krizhevsky et al., 2012)."""
+
+SPARE_FILES = 12
+"""Files that a worker opens to hand over the batches on their way: two for each tensor of one, and a socket."""
 
 Job = tuple[list[int], tuple[int, int, int] | None]
 """The images of one batch; to augment them, also (seed, epoch, place in the epoch of the first)."""
@@ -143,6 +147,8 @@ def decode(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise what they like on damaged data
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise UserError(starved(error) or str(error)) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from None
 
@@ -156,9 +162,21 @@ def _shared(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | UserError
         if get_worker_info():
             images.share_memory_()
             labels.share_memory_()
+            _try_open(SPARE_FILES)
         return images, labels
     except (RuntimeError, OSError) as error:
         return UserError(starved(error) or str(error).splitlines()[0])
+
+
+def _try_open(number: int) -> None:
+    """Raise OSError unless this process may open so many more files."""
+    opened = []
+    try:
+        for _ in range(number):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for file in opened:
+            os.close(file)
 
 
 def _leave_signals_to_parent(worker: int) -> None:
