@@ -2,6 +2,9 @@
 PYTHON ?= python3
 RANKS ?= 4
 EPOCHS ?= 12
+# Processes that run tests side by side, each with four ranks of its own.
+JOBS ?= 2
+PYTEST = python -m pytest -n $(JOBS) --dist loadfile
 TRAIN = .venv/bin/python -m twolevel.torchrun --standalone --nproc-per-node $(RANKS) \
 	-m twolevel train --model wrn-16-2 --conv gc2l --groups 4
 TESTS =
@@ -47,10 +50,10 @@ check: .venv/installed
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
 test: check
-	.venv/bin/python -m pytest
+	.venv/bin/$(PYTEST)
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(TESTS)
+	.venv-oldest/bin/$(PYTEST) $(TESTS)
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --config-file docs/mkdocs.yml
