@@ -65,6 +65,7 @@ def fresh(tmp_path, monkeypatch) -> Path:
         ("--timeout -1", "timeout=-1.0 is invalid; use a positive number of seconds, at most 1e+09"),
         ("--data-parallel 0", "data_parallel=0 is invalid; use 1 or more"),
         ("--learning-rate fast", "Error parsing --learning-rate: expected FLOAT, not 'fast'"),
+        ("--lr 0.1", "Unrecognized options: --lr, 0.1; did you mean --learning-rate?"),
         ("--lerning-rate 0.1", "Unrecognized options: --lerning-rate, 0.1; did you mean --learning-rate?"),
         ("--precision half", "'half'"),
         ("--cuda-graph", "cuda_graph=True needs a GPU, and ranks compute on the cpu; leave it out"),
@@ -230,8 +231,12 @@ def test_a_damaged_checkpoint_is_refused(pool, finished, fresh, how, command_wor
 
 def test_what_holds_no_weights_is_refused(pool, fresh):
     (fresh / "a.safetensors").write_bytes(b"nothing")
-    assert "holds no checkpoint" in refuse(pool, "evaluate", fresh / "nowhere")
+    assert "nowhere does not exist" in refuse(pool, "evaluate", fresh / "nowhere")
+    (fresh / "empty").mkdir()
+    assert "empty holds no checkpoint" in refuse(pool, "evaluate", fresh / "empty")
     assert "cannot read" in refuse(pool, "evaluate", fresh / "a.safetensors")
+    (fresh / "a.pt2").write_bytes(b"nothing" * 9)
+    assert "; torch.export.load reads such files" in refuse(pool, "evaluate", fresh / "a.pt2")
 
 
 def test_export_takes_one_process_and_overwrites_nothing(pool, finished, fresh):

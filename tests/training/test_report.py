@@ -199,7 +199,7 @@ def refuse(pool, *argv, ranks: int = 1) -> str:
         ("RUN --batches 0", "batches=0 is invalid; use 1 or more"),
         ("RUN --workers -1", "workers=-1 is invalid; use an integer of 0 or more"),
         ("RUN --data-root nowhere", "nowhere/train"),
-        ("nowhere", "nowhere is not a run's folder: it has no checkpoints/; give one like runs/last"),
+        ("nowhere", "nowhere is not a run's folder: it does not exist; give the --output of a run"),
         ("RUN/metrics.jsonl", "line 1 is not that of a finished run; remove it"),
         ("RUN/checkpoints/step-00000009", "step-00000009 is not a run's folder"),
     ],

@@ -88,7 +88,7 @@ def test_an_exported_file_of_other_classes_gives_all_but_the_classifier(pool, ti
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["--start-from", "nowhere"], "nowhere holds no checkpoint; give a run's folder"),
+        (["--start-from", "nowhere"], "nowhere does not exist; give a run's folder"),
         (["--conv", "shuffle", "--data-parallel", 2], "known for gc, gc2l, bgc, not for a ShuffleConv2d"),
         (["--model", "wrn-10-2"], "takes 16 channels to 32, in the trained network 16 to 16"),
     ],

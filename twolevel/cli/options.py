@@ -11,6 +11,9 @@ from twolevel.errors import UserError
 
 T = TypeVar("T")
 
+# What other programs call an option, where the spelling leads to another one.
+ELSEWHERE = {"--lr": "--learning-rate", "--wd": "--weight-decay"}
+
 
 def parse(cls: type[T], name: str, argv: list[str], default: T | None = None) -> T:
     """An instance of the dataclass `cls` from options; its parts' options have no prefix."""
@@ -49,8 +52,10 @@ def _one_line(box: str) -> str:
     paragraphs = [" ".join(lines) for lines in paragraphs if lines][0 if framed else 1 :]
     text = paragraphs[0] if paragraphs else "the options cannot be read"
     near = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(paragraphs[1:]))
-    if near:
-        text += f"; did you mean {near[1]}?"
+    given = re.search(r"options: (--[\w-]+)", text)
+    meant = (given and ELSEWHERE.get(given[1])) or (near and near[1])
+    if meant:
+        text += f"; did you mean {meant}?"
     text = re.sub(
         r"no type matching \{None\}\|(\S+) could be instantiated from \['(.*)'\]\.?",
         r"expected \1, not '\2'",

@@ -46,7 +46,13 @@ def read(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Te
         raise UserError(
             f"{path} was not written by twolevel export: it does not say which network it is"
         ) from None
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
+        why = f"cannot read {path}: {error}".splitlines()[0]
+        other = {".pt2": "torch.export.load", ".onnx": "onnxruntime", ".pt": "torch.load"}.get(
+            Path(path).suffix
+        )
+        raise UserError(f"{why}; {other} reads such files" if other else why) from error
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}".splitlines()[0]) from error
     unknown = data.keys() - {field.name for field in fields(DataConfig)}
     if unknown:

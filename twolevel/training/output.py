@@ -163,7 +163,9 @@ def _start(output: Path) -> Path | None:
     """The newest checkpoint that is whole; every rank calls this."""
     start = checkpoint.newest_good(output / "checkpoints", set_aside=True)
     if start is None:
-        warnings.warn(f"nothing to resume in {output}: starting from the beginning", stacklevel=2)
+        warnings.warn(
+            f"nothing to resume in {output}: starting from the beginning; is --output right?", stacklevel=2
+        )
     return start
 
 

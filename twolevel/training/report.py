@@ -76,7 +76,8 @@ class Run:
     def find(cls, path: Path) -> "Run":
         """Raises UserError where `path` is no run's folder or holds no checkpoint; warns of epochs not recorded."""
         if not (path / "checkpoints").is_dir():
-            raise UserError(f"{path} is not a run's folder: it has no checkpoints/; give one like runs/last")
+            why = "it has no checkpoints/" if path.exists() else "it does not exist"
+            raise UserError(f"{path} is not a run's folder: {why}; give the --output of a run")
         weights = Weights.find(path)
         state = checkpoint.read_state(weights.path)
         epochs = list(metrics.read(path, "epoch"))

@@ -50,6 +50,8 @@ class Weights:
         if newest is None and not (path / checkpoint.STATE).exists():
             raise UserError(
                 f"{path} holds no checkpoint; give a run's folder, one of its checkpoints, or a file"
+                if path.exists()
+                else f"{path} does not exist; give a run's folder, one of its checkpoints, or an exported file"
             )
         if newest is None:
             checkpoint.verify(path)

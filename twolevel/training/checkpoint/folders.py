@@ -89,7 +89,9 @@ def digest(file: Path) -> str:
 
 
 def _no_checkpoint(path: Path) -> UserError:
-    return UserError(f"{path} is no checkpoint: it has no {STATE}; give a folder like runs/last")
+    return UserError(
+        f"{path} is no checkpoint: it has no {STATE}; give one of a run's checkpoints/, or its --output"
+    )
 
 
 def _sums(path: Path) -> dict[str, str]:

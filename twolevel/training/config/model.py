@@ -22,7 +22,8 @@ class ModelConfig:
     """The network and its convolutions."""
 
     model: str = field(default="wrn-28-10", metadata=FIXED)
-    """network: wrn-D-k, mobilenetv2, resnet18, resnext50, condensenet-50, ...; the README lists them all"""
+    """network: wrn-D-k, mobilenetv2, resnet18, resnext50, condensenet-50, ...; the documentation, "Compare
+    convolutions", lists them all"""
 
     conv: str = field(default="gc2l", metadata=FIXED)
     """convolution: sc (standard), gc (group), gc2l (two-level), bgc (balanced), shuffle, flgc, dgconv, dgc, lgc"""
@@ -59,13 +60,10 @@ class ModelConfig:
             default = 32 if self.model.startswith("resnext") else 4
             self.groups = 1 if self.conv in UNGROUPED else default
         check_finite(self)
-        for name in ("model", "conv"):  # parts of a folder's name
-            check(
-                self,
-                name,
-                bool(re.fullmatch(r"[\w.-]+", getattr(self, name))),
-                "a name, like wrn-28-10 or gc2l",
-            )
+        names = {"model": "a name of this package, like wrn-28-10; for a network of your own write a script"}
+        names["conv"] = "a name, like gc2l"
+        for name, what in names.items():  # parts of a folder's name
+            check(self, name, bool(re.fullmatch(r"[\w.-]+", getattr(self, name))), what)
         seed = self.permutation_seed
         check(self, "permutation_seed", seed is None or -(2**63) <= seed < 2**64, "an integer of 64 bits")
         bound = self.saliency_bound

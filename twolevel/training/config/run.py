@@ -31,7 +31,7 @@ class RunConfig:
     """folder of the run: config.json, metrics, checkpoints, curve; runs/MODEL-CONV-GROUPS-DATA unless given"""
 
     resume: bool = field(default=False, metadata=STARTING)
-    """go on from the newest checkpoint in the output folder"""
+    """go on from the newest checkpoint in the output folder; where there is none, begin"""
 
     start_from: Path | None = field(default=None, metadata=FREE)
     """weights with which a new run begins: a run, a checkpoint or an exported file, of the same network; gc, gc2l and
