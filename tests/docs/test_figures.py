@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,16 @@ def test_blocks_computed_again():
     text = " ".join(page("how-to/save-memory.md").split())
     assert f"takes {again['memory_ratio']:.2f} of the memory" in text
     assert f"and {again['time_ratio']:.2f} of the time" in text
+
+
+def test_errors_of_networks_that_start_from_nearest_weights():
+    errors = result("finetune.json")["errors"]
+    table = rows(page("how-to/your-own-network.md"), "| test error, % | after epoch 1")
+    assert len(table) == len(errors) == 3
+    for (_, *shown), by_seed in zip(table, errors.values(), strict=True):  # dense, nearest, anew
+        means = [f"{statistics.fmean(of_one):.2f}" for of_one in zip(*by_seed.values(), strict=True)]
+        deviation = statistics.stdev(of_seed[-1] for of_seed in by_seed.values())
+        assert shown == [*means[:-1], f"{means[-1]} ± {deviation:.2f}"]
 
 
 def test_trials_of_faults():
