@@ -173,7 +173,7 @@ def table(found: dict, settings: Settings) -> str:
         shares = [found["ratios_by_batch"][batch][name] for batch in settings.batches]
         rows.append([name, *(f"{value:.2f}" for value in ms), *(f"{share:.3f}" for share in shares)])
     skipped = [f"skipped {name}: {why}" for name, why in found["skipped"].items()]
-    return "\n".join([report.table(rows), *skipped])
+    return "\n".join([report.table(rows, width=20), *skipped])
 
 
 def main(argv: list[str]) -> None:

@@ -119,6 +119,17 @@ def test_errors_of_networks_that_start_from_nearest_weights():
         assert shown == [*means[:-1], f"{means[-1]} ± {deviation:.2f}"]
 
 
+def test_exported_networks_against_the_dense_one():
+    found = result("export.json")
+    ratios = found["ratios_by_batch"]
+    table = rows(page("explanation/measured.md"), "| | dense, batch 1 |")
+    for (_, *shown), form in zip(table, ("eager", "torch", "onnx"), strict=True):
+        assert shown == [
+            f"{ratios[batch][f'{kind} {form}']:.2f}" for batch in "18" for kind in ("dense", "gc2l")
+        ]
+    assert found["date"][:10] in page("explanation/measured.md")
+
+
 def test_trials_of_faults():
     """Each kind that is told of: how many of how many ended well."""
     said = re.findall(r"(\d+) of (\d+)", page("index.md"))
