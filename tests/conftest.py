@@ -14,6 +14,9 @@ from twolevel.ops.kernels import native
 from twolevel.ops.kernels.native import build, call
 
 torch.set_num_threads(1)
+os.environ.pop(
+    "COLUMNS", None
+)  # the width of a terminal around the tests, as processes of pytest-xdist are told it
 
 
 @pytest.fixture(scope="session")

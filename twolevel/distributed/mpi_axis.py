@@ -45,11 +45,11 @@ def exchange_of(mesh: DeviceMesh, exchange: str, timeout_s: float = 600) -> Mesh
     if exchange not in CARRIERS:
         raise unknown("exchange", exchange, CARRIERS)
     on_cpus = mesh.device_type == "cpu"
+    if exchange == "mpi" and not on_cpus:
+        raise UserError(f"exchange=mpi carries CPU tensors, not those of {mesh.device_type}; use group")
     group = mesh.get_group("group")
     if is_simulated(group):
         return SimulatedAxis(group.size())
-    if exchange == "mpi" and not on_cpus:
-        raise UserError(f"exchange=mpi carries CPU tensors, not those of {mesh.device_type}; use group")
     if exchange == "mpi":
         return MPIAxis(group, timeout_s)
     if exchange == "auto" and on_cpus and discover().launcher == "mpi":
