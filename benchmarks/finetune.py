@@ -4,11 +4,10 @@
 
 For each seed a dense network is trained, then two networks of another kind for fewer or as many epochs, by the same
 recipe: one with `--start-from` the dense one, one drawn anew. All are ordinary runs of `twolevel train` in a folder; a
-run that is complete there is not repeated, and one that was stopped goes on.
+run that has all its epochs there is not repeated, and one that was stopped goes on.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from twolevel.grids.cases import spread
 from twolevel.training import metrics
 
 COMMAND = "python -m benchmarks finetune"
@@ -59,58 +59,49 @@ class Settings:
     """file to write"""
 
 
-def train(settings: Settings, name: str, *options: object) -> list[dict[str, Any]]:
-    """The records of the epochs of a run, which is trained unless it is complete."""
+def errors_of(settings: Settings, name: str, epochs: int, *options: object) -> list[float]:
+    """The test errors of a run after each of its epochs; it is trained unless it has them all."""
     folder = settings.folder / name
-    if not (folder / "complete").exists():
+    if len(list(metrics.read(folder, "epoch"))) < epochs:
         shared = ["--model", settings.model, "--data", settings.data, "--data-root", settings.data_root]
-        words = [*shared, "--recipe", settings.recipe, *options, "--output", folder, "--trackers", "none"]
+        words = [*shared, "--recipe", settings.recipe, "--epochs", epochs, *options]
+        words += ["--output", folder, "--trackers", "none"]
         resume = ["--resume"] if (folder / "config.json").exists() else []
         command = [sys.executable, "-m", "twolevel", "train", *map(str, words), *resume]
         subprocess.run(command, check=True)
-        (folder / "complete").touch()
-    return list(metrics.read(folder, "epoch"))
+    return [epoch["test_error"] for epoch in metrics.read(folder, "epoch")]
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Test errors after every epoch of each peer, by seed."""
     errors: dict[str, dict[int, list[float]]] = {"dense": {}, "nearest": {}, "anew": {}}
-    other = ["--conv", settings.conv, "--groups", settings.groups, "--epochs", settings.epochs]
+    other = ["--conv", settings.conv, "--groups", settings.groups]
     for seed in settings.seeds:
-        dense = f"dense-{seed}"
         runs = {
-            "dense": ["--conv", "sc", "--epochs", settings.dense_epochs],
-            "nearest": [*other, "--start-from", settings.folder / dense],
-            "anew": other,
+            "dense": (settings.dense_epochs, ["--conv", "sc"]),
+            "nearest": (settings.epochs, [*other, "--start-from", settings.folder / f"dense-{seed}"]),
+            "anew": (settings.epochs, other),
         }
-        for peer, options in runs.items():
-            epochs = train(settings, f"{peer}-{seed}", *options, "--seed", seed)
-            errors[peer][seed] = [epoch["test_error"] for epoch in epochs]
+        for peer, (epochs, options) in runs.items():
+            errors[peer][seed] = errors_of(settings, f"{peer}-{seed}", epochs, *options, "--seed", seed)
         print(table(errors), flush=True)
-    return {"errors": errors, "difference": summary([[b[-1] - a[-1]] for a, b in pairs(errors)])}
-
-
-def pairs(errors: dict[str, dict[int, list[float]]]) -> list[tuple[list[float], list[float]]]:
-    """Of each seed the errors from nearest weights and anew."""
-    return [(errors["nearest"][seed], errors["anew"][seed]) for seed in errors["nearest"]]
-
-
-def summary(of_seeds: list[list[float]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of the last value."""
-    last = [values[-1] for values in of_seeds]
-    return {"mean": statistics.fmean(last), "deviation": statistics.stdev(last) if len(last) > 1 else None}
+    saved = [errors["anew"][seed][-1] - errors["nearest"][seed][-1] for seed in settings.seeds]
+    mean, deviation = spread(saved)
+    return {
+        "errors": errors,
+        "difference": {"mean": mean, "deviation": deviation if len(saved) > 1 else None},
+    }
 
 
 def table(errors: dict[str, dict[int, list[float]]]) -> str:
     """The mean test error after every epoch, and its deviation after the last."""
     rows = [["test error, %", "seeds", "after each epoch", "", "", ""]]
     for peer, by_seed in errors.items():
-        means = [statistics.fmean(of_one) for of_one in zip(*by_seed.values(), strict=True)]
-        found = summary([*by_seed.values()])
-        spread = "" if found["deviation"] is None else f" +- {found['deviation']:.2f}"
-        rows.append(
-            [peer, str(len(by_seed)), *(f"{mean:.2f}" for mean in means[:-1]), f"{means[-1]:.2f}{spread}"]
-        )
+        *_, last = found = [spread(list(of_one)) for of_one in zip(*by_seed.values(), strict=True)]
+        cells = [f"{mean:.2f}" for mean, _ in found]
+        if len(by_seed) > 1:
+            cells[-1] += f" +- {last[1]:.2f}"
+        rows.append([peer, str(len(by_seed)), *cells])
     return report.table(rows, first=14)
 
 
