@@ -47,10 +47,12 @@ def transfer(new: nn.Module, trained: nn.Module) -> Transfer:
     the weights.
     """
     done = Transfer()
-    own, theirs = new.state_dict(), trained.state_dict()
-    for name in _take_nearest(new, trained, done):
-        own = {key: tensor for key, tensor in own.items() if not key.startswith(f"{name}.")}
-        theirs = {key: tensor for key, tensor in theirs.items() if not key.startswith(f"{name}.")}
+    _take_nearest(new, trained, done.errors)
+    fitted = tuple(f"{name}." for name in done.errors)
+    own, theirs = (
+        {key: tensor for key, tensor in network.state_dict().items() if not key.startswith(fitted)}
+        for network in (new, trained)
+    )
     for key in (*own, *theirs):
         if key not in own or key not in theirs:
             which = "the new" if key in own else "the trained"
@@ -66,8 +68,8 @@ def transfer(new: nn.Module, trained: nn.Module) -> Transfer:
     return done
 
 
-def _take_nearest(new: nn.Module, trained: nn.Module, done: Transfer) -> list[str]:
-    """The names of the convolutions whose kinds differ, which now have the nearest weights."""
+def _take_nearest(new: nn.Module, trained: nn.Module, errors: dict[str, float]) -> None:
+    """Give the convolutions whose kinds differ the nearest weights, and enter their errors by name."""
     modules = dict(new.named_modules())
     for name, conv in trained.named_modules():
         one = modules.get(name)
@@ -82,8 +84,7 @@ def _take_nearest(new: nn.Module, trained: nn.Module, done: Transfer) -> list[st
             )
         if conv.bias is not None:
             raise UserError(f"{name} has a bias in the trained network, which no other kind has; use convert")
-        done.errors[name] = set_nearest_(one, weight)
-    return [*done.errors]
+        errors[name] = set_nearest_(one, weight)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
