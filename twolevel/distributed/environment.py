@@ -41,6 +41,11 @@ class World:
     spares: Spares | None = field(default=None, repr=False, compare=False)
     """The ranks that came and do not work, on rank 0 if there are any."""
 
+    @property
+    def simulated(self) -> bool:
+        """Whether this process is its only rank, whatever its size."""
+        return self.backend == simulation.FAKE
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"store": None, "spares": None}  # connections of this process
 

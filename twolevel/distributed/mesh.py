@@ -8,7 +8,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from twolevel.distributed import nccl
 from twolevel.distributed.environment import World, start
-from twolevel.distributed.simulation import FAKE
 from twolevel.errors import UserError
 
 
@@ -29,7 +28,7 @@ def init_mesh(
 
 def lay_out(world: World, data: int, group: int | None, timeout_s: float) -> DeviceMesh:
     """As `init_mesh`, over the ranks of a world that `start` has given."""
-    came = "simulated" if world.backend == FAKE else "started"
+    came = "simulated" if world.simulated else "started"
     check_mesh(data, group, world.size, came)
     ranks = torch.arange(world.size).view(data, -1)
     axes = {"data": ranks.T, "group": ranks}

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from twolevel.distributed.environment import World
-from twolevel.distributed.simulation import FAKE
 from twolevel.errors import UserError
 from twolevel.training.config import TrainConfig
 from twolevel.training.step import TrainStep
@@ -29,7 +28,7 @@ def check_capturable(config: TrainConfig, world: World) -> None:
         why = f"needs a GPU, and ranks compute on the {world.device.type}"
     elif config.mesh.parallel != "group":
         why = f"takes parallel=group, not {config.mesh.parallel}"
-    elif world.size > 1 and "nccl" not in world.backend and world.backend != FAKE:
+    elif world.size > 1 and "nccl" not in world.backend and not world.simulated:
         why = f"takes the exchange of NCCL, not of {world.backend}, which goes by way of the host"
     elif config.model.conv in ("dgc", "dgconv", "lgc"):
         why = f"cannot follow conv={config.model.conv}, whose rule changes from step to step"
