@@ -123,9 +123,9 @@ class Network:
         x_shape = (batch, inputs, shape.height, shape.height)
         geometry = Geometry((shape.stride,) * 2, (shape.kernel // 2,) * 2)
 
-        def problem(outputs: int, restriction: bool = False) -> Problem:
+        def problem(outputs: int, maps: int = 0) -> Problem:
             weight = (outputs, inputs // groups, shape.kernel, shape.kernel)
-            return problem_of(x_shape, weight, geometry, groups, dtype, restriction)
+            return problem_of(x_shape, weight, geometry, groups, dtype, maps)
 
         def best(problem: Problem, operation: Operation) -> Config:
             return candidates(problem, operation, divmod(target, 10))[0]
@@ -135,7 +135,7 @@ class Network:
             return Kernel(name, problem, launch)
 
         local, alone = problem(outputs), problem(groups)
-        yield forward("forward, restriction", problem(outputs, restriction=True))
+        yield forward("forward, restriction", problem(outputs, maps=1))
         yield forward("forward, coarse", local, self.groups) if self.ranks == 1 else forward("forward", local)
         yield forward("restriction", alone)
         for whose, one in (("", local), (" of restriction", alone)):

@@ -22,7 +22,7 @@ ran_here = pytest.mark.skipif(not (CHILD or torch.cuda.is_available()), reason="
 FORMS = [Form("overlapped", "triton"), Form("fused", "triton")]
 
 
-def layer(groups=2, ranks=1, stride=1, device=DEVICE) -> Problem:
+def layer(groups=2, ranks=1, representatives=1, stride=1, device=DEVICE) -> Problem:
     return Problem(
         batch=2,
         inputs=8 * groups,
@@ -35,6 +35,7 @@ def layer(groups=2, ranks=1, stride=1, device=DEVICE) -> Problem:
         dtype=torch.float32,
         device=torch.device(device),
         channels_last=True,
+        representatives=representatives,
     )
 
 
@@ -64,10 +65,10 @@ def launched(monkeypatch) -> set:
 
 @ran_here
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("groups", "ranks"), [(2, 1), (1, 2), (4, 1)])
-def test_jobs_launch_what_the_forms_of_a_layer_launch(launched, tmp_path, monkeypatch, groups, ranks, stride):
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (4, 1, 1), (2, 1, 3)])
+def test_jobs_launch_what_the_forms_of_a_layer_launch(launched, tmp_path, monkeypatch, sizes, stride):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    one = layer(groups, ranks, stride)
+    one = layer(*sizes, stride)
     most = 1 if CHILD else 4  # a card measures before it launches, the interpreter takes the estimate
     for job in jobs(one):
         assert compile_job(job, most, "tf32") == []
@@ -77,7 +78,7 @@ def test_jobs_launch_what_the_forms_of_a_layer_launch(launched, tmp_path, monkey
         run()
     assert launched <= ahead
     if CHILD:  # Nothing is compiled in vain: on one rank the plain forward is launched by measurements alone.
-        assert len(ahead - launched) == (ranks == 1)
+        assert len(ahead - launched) == (one.ranks == 1)
 
 
 @ran_here

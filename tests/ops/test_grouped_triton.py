@@ -124,9 +124,10 @@ def test_gradients_are_those_of_autograd(case, dtype):
 @pytest.mark.parametrize(
     "case", ["plain", "stride 2", "depthwise", "packs with a ragged last", "ten channels", "whole tiles"]
 )
-def test_restriction_rides_along(case):
+@pytest.mark.parametrize("representatives", [1, 2, 3])
+def test_restriction_rides_along(case, representatives):
     x, weight, _, geometry, groups = tensors(case, torch.float32)
-    restriction = torch.randn_like(weight[:groups])
+    restriction = torch.randn(representatives * groups, *weight.shape[1:], device=DEVICE)
     y, z = grouped.forward(x, weight, geometry, groups, restriction, config=SMALL)
     assert_close(y, F.conv2d(x.double(), weight.double(), None, *geometry, groups))
     assert z.is_contiguous()
@@ -149,14 +150,15 @@ def test_coarse_term_is_added_for_any_number_of_representatives(case, maps):
 @ran_here
 @pytest.mark.parametrize("case", ["plain", "stride 2", "pointwise stride 2", "packs with a ragged last"])
 @pytest.mark.parametrize("schedule", ["overlapped", "fused"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_two_level_layer_and_its_gradients(case, schedule, ranks, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("ranks", "representatives"), [(1, 1), (1, 2), (2, 1), (2, 3)])
+def test_two_level_layer_and_its_gradients(case, schedule, ranks, representatives, tmp_path, monkeypatch):
     """As float64 has them, on one rank and on one of two that are alike."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for dtype in DTYPES:
         x, local, gy, geometry, groups = tensors(case, dtype)
-        restriction = torch.randn_like(local[:groups])
-        coarse = torch.randn(len(local), groups * ranks, 1, 1, device=DEVICE, dtype=dtype)
+        maps = groups * representatives
+        restriction = torch.randn(maps, *local.shape[1:], device=DEVICE, dtype=dtype)
+        coarse = torch.randn(len(local), maps * ranks, 1, 1, device=DEVICE, dtype=dtype)
         narrow = [t.clone().requires_grad_() for t in (x, local, restriction, coarse)]
         wide = [t.double().requires_grad_() for t in narrow]
         found = []
@@ -242,6 +244,7 @@ def test_autograd_function_has_the_three_together():
 @ran_here
 def test_inputs_that_cannot_be_read_are_named():
     x, weight, gy, geometry, groups = tensors("plain", torch.float32)
+    uneven = torch.zeros(3, *weight.shape[1:], device=DEVICE)
     z, coarse = torch.zeros(3, *gy[:, 0].shape, device=DEVICE), torch.zeros(32, 3, device=DEVICE)
     calls = {
         "x has strides": lambda: grouped.forward(x.contiguous(), weight, geometry, groups),
@@ -252,6 +255,7 @@ def test_inputs_that_cannot_be_read_are_named():
         "float64": lambda: grouped.forward(x.double(), weight.double(), geometry, groups),
         "coarse is given without z": lambda: grouped.forward(x, weight, geometry, groups, coarse=coarse),
         "z has shape": lambda: grouped.forward(x, weight, geometry, groups, coarse=coarse, z=z[:, :1]),
+        "restriction has shape": lambda: grouped.forward(x, weight, geometry, groups, uneven),
         "more than 15 taps": lambda: grouped.forward(x, weight.repeat(1, 1, 6, 1), geometry, groups),
         "does not fit": lambda: grouped.forward(x, weight, Geometry(dilation=(5, 5)), groups),
         "unknown precision": lambda: grouped.forward(x, weight, geometry, groups, precision="tf16"),

@@ -15,10 +15,10 @@ MEASURED = grouped.Config(32, 16, 16, 2, 2)
 
 
 def test_narrow_groups_are_packed_until_a_tile_is_full():
-    def pack(groups, inputs, outputs, restriction=False, operation="forward"):
+    def pack(groups, inputs, outputs, maps=0, operation="forward"):
         shapes = (1, groups * inputs, 4, 4), (groups * outputs, inputs, 3, 3)
         geometry = Geometry(padding=(1, 1))
-        return grouped.problem_of(*shapes, geometry, groups, torch.float16, restriction).pack(operation)
+        return grouped.problem_of(*shapes, geometry, groups, torch.float16, maps).pack(operation)
 
     assert pack(16, 1, 1) == 16
     assert pack(16, 4, 4) == 4
@@ -26,7 +26,7 @@ def test_narrow_groups_are_packed_until_a_tile_is_full():
     assert pack(4, 16, 16) == pack(4, 64, 64) == 1
     assert pack(2, 1, 1) == 2
     # Three outputs and the restriction of four groups are the sixteen columns of a tile.
-    assert pack(16, 4, 3, restriction=True) == 4
+    assert pack(16, 4, 3, maps=1) == pack(16, 4, 1, maps=3) == 4
     assert pack(16, 1, 4, operation="input_grad") == pack(16, 4, 1) == 4
 
 

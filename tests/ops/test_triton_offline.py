@@ -25,20 +25,21 @@ LAYERS = {
     "restriction": (90, 4, 80, 1, 3, 1, 16),
     "packed": (80, 4, 4, 3, 3, 1, 8),
 }
-KERNELS = [(layer, operation) for layer in LAYERS for operation in ("with restriction", *OPERATIONS)]
+RESTRICTIONS = {"with restriction": 1, "with restriction of 4": 4}
+KERNELS = [(layer, operation) for layer in LAYERS for operation in (*RESTRICTIONS, *OPERATIONS)]
 every_kernel = pytest.mark.parametrize(("layer", "operation"), KERNELS)
 
 
-def problem(layer: str, restriction: bool = False, batch: int = 128):
+def problem(layer: str, representatives: int = 0, batch: int = 128):
     _, groups, inputs, outputs, kernel, stride, size = LAYERS[layer]
     x, weight = (batch, groups * inputs, size, size), (groups * outputs, inputs, kernel, kernel)
     geometry = Geometry((stride, stride), (kernel // 2, kernel // 2))
-    return problem_of(x, weight, geometry, groups, torch.bfloat16, restriction)
+    return problem_of(x, weight, geometry, groups, torch.bfloat16, representatives)
 
 
 def launches_of(layer: str, operation: str, batch: int = 128) -> tuple[launches.Launch, ...]:
     """Those that multiply, in the configuration that is the best estimate."""
-    one = problem(layer, operation == "with restriction", batch)
+    one = problem(layer, RESTRICTIONS.get(operation, 0), batch)
     if operation == "input_grad":
         found = launches.input_grad(one, pick(one, "input_grad"), "tf32")
     elif operation == "weight_grad":
@@ -103,7 +104,7 @@ def test_every_part_of_the_kernel_compiles_for_packed_groups(target):
     """Restriction and coarse term at once, and groups that do not fill their last pack."""
     geometry = Geometry((1, 2), (1, 0))
     for dtype in (torch.bfloat16, torch.float32):
-        one = problem_of((2, 28, 6, 5), (21, 4, 3, 2), geometry, 7, dtype, restriction=True)
+        one = problem_of((2, 28, 6, 5), (21, 4, 3, 2), geometry, 7, dtype, representatives=2)
         assert all(one.pack(of) > 1 and one.groups % one.pack(of) for of in ("forward", "weight_grad"))
         for launch in (
             launches.forward(one, pick(one, "forward"), "tf32", maps=17),

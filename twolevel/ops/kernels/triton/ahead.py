@@ -20,7 +20,7 @@ from twolevel.ops.problem import Problem
 
 
 class Job(NamedTuple):
-    """An operation of a layer, with so many outputs: all, of the local part, or one a group, of the restriction.
+    """An operation of a layer, with so many outputs: those of the local part, or its representatives.
 
     `joined` with the restriction it computes representatives as well; `maps` of them add the coarse term.
     """
@@ -43,7 +43,7 @@ class Job(NamedTuple):
             return torch.zeros(rows, *layer.local_shape[1:], **options)
 
         x, own, groups = image(layer.inputs, layer.size), weight(self.outputs), layer.groups
-        restriction = weight(groups) if self.joined else None
+        restriction = weight(groups * layer.representatives) if self.joined else None
         coarse = z = None
         if self.maps:
             coarse = torch.zeros(self.outputs, self.maps, **options)
@@ -58,7 +58,8 @@ class Job(NamedTuple):
                 return grouped.input_grad(gy, own, x.shape, layer.geometry, groups, **how)
             return grouped.weight_grad(gy, x, own.shape, layer.geometry, groups, **how)
 
-        problem = problem_of(x.shape, own.shape, layer.geometry, groups, x.dtype, self.joined)
+        maps = layer.representatives if self.joined else 0
+        problem = problem_of(x.shape, own.shape, layer.geometry, groups, x.dtype, maps)
         on_card = layer.device.type == "cuda"
         capability = torch.cuda.get_device_capability(layer.device) if on_card else None
         configs = candidates(problem, self.operation, capability)[:most]
@@ -68,12 +69,11 @@ class Job(NamedTuple):
 def jobs(layer: Problem) -> list[Job]:
     """Every operation that the schedules of `TritonKernels` ask for."""
     operations: tuple[Operation, ...] = ("forward", "input_grad", "weight_grad")
+    maps = layer.groups * layer.representatives
     found = [Job(layer, "forward", layer.outputs, joined=True)]
     if layer.ranks == 1:
-        found.append(Job(layer, "forward", layer.outputs, maps=layer.groups))
-    return found + [
-        Job(layer, one, outputs) for outputs in (layer.outputs, layer.groups) for one in operations
-    ]
+        found.append(Job(layer, "forward", layer.outputs, maps=maps))
+    return found + [Job(layer, one, outputs) for outputs in (layer.outputs, maps) for one in operations]
 
 
 def compile_ahead(layers: Iterable[Problem], processes: int, *, most: int, precision: str) -> list[str]:

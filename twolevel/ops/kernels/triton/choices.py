@@ -14,7 +14,7 @@ from twolevel.ops.geometry import Geometry
 from twolevel.ops.kernels.triton import grouped
 from twolevel.ops.kernels.triton.configs import OPERATIONS, Config
 from twolevel.ops.kernels.triton.estimate import candidates
-from twolevel.ops.kernels.triton.problem import Operation, Problem, problem_of
+from twolevel.ops.kernels.triton.problem import Operation, Problem, problem_of, representatives_of
 from twolevel.ops.problem import batch_class
 from twolevel.ops.store import Store, cache_folder
 
@@ -26,7 +26,7 @@ def key(operation: Operation, problem: Problem, card: str, precision: str = "iee
     batch = batch_class(problem.batch)
     sizes = (batch, problem.inputs, problem.outputs, problem.groups, problem.height, problem.width)
     kernel = f"{'x'.join(map(str, sizes))} kernel {problem.kernel} {tuple(map(tuple, problem.geometry))}"
-    z = " with restriction" if problem.restriction else ""
+    z = f" with {problem.representatives} representatives" if problem.representatives else ""
     return f"{operation} | {kernel}{z} | {problem.dtype} {precision} | {card} | {version()}"
 
 
@@ -93,7 +93,8 @@ def tune(
     from triton.testing import do_bench
 
     restriction = restriction if operation == "forward" else None
-    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
+    own = representatives_of(restriction, groups)
+    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, own)
     run = _runner(operation, problem, x, weight, restriction, precision)
     times = {}
     capability = torch.cuda.get_device_capability(x.device)

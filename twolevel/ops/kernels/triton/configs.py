@@ -85,7 +85,7 @@ def sides(config: Config, operation: Operation) -> Sides:
 def tiles(problem: Problem, config: Config, operation: Operation) -> tuple[int, int, int]:
     """(pixel tiles, output tiles, input tiles) of one pack of groups; every tap has inputs or outputs of its own."""
     pack = problem.pack(operation)
-    outputs = pack * (problem.group_outputs + (problem.restriction and operation == "forward"))
+    outputs = pack * (problem.group_outputs + (problem.representatives if operation == "forward" else 0))
     inputs = pack * problem.group_inputs
     pixels = problem.pixels
     if operation == "input_grad":

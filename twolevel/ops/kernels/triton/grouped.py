@@ -26,6 +26,7 @@ from twolevel.ops.kernels.triton.problem import (
     check_image,
     check_tensor,
     problem_of,
+    representatives_of,
 )
 from twolevel.ops.problem import Problem as Layer
 
@@ -72,20 +73,21 @@ def forward(
     config: Config | None = None,
     precision: str = "ieee",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y `[B, m, H', W']` channels_last; with a restriction, (y, its z `[G, B, H', W']` contiguous).
+    """y `[B, m, H', W']` channels_last; with a restriction, (y, its z `[R G, B, H', W']` contiguous).
 
-    Shapes: x `[B, n, H, W]` channels_last, weight `[m, n/G, kh, kw]`, restriction `[G, n/G, kh, kw]`;
-    coarse `[m, R]` and z `[R, B, H', W']` contiguous add the coarse term of R representatives to y.
+    Shapes: x `[B, n, H, W]` channels_last, weight `[m, n/G, kh, kw]`, restriction `[R G, n/G, kh, kw]`;
+    coarse `[m, Z]` and z `[Z, B, H', W']` contiguous add the coarse term of Z representatives to y.
     Raises UserError for a tensor that the kernels cannot read, and for a coarse term without z or the reverse.
     """
-    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
+    maps = representatives_of(restriction, groups)
+    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, maps)
     check_image("x", x, x.shape, x)
     check_tensor("weight", weight, weight.shape, x)
     if (coarse is None) != (z is None):
         given, missing = ("coarse", "z") if z is None else ("z", "coarse")
         raise UserError(f"{given} is given without {missing}; the coarse term needs both")
     if restriction is not None:
-        check_tensor("restriction", restriction, (groups, *weight.shape[1:]), x)
+        check_tensor("restriction", restriction, (max(1, maps) * groups, *weight.shape[1:]), x)
     if coarse is not None and z is not None:
         check_tensor("z", z, (len(z), x.shape[0], *problem.out_size), x)
         check_tensor("coarse", coarse, (problem.outputs, len(z)), x)
@@ -98,7 +100,7 @@ def forward(
             raise UserError(f"z of {z.numel()} elements is beyond 32-bit offsets; split the batch")
     config = pick(problem, "forward", config)
     y = _image(x, problem.outputs, problem.out_size)
-    own = None if restriction is None else x.new_empty(groups, x.shape[0], *problem.out_size)
+    own = None if restriction is None else x.new_empty(maps * groups, x.shape[0], *problem.out_size)
     run(
         launches.forward(problem, config, precision, 0 if z is None else len(z)),
         x,
@@ -171,7 +173,9 @@ def unsupported(layer: Layer) -> str | None:
     try:
         check_device(layer.device, layer.dtype)
         x_shape = (layer.batch, layer.inputs, *layer.size)
-        problem_of(x_shape, layer.local_shape, layer.geometry, layer.groups, layer.dtype, restriction=True)
+        problem_of(
+            x_shape, layer.local_shape, layer.geometry, layer.groups, layer.dtype, layer.representatives
+        )
     except UserError as error:
         return str(error)
     return None if layer.channels_last else "they are for channels_last memory"

@@ -10,8 +10,8 @@ from twolevel.ops.kernels.torch import TorchKernels
 from twolevel.ops.kernels.triton import ahead, grouped
 from twolevel.ops.kernels.triton.choices import Choices, tune
 from twolevel.ops.kernels.triton.configs import Config
-from twolevel.ops.kernels.triton.problem import Operation, problem_of
-from twolevel.ops.problem import Problem
+from twolevel.ops.kernels.triton.problem import Operation, problem_of, representatives_of
+from twolevel.ops.problem import Problem, channel_groups
 
 # Configurations tried for an operation of a layer: each takes a second or two to compile.
 MOST = 4
@@ -39,21 +39,20 @@ class TritonKernels(TorchKernels):
     def unsupported(self, problem: Problem) -> str | None:
         if problem.odd:
             return f"they are for plain tensors of one type, not {problem.odd}"
-        if problem.representatives > 1:
-            return f"they are for one representative a group, not {problem.representatives}"
         return grouped.unsupported(problem)
 
     def estimate(self, problem: Problem) -> float:
         return 30  # never a guess: without a measurement its configuration is one too
 
     def restrict(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        return self.local(x, weight, geometry, len(weight)).transpose(0, 1).contiguous()
+        return self.local(x, weight, geometry, channel_groups(x, weight)).transpose(0, 1).contiguous()
 
     def restrict_backward(
         self, gz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, gx: Tensor | None, want_weight: bool
     ) -> Tensor | None:
         wanted = (gx is not None, want_weight)
-        more, gw = self.local_backward(gz.transpose(0, 1), x, weight, geometry, len(weight), wanted)
+        groups = channel_groups(x, weight)
+        more, gw = self.local_backward(gz.transpose(0, 1), x, weight, geometry, groups, wanted)
         if gx is not None and more is not None:
             gx.add_(more)
         return gw
@@ -88,7 +87,7 @@ class TritonKernels(TorchKernels):
     def local_and_restriction(
         self, x: Tensor, local: Tensor, restriction: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
-        groups = len(restriction)
+        groups = channel_groups(x, local)
         config = self._config("forward", x, local, geometry, groups, restriction)
         return grouped.forward(x, local, geometry, groups, restriction, config=config, precision=_precision())
 
@@ -102,7 +101,7 @@ class TritonKernels(TorchKernels):
         geometry: Geometry,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        gx, g_local = self.local_backward(gy, x, local, geometry, len(restriction), wanted[:2])
+        gx, g_local = self.local_backward(gy, x, local, geometry, channel_groups(x, local), wanted[:2])
         return gx, g_local, self.restrict_backward(gz, x, restriction, geometry, gx, wanted[2])
 
     def local_and_coarse(
@@ -125,7 +124,8 @@ class TritonKernels(TorchKernels):
         """The measured configuration; None, the estimate, where none can be measured."""
         if not x.is_cuda:
             return None
-        problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, restriction is not None)
+        maps = representatives_of(restriction, groups)
+        problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, maps)
         card, precision = torch.cuda.get_device_name(x.device), _precision()
         known = self.choices.get(operation, problem, card, precision)
         if known is not None or torch.cuda.is_current_stream_capturing():

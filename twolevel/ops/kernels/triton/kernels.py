@@ -24,8 +24,8 @@ def gather_product(
     x,  # [B, X_HEIGHT, X_WIDTH, X_CHANNELS]
     w,  # weight, read as w[group * W_GROUP + column * W_COLUMN + channel * W_CHANNEL + tap * W_TAP]
     out,  # [B, OUT_HEIGHT, OUT_WIDTH, OUT_CHANNELS]
-    r,  # HAS_R: [NUM_GROUPS, taps, C], the restriction
-    z_out,  # HAS_R: [NUM_GROUPS, num_rows]
+    r,  # [NUM_GROUPS * OWN_MAPS, taps, C], the restriction
+    z_out,  # [NUM_GROUPS * OWN_MAPS, num_rows]
     coarse,  # [OUT_CHANNELS, NUM_MAPS]
     z_in,  # [NUM_MAPS, num_rows]
     num_rows,  # B * ROW_HEIGHT * ROW_WIDTH
@@ -65,7 +65,7 @@ def gather_product(
     C: tl.constexpr,  # channels of x in a group
     D: tl.constexpr,  # channels of out in a group
     PACK: tl.constexpr,
-    HAS_R: tl.constexpr,
+    OWN_MAPS: tl.constexpr,  # representatives of a group that are computed as well, perhaps none
     R_BYTES: tl.constexpr,  # rows of r and w begin at multiples of so many, at most 16
     NUM_MAPS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -74,7 +74,7 @@ def gather_product(
     BLOCK_K: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = PACK * D
-    ALL_COLUMNS: tl.constexpr = COLUMNS + PACK * HAS_R
+    ALL_COLUMNS: tl.constexpr = COLUMNS + PACK * OWN_MAPS
     COLUMN_TILES: tl.constexpr = (ALL_COLUMNS + BLOCK_COLUMN - 1) // BLOCK_COLUMN
     TILES: tl.constexpr = (NUM_GROUPS + PACK - 1) // PACK * COLUMN_TILES
     CHANNELS: tl.constexpr = PACK * C
@@ -92,7 +92,7 @@ def gather_product(
     i = row // ROW_WIDTH % ROW_HEIGHT
     image = row // (ROW_WIDTH * ROW_HEIGHT)
 
-    # Columns: PACK * D channels of out, then one representative for each of the PACK groups.
+    # Columns: PACK * D channels of out, then the representatives of each of the PACK groups.
     own = tl.zeros_like(column) if PACK == 1 else column // D
     inner = column if PACK == 1 else column % D
     column_ok = column < COLUMNS
@@ -100,12 +100,14 @@ def gather_product(
         column_ok = column_ok & (first_group + own < NUM_GROUPS)
     read_ok = column_ok
     w_at = w + (first_group + own) * W_GROUP + inner * W_COLUMN
-    if HAS_R:
-        own = tl.where(column < COLUMNS, own, column - COLUMNS)
+    own_map = column - COLUMNS
+    if OWN_MAPS:
+        own = tl.where(column < COLUMNS, own, own_map // OWN_MAPS)
         z_ok = (column >= COLUMNS) & (column < ALL_COLUMNS) & (first_group + own < NUM_GROUPS)
         read_ok = read_ok | z_ok
+        r_at = r + (first_group * OWN_MAPS + own_map) * W_COLUMN
         # That both begin at such multiples is lost in the choice between them.
-        w_at = tl.multiple_of(tl.where(column < COLUMNS, w_at, r + (first_group + own) * W_COLUMN), R_BYTES)
+        w_at = tl.multiple_of(tl.where(column < COLUMNS, w_at, r_at), R_BYTES)
     if ALL_COLUMNS % BLOCK_COLUMN == 0 and not RAGGED:
         read_ok = tl.full((BLOCK_COLUMN,), True, tl.int1)
 
@@ -174,8 +176,8 @@ def gather_product(
     out_j = j * OUT_SCALE_W + OUT_START_W
     out_at = ((image * OUT_HEIGHT + out_i) * OUT_WIDTH + out_j)[:, None] * OUT_CHANNELS + out_channel[None, :]
     tl.store(out + out_at, result, mask=row_ok[:, None] & column_ok[None, :])
-    if HAS_R:
-        z_at = z_out + (first_group + own)[None, :] * num_rows + row[:, None]
+    if OWN_MAPS:
+        z_at = z_out + (first_group * OWN_MAPS + own_map)[None, :] * num_rows + row[:, None]
         tl.store(z_at, result, mask=row_ok[:, None] & z_ok[None, :])
 
 

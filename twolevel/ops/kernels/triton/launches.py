@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 @lru_cache(maxsize=1024)  # of pure functions, which every call of every layer asks for
 def forward(problem: Problem, config: Config, precision: str, maps: int = 0) -> Launch:
-    """y, and z where the problem has a restriction; `maps` representatives add the coarse term."""
+    """y, and z where the problem has representatives; `maps` of all ranks add the coarse term."""
     pixel_tiles, out_tiles, in_tiles = tiles(problem, config, "forward")
     row = problem.taps * problem.group_inputs
     return Launch(
@@ -56,7 +56,7 @@ def forward(problem: Problem, config: Config, precision: str, maps: int = 0) -> 
             "C": problem.group_inputs,
             "D": problem.group_outputs,
             "PACK": problem.pack("forward"),
-            "HAS_R": int(problem.restriction),
+            "OWN_MAPS": problem.representatives,
             "R_BYTES": problem.copy_bytes(row),
             "NUM_MAPS": maps,
             "PRECISION": precision,
@@ -113,7 +113,7 @@ def _of_phase(problem: Problem, config: Config, precision: str, phase_h: "Phase"
             "C": problem.group_outputs,
             "D": problem.group_inputs,
             "PACK": pack,
-            "HAS_R": 0,
+            "OWN_MAPS": 0,
             "R_BYTES": 1,
             "NUM_MAPS": 0,
             "PRECISION": precision,

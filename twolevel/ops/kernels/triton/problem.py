@@ -31,7 +31,9 @@ Operation = Literal["forward", "input_grad", "weight_grad"]
 
 @dataclass(frozen=True)
 class Problem:
-    """x `[B, n, H, W]` convolved with `[m, n/G, kh, kw]` in G groups, perhaps with one restriction output a group."""
+    """x `[B, n, H, W]` convolved with `[m, n/G, kh, kw]` in G groups, perhaps with representatives of each, which
+    are further outputs of its group.
+    """
 
     batch: int
     inputs: int
@@ -42,7 +44,7 @@ class Problem:
     kernel: tuple[int, int]
     geometry: Geometry
     dtype: torch.dtype
-    restriction: bool = False
+    representatives: int = 0
 
     def __post_init__(self):
         for name in ("inputs", "outputs"):
@@ -87,7 +89,7 @@ class Problem:
         """
         inputs, outputs = self.group_inputs, self.group_outputs
         if operation == "forward":
-            with_taps, other, read, tile = inputs, outputs + self.restriction, (inputs,), TILE
+            with_taps, other, read, tile = inputs, outputs + self.representatives, (inputs,), TILE
         elif operation == "input_grad":
             with_taps, other, read, tile = outputs, inputs, (outputs,), TILE
         else:
@@ -119,7 +121,7 @@ def problem_of(
     geometry: Geometry,
     groups: int,
     dtype: torch.dtype,
-    restriction: bool = False,
+    representatives: int = 0,
 ) -> Problem:
     """The problem of these shapes; a UserError where they do not fit each other."""
     for name, shape in (("x", x_shape), ("weight", weight_shape)):
@@ -139,16 +141,30 @@ def problem_of(
     if max(kernel) > MOST_TAPS:
         raise UserError(f"a kernel of {tuple(kernel)} has more than {MOST_TAPS} taps a side")
     problem = Problem(
-        batch, inputs, outputs, groups, height, width, (kernel[0], kernel[1]), geometry, dtype, restriction
+        batch,
+        inputs,
+        outputs,
+        groups,
+        height,
+        width,
+        (kernel[0], kernel[1]),
+        geometry,
+        dtype,
+        representatives,
     )
     largest = max(
-        math.prod(x_shape), problem.pixels * (outputs + restriction * groups), math.prod(weight_shape)
+        math.prod(x_shape), problem.pixels * (outputs + representatives * groups), math.prod(weight_shape)
     )
     if largest >= MOST_ELEMENTS:
         raise UserError(
             f"a tensor of {largest} elements is beyond 32-bit offsets; split the batch of {batch}"
         )
     return problem
+
+
+def representatives_of(restriction: Tensor | None, groups: int) -> int:
+    """How many of a group `[R G, n/G, kh, kw]` has: none where it is not there."""
+    return 0 if restriction is None else len(restriction) // groups
 
 
 def check_image(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
