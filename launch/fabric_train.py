@@ -36,7 +36,8 @@ from twolevel.training.optimiser import learning_rate, make_optimiser
 # What this loop goes by, beside the settings of the network and the data; another value of any other is an error.
 USED = (
     "recipe epochs update learning_rate lr_matrices lr_restriction lr_coarse lr_schedule lr_milestones lr_gamma "
-    "warmup_epochs momentum weight_decay decay_norm device output max_steps log_steps seed precision"
+    "warmup_epochs momentum momentum_restriction momentum_coarse weight_decay decay_norm device output max_steps "
+    "log_steps seed precision"
 ).split()
 
 

@@ -292,6 +292,7 @@ def test_what_a_checkpoint_does_not_keep_is_not_resumed(pool, finished):
         ("--schedule dense --kernels native", ["kernels=native"]),
         ("--model mobilenetv2-cifar --conv gc --remeasure", ["remeasure=True"]),
         ("--conv gc --remeasure", []),
+        ("--conv gc --lr-coarse 2 --momentum-coarse 0.8", ["lr_coarse=2.0", "momentum_coarse=0.8"]),
         ("--weight-decay 0 --no-decay-norm", ["decay_norm=False"]),
         ("--conv dgc --group-lasso 0.1", ["group_lasso=0.1"]),
         ("--conv lgc --condensation 1 --group-lasso 0.1", ["group_lasso=0.1"]),

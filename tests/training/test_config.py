@@ -151,6 +151,8 @@ def test_setting_names_are_unique_across_sections():
         (lambda: ModelConfig(conv="gc", schedule="fused"), "schedule=fused"),
         (lambda: ModelConfig(conv="gc", saliency_bound=6.0), "saliency_bound=6.0 is of conv=dgc"),
         (lambda: ModelConfig(conv="gc", condensation=4), "condensation=4 is of conv=lgc"),
+        (lambda: OptimiserConfig(momentum_coarse=1.0), "momentum_coarse=1.0 is invalid"),
+        (lambda: OptimiserConfig(momentum=0, momentum_coarse=0.5), "needs momentum above 0"),
         (lambda: ModelConfig(conv="lgc", condensation=0), "condensation=0 is invalid; use 1 or more"),
         (lambda: RuleConfig(group_lasso=-1.0), "group_lasso=-1.0 is invalid; use 0 or more"),
         (lambda: ModelConfig(conv="dgc", saliency_bound=0.0), "saliency_bound=0.0"),

@@ -10,7 +10,7 @@ from twolevel.training.config import OptimiserConfig, TrainConfig
 from twolevel.training.muon import Muon, orthogonal
 from twolevel.training.optimiser import make_optimiser
 
-MUON = "--update muon --lr-matrices 0.02 --lr-restriction 0.5 --lr-coarse 0.25".split()
+MUON = "--update muon --lr-matrices 0.02 --lr-restriction 0.5 --lr-coarse 0.25 --momentum-coarse 0.8".split()
 
 # Sums over ranks are added in another order; rounding errors of 1e-16, amplified by batch norm over nine steps.
 TOLERANCE = 1e-10
@@ -81,6 +81,25 @@ def test_restriction_and_coarse_have_rates_of_their_own():
     layer = model.get_submodule("stages.0.0.conv1")
     found = [scale[getattr(layer, name).weight] for name in ("local", "restriction", "coarse")]
     assert found == pytest.approx([0.2, 0.1, 0.6])
+
+
+@pytest.mark.parametrize("update", ["momentum", "muon"])
+def test_restriction_and_coarse_have_momenta_of_their_own(update):
+    """After two equal gradients, of 1 and then 1 + mu of it, the sum of what SGD and the state keep."""
+    own = {"local": 0.9, "restriction": 0.5, "coarse": 0.75}
+    options = {f"momentum_{part}": value for part, value in own.items() if part != "local"}
+    if update == "momentum":
+        options["lr_matrices"] = None
+    model, optimiser = optimiser_of("gc2l", 4, update=update, weight_decay=0.0, **options)
+    layer = model.get_submodule("stages.0.0.conv1")
+    weights = {part: layer.get_submodule(part).weight for part in own}
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimiser.step()
+    for part, momentum in own.items():
+        kept = optimiser.state[weights[part]]["momentum_buffer"]
+        torch.testing.assert_close(kept, torch.full_like(kept, 1 + momentum))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

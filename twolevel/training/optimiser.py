@@ -28,11 +28,11 @@ def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Opt
     for parameter in model.parameters():
         spare = parameter in spared or (parameter.dim() <= 1 and not config.decay_norm)
         decay = 0.0 if spare else config.weight_decay
-        scale = getattr(config, f"lr_{parts[parameter]}") if parameter in parts else 1.0
-        groups.setdefault((decay, scale, kernels.get(parameter)), []).append(parameter)
+        scale, momentum = _of_part(config, parts.get(parameter))
+        groups.setdefault((decay, scale, momentum, kernels.get(parameter)), []).append(parameter)
     sgd, muon = [], []
-    for (decay, scale, number), parameters in groups.items():
-        group = {"params": parameters, "weight_decay": decay, "scale": scale}
+    for (decay, scale, momentum, number), parameters in groups.items():
+        group = {"params": parameters, "weight_decay": decay, "scale": scale, "momentum": momentum}
         if number is None:
             sgd.append(group)
         else:
@@ -50,8 +50,16 @@ def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Opt
     return Muon(muon, rest, lr=config.learning_rate, momentum=config.momentum) if muon else rest
 
 
+def _of_part(config: OptimiserConfig, part: str | None) -> tuple[float, float]:
+    """The learning rate, as a multiple, and the momentum of a part of `_parts`, or of what is in none."""
+    if part is None:
+        return 1.0, config.momentum
+    own = getattr(config, f"momentum_{part}")
+    return getattr(config, f"lr_{part}"), config.momentum if own is None else own
+
+
 def _parts(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Restrictions and coarse terms, whose learning rates may differ from that of the local kernels."""
+    """Restrictions and coarse terms, whose learning rate and momentum may differ from those of the local kernels."""
     layers = [module for module in model.modules() if isinstance(module, TwoLevelConv2d)]
     names = ("restriction", "coarse")
     return {getattr(layer, name).weight: name for layer in layers for name in names}

@@ -142,7 +142,8 @@ def _without_effect(config: TrainConfig, mesh: DeviceMesh) -> Iterator[tuple[obj
         yield model, "kernels", "schedule=dense is one convolution of torch"
     if model.conv != "gc2l":
         yield from (
-            (optimiser, f"lr_{part}", f"conv={model.conv} has no such part")
+            (optimiser, f"{what}_{part}", f"conv={model.conv} has no such part")
+            for what in ("lr", "momentum")
             for part in ("restriction", "coarse")
         )
     if not config.data.augment:

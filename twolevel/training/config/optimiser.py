@@ -45,7 +45,13 @@ class OptimiserConfig:
     """epochs over which the rate rises linearly from 0"""
 
     momentum: float = 0.9
-    """momentum of SGD"""
+    """momentum of SGD and of muon"""
+
+    momentum_restriction: float | None = None
+    """gc2l: that of the restriction's kernels, unless it is that of all"""
+
+    momentum_coarse: float | None = None
+    """gc2l: that of the coarse term's, likewise"""
 
     weight_decay: float | None = None
     """L2 penalty; by the recipe unless given: 5e-4 on CIFAR, 1e-4 on ImageNet and of dgc"""
@@ -79,6 +85,11 @@ class OptimiserConfig:
         check(self, "momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
         if self.update not in (None, "momentum") and not self.momentum > 0:
             raise UserError(f"update={self.update} needs momentum above 0, not momentum={self.momentum}")
+        for name in ("momentum_restriction", "momentum_coarse"):
+            value = getattr(self, name)
+            check(self, name, value is None or 0 < value < 1, "a number between 0 and 1")
+            if value is not None and not self.momentum:  # a checkpoint keeps that of all kernels, or of none
+                raise UserError(f"{name}={value} needs momentum above 0, not momentum={self.momentum}")
         smoothing = self.label_smoothing
         check(self, "label_smoothing", smoothing is None or 0 <= smoothing < 1, "a number from 0 to below 1")
         check(self, "clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number")
