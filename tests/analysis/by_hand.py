@@ -24,6 +24,6 @@ SIMPLE = Machine(
 )
 
 
-def workload(name, conv="sc", groups=1, size=16):
+def workload(name, conv="sc", groups=1, size=16, **options):
     with torch.device("meta"):
-        return trace(models.create(name, conv=conv, groups=groups), (3, size, size))
+        return trace(models.create(name, conv=conv, groups=groups, **options), (3, size, size))

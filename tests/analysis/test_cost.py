@@ -1,7 +1,7 @@
 """The cost model's messages against `count`, its times by hand."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -15,17 +15,20 @@ from twolevel.analysis.planner.costs.channel import channel_cost
 from twolevel.analysis.planner.costs.fsdp import fsdp_cost
 from twolevel.analysis.planner.costs.group import group_cost
 from twolevel.analysis.planner.costs.pipeline import pipeline_cost
-from twolevel.analysis.planner.machine import Link
+from twolevel.analysis.planner.machine import AXES, Link, Table
+from twolevel.analysis.planner.timing import Timing
 from twolevel.analysis.planner.tracing import trace
+from twolevel.analysis.planner.workload import Work
 from twolevel.errors import UserError
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_collectives_of_a_group_are_the_counted_ones(ranks, precision):
+@pytest.mark.parametrize("representatives", [1, 3])
+def test_collectives_of_a_group_are_the_counted_ones(ranks, precision, representatives):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with torch.device("meta"):
-        network = models.create("wrn-16-4", conv="gc2l", groups=8)
+        network = models.create("wrn-16-4", conv="gc2l", groups=8, representatives=representatives)
     counted = count(network, (3, 32, 32), ranks=ranks, batch_size=32, dtype=dtype)
     cost = group_cost(
         trace(network, (3, 32, 32)), Setting(SIMPLE, 32, precision), "gc2l", data=1, group=ranks
@@ -54,6 +57,38 @@ def test_exchange_hides_under_the_local_convolution_and_no_further():
     local = [timing(traced.work(layer, 4, 4)) for layer in traced.layers if layer.kind == "two-level"]
     assert slow.hidden == pytest.approx(sum(s.local_forward + s.local_backward for s in local))
     assert 0 < slow.hidden < slow.compute
+
+
+def two_level(representatives):
+    """A layer of 8 channels in 4 groups on 100 pixels."""
+    sizes = {"channels_in": 8, "channels_out": 8, "pixels_in": 100, "pixels_out": 100}
+    of_all = 4 * representatives
+    return Work(kind="two-level", batch=1, taps=9, groups=4, all_groups=4, representatives=of_all, **sizes)
+
+
+def test_a_measured_machine_takes_as_long_for_each_representative_as_for_the_first():
+    def table(axes, forward, backward):
+        return Table(tuple((axis, (1.0,)) for axis in axes), (forward,), (backward,))
+
+    tables = {
+        f"{kind} spatial": table(AXES[f"{kind} spatial"], *seconds)
+        for kind, seconds in (("conv", (2.0, 5.0)), ("two-level", (3.0, 9.0)))
+    }
+    timing = Timing(replace(SIMPLE, tables=tables, precision="float32"))
+    assert astuple(timing(two_level(1))) == pytest.approx((3.0, 9.0, 2.0, 5.0))
+    assert astuple(timing(two_level(4))) == pytest.approx((6.0, 21.0, 2.0, 5.0))
+
+
+@pytest.mark.parametrize("representatives", [1, 2, 8])
+def test_a_preset_takes_the_products_of_all_representatives(representatives):
+    """1 GFLOP/s and 1 GB/s: 2 m r G operations a pixel, or the input and twice the output of 4 bytes each."""
+    machine = replace(SIMPLE, representative=1e-3)
+    found = Timing(machine)(two_level(representatives))
+    products, moved = 2 * 800 * 4 * representatives * 1e-9, 3 * 800 * 4e-9
+    more = representatives * 100 * 1e-3 / 3  # a pixel and representative, a third of it forward
+    assert found.forward - found.local_forward == pytest.approx(max(products, moved) + more)
+    backward = max(2 * products, 5 * 800 * 4e-9)
+    assert found.backward - found.local_backward == pytest.approx(backward + 2 * more)
 
 
 def test_backward_hides_the_gradients_of_replicas():

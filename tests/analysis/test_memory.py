@@ -31,10 +31,13 @@ from twolevel.errors import UserError
 from twolevel.nn import recompute_blocks
 from twolevel.nn.structure import ACTIVATIONS
 
+# Two-level, with three representatives a group.
+MORE = "gc2l of 3"
 NETWORKS = [
     ("wrn-10-2", "sc", 1, 16),
     ("wrn-10-2", "gc", 4, 16),
     ("wrn-16-1", "gc2l", 4, 16),
+    ("wrn-16-1", MORE, 4, 16),
     ("resnet18", "sc", 1, 64),
 ]
 NETWORKS += [
@@ -44,8 +47,13 @@ NETWORKS += [
 ]
 
 
+def options_of(conv, groups):
+    options = {"conv": conv, "groups": groups}
+    return {"conv": "gc2l", "groups": groups, "representatives": 3} if conv == MORE else options
+
+
 def make(name, conv, groups):
-    return models.create(name, conv=conv, groups=groups).to(memory_format=torch.channels_last)
+    return models.create(name, **options_of(conv, groups)).to(memory_format=torch.channels_last)
 
 
 def batch_of(batch, size):
@@ -138,7 +146,12 @@ def test_peak_of_forward_and_backward_within_4_percent_of_live_tensors(name, con
 
 @pytest.mark.parametrize(
     ("name", "conv", "groups", "size"),
-    [("wrn-28-1", "sc", 1, 16), ("wrn-28-1", "gc2l", 4, 16), ("resnet18", "sc", 1, 64)],
+    [
+        ("wrn-28-1", "sc", 1, 16),
+        ("wrn-28-1", "gc2l", 4, 16),
+        ("wrn-28-2", MORE, 4, 16),
+        ("resnet18", "sc", 1, 64),
+    ],
 )
 def test_blocks_computed_again_hold_what_the_model_says(name, conv, groups, size):
     network, (images, labels) = make(name, conv, groups).train(), batch_of(16, size)
@@ -176,12 +189,12 @@ def test_a_step_whose_blocks_are_computed_again_takes_their_forward_longer():
     assert again.peak_bytes < stored.peak_bytes and again.messages == stored.messages
 
 
-@pytest.mark.parametrize(("conv", "groups"), [("gc2l", 4), ("gc2l", 8), ("gc", 4)])
+@pytest.mark.parametrize(("conv", "groups"), [("gc2l", 4), ("gc2l", 8), (MORE, 4), ("gc", 4)])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_rank_of_a_group_holds_the_counted_parameters(conv, groups, ranks):
     with torch.device("meta"):
-        counted = count(models.create("wrn-10-2", conv=conv, groups=groups), (3, 16, 16), ranks=ranks)
-    layers = workload("wrn-10-2", conv, groups).layers
+        counted = count(models.create("wrn-10-2", **options_of(conv, groups)), (3, 16, 16), ranks=ranks)
+    layers = workload("wrn-10-2", **options_of(conv, groups)).layers
     assert sum(rank_parameters(layer, ranks) for layer in layers) == counted.held
 
 
@@ -199,7 +212,7 @@ def local(tensor):
 def ranks_hold(strategy, name, conv, groups, data, inner, batch):
     """Bytes of a rank's parameters, gradients, momentum, buffers and saved tensors; collectives of a third step."""
     mesh = init_device_mesh("cpu", (data, inner), mesh_dim_names=("data", "group"))
-    network, (images, labels) = models.create(name, conv=conv, groups=groups), batch_of(batch // data, 16)
+    network, (images, labels) = models.create(name, **options_of(conv, groups)), batch_of(batch // data, 16)
     if strategy != "fsdp":  # which takes contiguous parameters alone
         network = network.to(memory_format=torch.channels_last)
     if strategy == "channel":
@@ -230,6 +243,8 @@ CASES = [
     ("group", "gc2l", 4, 1, 2),
     ("group", "gc2l", 4, 1, 4),
     ("group", "gc2l", 4, 2, 2),
+    ("group", MORE, 4, 1, 2),
+    ("group", MORE, 4, 2, 2),
     ("group", "gc", 4, 1, 2),
 ]
 CASES += [
@@ -243,7 +258,7 @@ CASES += [
 @pytest.mark.parametrize(("strategy", "conv", "groups", "data", "inner"), CASES)
 def test_ranks_hold_and_send_what_the_model_says(pool, strategy, conv, groups, data, inner):
     batch = 4
-    traced, setting = workload("wrn-10-2", conv, groups), Setting(SIMPLE, batch)
+    traced, setting = workload("wrn-10-2", **options_of(conv, groups)), Setting(SIMPLE, batch)
     cost = {
         "group": lambda: group_cost(traced, setting, conv, data=data, group=inner),
         "ddp": lambda: group_cost(traced, setting, conv, data=data, group=inner),

@@ -17,6 +17,22 @@ def test_plan_prints_a_table_and_why():
     assert "projections of the cost model, not measurements" in done.out
 
 
+def test_plan_takes_more_representatives():
+    words = "plan --model wrn-16-4 --ranks 4 --machine a100-80 --groups 4 --representatives".split()
+    done = command(*words, 3)
+    assert done.code == 0 and "gc2l G=4 r=3 on 1 data x 4 group" in done.out
+    assert "3 representatives a group" in " ".join(done.out.split())
+    one, three = (json.loads(command(*words, number, "--json").out) for number in (1, 3))
+    assert three["request"]["representatives"] == 3
+    sent = [
+        next(c["bytes_sent"] for c in made["costs"] if c["conv"] == "gc2l" and c["inner"] == 4)
+        for made in (one, three)
+    ]
+    assert 2.9 < sent[1] / sent[0] <= 3  # the logits are the same
+    refused = command(*words, 2, "--conv", "gc")
+    assert refused.code == 2 and "representatives=2 is of conv=gc2l, not of conv=gc" in refused.err
+
+
 def test_plan_speaks_json_and_draws(tmp_path):
     figure = tmp_path / "deep" / "plan.png"
     words = "plan --model wrn-16-2 --ranks 4 --machine h100 --precision bf16 --groups 4 --json --figure"

@@ -25,6 +25,9 @@ class PlanConfig:
     groups: tuple[int, ...] | None = None
     """numbers of groups; all powers of two that divide the channels unless given"""
 
+    representatives: int = 1
+    """gc2l: of a group, as for train"""
+
     batch_size: int = 128
     """images a step, over all data-parallel ranks together"""
 
@@ -120,6 +123,7 @@ def run(argv: list[str]) -> None:
         ranks=config.ranks,
         setting=Setting(machine, config.batch_size, precision, config.recompute == "blocks"),
         groups=config.groups,
+        representatives=config.representatives,
         num_classes=config.num_classes,
         image_size=config.image_size,
         epoch_images=config.epoch_images,

@@ -54,8 +54,7 @@ class Part:
             cast = self.precision != "float32" and first == 0
             saved.append((("cast", 0) if cast else given[0], given[1]))
         if layer.kind == "two-level":
-            z = self.batch * layer.groups * prod(out.shape[1:]) * size
-            saved.append((("z", layer.output), z))
+            saved.append((("z", layer.output), self._representatives(layer)))
         if layer.parameters and self.precision != "float32" and layer.kind != "norm":
             biases = sum(prod(shape) for shape in layer.parameters if len(shape) == 1)
             weights = (rank_parameters(layer, self.ranks) - biases) * size
@@ -115,6 +114,11 @@ class Part:
             for name, layers in self._blocks.items()
         }
 
+    def _representatives(self, layer: Layer) -> int:
+        """Bytes of z, which every rank has whole; 0 of other layers."""
+        pixels = prod(self.workload.values[layer.output].shape[1:])
+        return self.batch * layer.representatives * pixels * ITEMSIZE[self.precision]
+
     def _storage(self, value: int) -> Hashable:
         return self.workload.values[value].storage
 
@@ -154,7 +158,7 @@ class Part:
         begun: set[str] = set()
         gradients.add(self.layers[-1].output, self.bytes_of(self.layers[-1].output))
         for layer in reversed(self.layers):
-            extra = 0
+            extra = self._representatives(layer)  # their gradient
             if layer.block in self._blocks and layer.block not in begun:
                 begun.add(layer.block)
                 again = dict(entry for other in self._blocks[layer.block] for entry in self.saved(other))

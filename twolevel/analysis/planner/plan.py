@@ -34,15 +34,20 @@ class Request:
     ranks: int
     setting: Setting
     groups: tuple[int, ...] | None = None
+    representatives: int = 1
     num_classes: int | None = None
     image_size: int | None = None
     epoch_images: int = 50_000
     wide_stem: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "epoch_images"):
+        for name in ("ranks", "epoch_images", "representatives"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is not positive; use 1 or more")
+        if self.representatives > 1 and self.conv != "gc2l":
+            raise UserError(
+                f"representatives={self.representatives} is of conv=gc2l, not of conv={self.conv}; leave it out"
+            )
         if self.setting.batch < 1:
             raise UserError(f"batch_size={self.setting.batch} is not positive; use 1 or more")
 
@@ -77,6 +82,8 @@ class Networks:
     def _create(self, conv: str, groups: int) -> nn.Module:
         request = self.request
         options: dict[str, Any] = {"conv": conv, "groups": groups}
+        if conv == "gc2l":
+            options["representatives"] = request.representatives
         if request.num_classes is not None:
             options["num_classes"] = request.num_classes
         if request.wide_stem and groups > 16:
@@ -106,10 +113,11 @@ def _with_wide_stem(name: str, groups: int, options: dict[str, Any]) -> nn.Modul
         depth, widen = map(int, name.removeprefix("wrn-").split("-"))
     except ValueError:
         raise UserError(f"wide_stem is for wrn-D-k, not for {name}; leave it out") from None
+    num_classes = options.pop("num_classes", 10)
     stem = nn.Conv2d(3, groups, 3, padding=1, bias=False)
     widths = [16 * widen, 32 * widen, 64 * widen]
-    make = partial(make_conv, options["conv"], groups=groups)
-    return WideResNet(stem, [(depth - 4) // 6] * 3, widths, make, options.get("num_classes", 10))
+    make = partial(make_conv, options.pop("conv"), **options)
+    return WideResNet(stem, [(depth - 4) // 6] * 3, widths, make, num_classes)
 
 
 def costs(
@@ -254,7 +262,8 @@ def title(cost: Cost) -> str:
     """A strategy in words."""
     if cost.strategy == "group":
         exchange = ", two-level exchange" if cost.two_level_exchange else ""
-        return f"{cost.conv} G={cost.groups} on {cost.data} data x {cost.inner} group{exchange}"
+        more = f" r={cost.representatives}" if cost.representatives > 1 else ""
+        return f"{cost.conv} G={cost.groups}{more} on {cost.data} data x {cost.inner} group{exchange}"
     if cost.strategy == "channel":
         return f"SC channel-parallel on {cost.data} data x {cost.inner}"
     if cost.strategy in ("ddp", "fsdp"):

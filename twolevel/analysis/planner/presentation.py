@@ -138,6 +138,8 @@ def headline(request: Request) -> str:
         f"{machine.link.name} within nodes of {machine.ranks_per_node}, {machine.internode.name} between them"
     )
     stem = ", a stem of max(16, G) channels" if request.wide_stem else ""
+    if request.representatives > 1:
+        stem += f", {request.representatives} representatives a group"
     return (
         f"{request.model}{stem}, batch {request.setting.batch}, {request.setting.precision}, {request.ranks} ranks of "
         f"{machine.name} ({machine.source}), {links}"
@@ -150,7 +152,7 @@ def _request(request: Request) -> dict[str, Any]:
     described["tables"] = sorted(machine.tables)
     asked = {
         name: getattr(request, name)
-        for name in ("model", "conv", "ranks", "groups", "epoch_images", "wide_stem")
+        for name in ("model", "conv", "ranks", "groups", "representatives", "epoch_images", "wide_stem")
     }
     return {
         "request": asked | {"batch_size": request.setting.batch, "precision": request.setting.precision}

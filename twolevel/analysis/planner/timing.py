@@ -69,7 +69,10 @@ class Timing:
                 return local
             layer = self._convolution("two-level", work)
             hidden = (min(local.forward, layer.forward), min(local.backward, layer.backward))
-            return Seconds(layer.forward, layer.backward, *hidden)
+            # Measured is one representative, whose restriction and coarse term are what is beyond the local part.
+            more = work.representatives / work.all_groups - 1
+            forward = layer.forward + more * (layer.forward - hidden[0])
+            return Seconds(forward, layer.backward + more * (layer.backward - hidden[1]), *hidden)
         if work.kind == "linear":
             return Seconds(*tables["linear"].at(elements=work.channels_in * work.channels_out * work.batch))
         kind = work.kind if work.kind in ("norm", "activation", "add") else "mean"
@@ -115,7 +118,8 @@ class Timing:
         moved = (work.elements_in + 2 * work.elements_out, 2 * work.elements_out + 3 * work.elements_in)
         steps = (2, 3)
         coarse = self._coarse(work)
-        pixels = machine.representative * work.batch * work.pixels_out
+        own = work.representatives // work.all_groups
+        pixels = machine.representative * own * work.batch * work.pixels_out
         extra = [
             max(elements * size / self._stream, products * coarse)
             + number * machine.overhead
@@ -125,10 +129,10 @@ class Timing:
         return Seconds(local.forward + extra[0], local.backward + extra[1], local.forward, local.backward)
 
     def _coarse(self, work: Work) -> float:
-        """One of the three products of the coarse term: G channels to those of the output, for each pixel."""
+        """One of the three products of the coarse term: r G channels to those of the output, for each pixel."""
         machine = self.machine
-        share = on_curve(machine.dense[self.precision], min(work.all_groups, work.channels_out))
-        return 2 * work.elements_out * work.all_groups / (machine.flops[self.precision] * share)
+        share = on_curve(machine.dense[self.precision], min(work.representatives, work.channels_out))
+        return 2 * work.elements_out * work.representatives / (machine.flops[self.precision] * share)
 
     def _product(self, work: Work) -> float:
         """max(operations / (peak * share), bytes / bandwidth) of one of the three products of a convolution."""

@@ -55,6 +55,8 @@ class Work:
     taps: int = 1
     groups: int = 1
     all_groups: int = 1
+    representatives: int = 0
+    """of all groups, in a two-level convolution"""
     input_grad: bool = True
 
     @property
@@ -90,6 +92,8 @@ class Layer:
     parameters: tuple[Shape, ...] = ()
     taps: int = 1
     groups: int = 1
+    representatives: int = 0
+    """of all groups, in a two-level convolution"""
     end: End | None = None
     block: str = ""
     """the member of a Sequential that contains it, if any; for an operation without a name, that of the layer before"""
@@ -106,6 +110,11 @@ class Workload:
     values: tuple[Value, ...]
     layers: tuple[Layer, ...]
     groups: int
+
+    @cached_property
+    def representatives(self) -> int:
+        """Of a group in a two-level convolution; 1 where there is none."""
+        return max((layer.representatives // layer.groups for layer in self.layers), default=0) or 1
 
     @cached_property
     def uses(self) -> Counter[int]:
@@ -151,6 +160,7 @@ class Workload:
             taps=layer.taps,
             groups=groups,
             all_groups=layer.groups,
+            representatives=layer.representatives,
             input_grad=bool(layer.inputs[0]),
         )
 

@@ -52,6 +52,7 @@ class Cost:
     bubble: float
     messages: tuple[Message, ...] = field(repr=False)
     microbatches: int = 1
+    representatives: int = 1
     two_level_exchange: bool = False
 
     @property
@@ -99,8 +100,10 @@ class Cost:
         return -(-images // self.batch) * self.step
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("strategy conv groups data inner batch microbatches two_level_exchange parameters parameter_bytes "
-                 "gradient_bytes momentum_bytes activation_bytes peak_bytes fits compute bubble")  # fmt: skip
+        names = (
+            "strategy conv groups representatives data inner batch microbatches two_level_exchange parameters "
+            "parameter_bytes gradient_bytes momentum_bytes activation_bytes peak_bytes fits compute bubble"
+        )
         more = ("communication", "exposed", "hidden", "step", "bytes_sent")
         return {name: getattr(self, name) for name in (*names.split(), *more)} | {
             "collectives": dict(self.collectives)
@@ -206,6 +209,7 @@ def step_cost(
         strategy=strategy,
         conv=conv,
         groups=workload.groups,
+        representatives=workload.representatives,
         data=data,
         inner=inner,
         batch=setting.batch,
