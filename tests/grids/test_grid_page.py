@@ -1,6 +1,7 @@
 """The page of a grid: what was found by kind and groups, beside what was published."""
 
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -52,6 +53,22 @@ def test_errors_are_means_over_seeds_beside_the_published(tmp_path):
     assert rows[5][3:7] == ["4.40", "4.15", "", ""]  # with 2 representatives nothing is published
     assert text.count("<svg") == 6  # against groups, three costs, and curves of two kinds
     assert len(text) < 5e6
+
+
+def test_figures_are_files_of_their_own_where_they_are_asked_for(tmp_path):
+    lines = [*LINES, line("gc", 4, 0, 20.0, epochs=10, recipe="fast", grid="short")]  # a section of its own
+    write_page(lines, tmp_path / "page.html", figures=tmp_path / "figures")
+    name = "wrn-28-10-on-cifar10-test-error-against-"
+    drawn = {path.stem: path.read_text() for path in (tmp_path / "figures").glob("*.svg")}
+    assert len(drawn) == 6 + 5 and f"{name}the-number-of-groups" in drawn
+    assert f"{name.replace('cifar10', 'cifar10-2')}the-number-of-groups" in drawn
+    for stem, svg in drawn.items():
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert "var(--" not in svg and "currentColor" not in svg  # there is no page around it
+        rows = (tmp_path / "figures" / f"{stem}.csv").read_text().splitlines()
+        assert len(rows) > 1
+    groups = (tmp_path / "figures" / f"{name}the-number-of-groups.csv").read_text().splitlines()
+    assert groups[:2] == ["kind,groups,seed,test_error", "standard,1,0,4.0"]
 
 
 def test_networks_that_differ_are_not_compared(tmp_path):

@@ -4,13 +4,14 @@ import base64
 import csv
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from twolevel.analysis.plots import svg_of
+from twolevel.analysis.plots import PAPER, svg_of
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --back: #ffffff; --lines: #c9ced6; --soft: #59636e; --band: #f3f5f8 }
@@ -36,14 +37,19 @@ code { font-size: .85em; overflow-wrap: anywhere }
 
 
 class Page:
-    """A page that is filled from above to below."""
+    """A page that is filled from above to below.
 
-    def __init__(self, title: str):
-        self.title = title
+    With a folder for `figures` what is drawn is written there too, each as an SVG file with its data as CSV beside it.
+    """
+
+    def __init__(self, title: str, figures: Path | None = None):
+        self.title, self.figures = title, figures
+        self.sections: list[str] = []
         self.parts: list[str] = []
         self.open_figures = False
 
     def section(self, title: str) -> None:
+        self.sections.append(title)
         self._add(f"<h2>{html.escape(title)}</h2>")
 
     def text(self, *paragraphs: str) -> None:
@@ -57,6 +63,8 @@ class Page:
             coded = base64.b64encode(figure.read_bytes()).decode()
             picture = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{coded}">'
         else:
+            if self.figures is not None:
+                _write_figure(self.figures / self._file_name(caption), figure, data)
             picture = svg_of(figure).replace(
                 "<svg", f'<svg role="img" aria-label="{html.escape(caption)}"', 1
             )
@@ -88,6 +96,12 @@ class Page:
         )
         return path
 
+    def _file_name(self, caption: str) -> str:
+        """Of the letters of section and caption; of sections that are called alike the later have numbers."""
+        alike = self.sections.count(self.sections[-1])
+        number = f" {alike}" if alike > 1 else ""
+        return "-".join(re.findall(r"[a-z0-9]+", f"{self.sections[-1]}{number} {caption}".lower()))
+
     def _add(self, part: str) -> None:
         if self.open_figures:
             self.parts.append("</div>")
@@ -95,12 +109,23 @@ class Page:
         self.parts.append(part)
 
 
+def _write_figure(path: Path, figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".svg").write_text(svg_of(figure, PAPER))
+    if rows:
+        path.with_suffix(".csv").write_text(_csv(rows))
+
+
 def _link(rows: Sequence[dict[str, Any]]) -> str:
     """A link that holds the rows as CSV."""
+    coded = base64.b64encode(_csv(rows).encode()).decode()
+    return f'<a download="data.csv" href="data:text/csv;base64,{coded}">data</a>'
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    coded = base64.b64encode(stream.getvalue().encode()).decode()
-    return f'<a download="data.csv" href="data:text/csv;base64,{coded}">data</a>'
+    return stream.getvalue()

@@ -161,8 +161,8 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def svg_of(figure: Figure) -> str:
-    """The figure as an SVG element whose text and lines take the colours of the page around it."""
+def svg_of(figure: Figure, theme: Theme | None = None) -> str:
+    """A figure in PAGE's colours as an SVG element: with a theme's, else with those of the page around it."""
     stream = io.StringIO()
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "twolevel", "font.family": "sans-serif"}
@@ -170,4 +170,7 @@ def svg_of(figure: Figure) -> str:
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    return text.replace(PAGE.text, "currentColor").replace(PAGE.lines, "var(--lines)")
+    if theme is None:
+        return text.replace(PAGE.text, "currentColor").replace(PAGE.lines, "var(--lines)")
+    text = text.replace("<svg", f'<svg style="background: {theme.back}"', 1)
+    return text.replace(PAGE.text, theme.text).replace(PAGE.lines, theme.lines)

@@ -21,6 +21,9 @@ class ReportConfig:
     page: Path | None = None
     """the page; by default report/index.html in the folder of the run, or report.html of several paths"""
 
+    figures: Path | None = None
+    """folder for the figures of grids as files of their own too: SVG, with their data as CSV beside them"""
+
     images: int | None = None
     """dgc: test images, each of another class, whose kept channels are drawn; 6 unless given"""
 
@@ -53,6 +56,10 @@ def run(argv: list[str]) -> None:
         raise UserError(
             f"{missing[0]} does not exist; `twolevel grid` writes it when its first run has finished"
         )
+    if config.figures is not None and not files:
+        raise UserError(
+            f"figures={config.figures} is of results of grids; the pictures of a run are in its folder report/"
+        )
     reports = {}
     for folder in folders:
         reports[folder] = write_report(
@@ -69,10 +76,12 @@ def run(argv: list[str]) -> None:
         if len(config.paths) == len(folders) == 1
         else Path("report.html")
     )
-    page = write_page(lines, config.page or default, config.paths, reports)
+    page = write_page(lines, config.page or default, config.paths, reports, config.figures)
     for report in reports.values():
         for file, what in report.files.items():
             print(f"{file}  {what}")
         if report.note:
             print(report.note)
+    if config.figures is not None:
+        print(f"{config.figures}  its figures, SVG and CSV")
     print(f"{page}  all of it in one page")

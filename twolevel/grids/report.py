@@ -33,9 +33,22 @@ def write_page(
     path: Path,
     files: Iterable[Path] = (),
     runs: Mapping[Path, Report] | None = None,
+    figures: Path | None = None,
 ) -> Path:
-    """The page of these lines and of the pictures of these runs, which come from `files`."""
-    page = Page("Errors of group convolutions" if lines or not runs else "What a run has learned")
+    """The page of these lines and of the pictures of these runs, which come from `files`.
+
+    With a folder for `figures` those of the lines are files there too. Raises UserError for what cannot be written.
+    """
+    title = "Errors of group convolutions" if lines or not runs else "What a run has learned"
+    try:
+        return _page(Page(title, figures), lines, files, runs or {}).write(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+
+
+def _page(
+    page: Page, lines: list[dict[str, Any]], files: Iterable[Path], runs: Mapping[Path, Report]
+) -> Page:
     command = shlex.join(["twolevel", "report", *map(str, files)])
     if not lines and not runs:
         page.text("No run has finished yet.")
@@ -45,17 +58,14 @@ def write_page(
         page.table(*_table(section))
         for figure, caption, rows in _figures(section):
             page.figure(figure, caption, command=command, data=rows)
-    for folder, report in (runs or {}).items():
+    for folder, report in runs.items():
         page.section(folder.resolve().name)
         page.text(*filter(None, [report.note]))
         for file, what in report.files.items():
             page.figure(
                 file, f"{what[0].upper()}{what[1:]}.", command=shlex.join(["twolevel", "report", str(folder)])
             )
-    try:
-        return page.write(path)
-    except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+    return page
 
 
 def _sentence(section: Section) -> str:
