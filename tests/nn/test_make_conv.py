@@ -39,6 +39,19 @@ def test_drop_in_for_conv2d_without_bias(kind):
     assert not [name for name, _ in conv.named_parameters() if "bias" in name]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_can_be_declined_as_in_conv2d_and_is_refused(kind):
+    options = {} if kind == "sc" else {"groups": 4}
+    built = make_conv(kind, 8, 8, 3, **options)
+    makers = [lambda **bias: make_conv(kind, 8, 8, 3, **options, **bias)]
+    if not isinstance(built, nn.Conv2d):
+        makers.append(lambda **bias: type(built)(8, 8, 3, **options, **bias))
+    for make in makers:
+        assert make(bias=False).state_dict().keys() == built.state_dict().keys()
+        with pytest.raises(UserError, match=r"^bias=True is invalid: none of these convolutions has a bias"):
+            make(bias=True)
+
+
 def test_options_go_to_the_class_of_the_kind():
     assert make_conv("gc2l", 8, 8, 3, groups=2, schedule="fused").schedule == "fused"
     assert make_conv("lgc", 8, 8, 3, groups=2, condensation=4).condensation == 4

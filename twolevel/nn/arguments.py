@@ -37,6 +37,15 @@ def check_groups(groups: int, /, **channels: int) -> None:
     check_divides("groups", groups, **channels)
 
 
+def check_no_bias(bias: bool) -> None:
+    """Raise UserError for a bias, which none of our convolutions has: `bias` is an argument since nn.Conv2d has it."""
+    if bias:
+        raise UserError(
+            "bias=True is invalid: none of these convolutions has a bias; leave it out, as before a batch norm, or "
+            "replace nn.Conv2d by twolevel.convert, which keeps its bias apart"
+        )
+
+
 def as_images(x: Tensor, channels: int, what: str = "the convolution") -> Tensor:
     """x `[B, channels, H, W]`; one image `[channels, H, W]`, which nn.Conv2d takes too, as a batch of one.
 

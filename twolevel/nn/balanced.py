@@ -36,11 +36,19 @@ class BalancedConv2d(ShardedConv2d):
         *,
         groups: int,
         dilation: Size = 1,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, groups=groups, dilation=dilation
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            groups=groups,
+            dilation=dilation,
+            bias=bias,
         )
         shared = {"bias": False, "device": device, "dtype": dtype, **self.geometry._asdict()}
         self.local = nn.Conv2d(in_channels, out_channels, self.kernel_size, groups=groups, **shared)

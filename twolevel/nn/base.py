@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from twolevel.nn.arguments import Padding, Size, check_groups, geometry, pair
+from twolevel.nn.arguments import Padding, Size, check_groups, check_no_bias, geometry, pair
 from twolevel.ops import LOCAL, Exchange
 
 
@@ -17,7 +17,7 @@ class ShardedConv2d(nn.Module):
     between ranks and is set by `twolevel.distributed.parallelize`, after which this module holds the rows of its
     rank's groups alone; `in_channels`, `out_channels` and `groups` still describe the whole layer.
 
-    Raises UserError where groups does not divide both channel numbers.
+    Raises UserError where groups does not divide both channel numbers, and for a bias.
     """
 
     def __init__(
@@ -30,8 +30,10 @@ class ShardedConv2d(nn.Module):
         *,
         groups: int,
         dilation: Size = 1,
+        bias: bool = False,
     ):
         super().__init__()
+        check_no_bias(bias)
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -65,8 +67,10 @@ class ReplicatedConv2d(nn.Module):
         padding: Padding = 0,
         *,
         dilation: Size = 1,
+        bias: bool = False,
     ):
         super().__init__()
+        check_no_bias(bias)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = pair(kernel_size)

@@ -87,6 +87,7 @@ class DynamicGroupConv2d(ReplicatedConv2d):
         *,
         groups: int = 4,
         dilation: Size = 1,
+        bias: bool = False,
         xi: float = 0.75,
         reduction: int = 16,
         halved_below: int = 80,
@@ -95,7 +96,9 @@ class DynamicGroupConv2d(ReplicatedConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, bias=bias
+        )
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
         if threshold not in THRESHOLDS:
             raise unknown("threshold", threshold, THRESHOLDS)

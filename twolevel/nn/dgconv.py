@@ -56,12 +56,15 @@ class DGConv2d(ReplicatedConv2d):
         *,
         groups: int | None = None,
         dilation: Size = 1,
+        bias: bool = False,
         initial: Initial = "random",
         gate_scale: float = 1e-8,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, bias=bias
+        )
         number = _gates_of(in_channels, out_channels)
         if initial not in INITIAL:
             raise unknown("initial", initial, INITIAL)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from twolevel.errors import UserError, unknown
-from twolevel.nn.arguments import Padding, Size, check_groups
+from twolevel.nn.arguments import Padding, Size, check_groups, check_no_bias
 from twolevel.nn.balanced import BalancedConv2d
 from twolevel.nn.dgc import DynamicGroupConv2d
 from twolevel.nn.dgconv import DGConv2d
@@ -54,6 +54,7 @@ def make_conv(
     padding: Padding = 0,
     *,
     groups: int = 1,
+    bias: bool = False,
     **options: Any,
 ) -> nn.Module:
     """A convolution without bias, `[B, n, H, W] -> [B, m, H', W']`, of the given kind.
@@ -65,9 +66,10 @@ def make_conv(
     `lgc` learned group convolution (CondenseNet), whose groups each keep 1/`condensation` of the inputs in the end.
     `options` go to the class of that kind.
 
-    Raises UserError for an unknown kind, groups other than 1 with `sc`, and groups that do not divide
-    both channel numbers.
+    Raises UserError for an unknown kind, groups other than 1 with `sc`, groups that do not divide both channel numbers,
+    and for a bias.
     """
+    check_no_bias(bias)
     if kind not in KINDS:
         raise unknown("conv", kind, KINDS)
     build = KINDS[kind]

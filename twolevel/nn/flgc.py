@@ -55,12 +55,15 @@ class FLGConv2d(ReplicatedConv2d):
         *,
         groups: int,
         dilation: Size = 1,
+        bias: bool = False,
         logit_std: float = 0.1,
         decay_logits: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, bias=bias
+        )
         if groups < 1:
             raise UserError(f"groups={groups} is not positive; use 1 or more")
         if not logit_std >= 0:

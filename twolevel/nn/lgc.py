@@ -46,10 +46,13 @@ class LearnedGroupConv2d(ReplicatedConv2d):
         groups: int,
         condensation: int | None = None,
         dilation: Size = 1,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, bias=bias
+        )
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
         self.groups = groups
         self.condensation = groups if condensation is None else condensation

@@ -38,11 +38,14 @@ class ShuffleConv2d(ReplicatedConv2d):
         *,
         groups: int,
         dilation: Size = 1,
+        bias: bool = False,
         permutation_seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, bias=bias
+        )
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
         self.groups = groups
         self.permutation_seed = permutation_seed

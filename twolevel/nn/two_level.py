@@ -44,13 +44,21 @@ class TwoLevelConv2d(ShardedConv2d):
         groups: int,
         representatives: int = 1,
         dilation: Size = 1,
+        bias: bool = False,
         schedule: Schedule = "auto",
         kernels: Kernels = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, groups=groups, dilation=dilation
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            groups=groups,
+            dilation=dilation,
+            bias=bias,
         )
         if not isinstance(representatives, int) or representatives < 1:
             raise UserError(
