@@ -28,8 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages["reference/commands.md"] = commands_page()
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
-    for figure in FIGURES.glob("*.png"):
-        files.append(File.generated(config, f"figures/{figure.name}", abs_src_path=str(figure)))
+    for figure in (*FIGURES.rglob("*.png"), *FIGURES.rglob("*.svg")):
+        place = figure.relative_to(FIGURES).as_posix()
+        files.append(File.generated(config, f"figures/{place}", abs_src_path=str(figure)))
     return files
 
 

@@ -1,5 +1,6 @@
 """The figures of the documentation are those of benchmarks/results, and the files that it names are there."""
 
+import csv
 import json
 import re
 import statistics
@@ -26,22 +27,88 @@ def rows(text: str, header: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+KINDS = {
+    "sc": "dense",
+    "gc": "group convolution",
+    "gc2l": "GC-2L",
+    "bgc": "BGC",
+    "shuffle": "shuffle",
+    "flgc": "FLGC",
+}
+
+
+def trained(grid: str) -> list[dict]:
+    """The lines of a grid."""
+    return [*map(json.loads, (RESULTS / "accuracy" / f"{grid}.jsonl").read_text().splitlines())]
+
+
+def by_kind() -> dict[str, list[str]]:
+    """Of table3-small by kind and groups: seeds, test error, parameters and multiply-accumulates."""
+    found = {}
+    for line in trained("table3-small"):
+        of = line["completed"]
+        groups = f", G={of['groups']}" if of["conv"] != "sc" else ""
+        more = f", r={of['representatives']}" if of["representatives"] > 1 else ""
+        found.setdefault(f"{KINDS[of['conv']]}{groups}{more}", []).append(line)
+    return {
+        name: [
+            str(len(lines)),
+            error_of(lines),
+            f"{lines[0]['counts']['parameters']:,}",
+            f"{lines[0]['counts']['macs'] / 1e6:.1f} M",
+        ]
+        for name, lines in found.items()
+    }
+
+
+def error_of(lines: list[dict]) -> str:
+    errors = [line["final"]["test_error"] for line in lines]
+    assert len({line["completed"]["seed"] for line in lines}) == len(lines)
+    deviation = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
+    return f"{statistics.fmean(errors):.2f}{deviation}"
+
+
+def test_errors_of_every_kind():
+    header = "| | seeds | test error, % | parameters | multiply-accumulates |"
+    shown = {name: cells for name, *cells in rows(page("explanation/accuracy.md"), header)}
+    assert shown == by_kind()
+    figure = "accuracy/wrn-10-2-on-cifar10-test-error-against-the-number-of-groups"
+    assert f"{figure}.svg" in page("explanation/accuracy.md")
+    drawn = list(csv.DictReader((RESULTS / f"{figure}.csv").read_text().splitlines()))
+    lines = trained("table3-small")
+    assert sorted(float(row["test_error"]) for row in drawn) == sorted(
+        line["final"]["test_error"] for line in lines
+    )
+
+
 def test_errors_by_number_of_groups():
-    lines = map(json.loads, (RESULTS / "accuracy" / "table3-small.jsonl").read_text().splitlines())
-    trained = {}
-    for line in lines:
-        if "-seed0-" not in line["run"]:
-            continue
-        settings, counts = line["settings"], line["counts"]
-        macs, error = f"{counts['macs'] / 1e6:.1f} M", f"{line['final']['test_error']:.2f}"
-        trained[settings["conv"], settings.get("groups")] = [f"{counts['parameters']:,}", macs, error]
-    kinds = {"dense": "sc", "GC-2L": "gc2l", "group convolution": "gc"}
-    table = rows(page("how-to/choose-g-and-r.md"), "| | parameters | multiply-accumulates | test error, % |")
-    shown = {}
-    for name, *figures in table:
-        kind, _, groups = name.partition(", G=")
-        shown[kinds[kind], int(groups) if groups else None] = figures
-    assert shown == {key: trained[key] for key in shown} and len(shown) == 7
+    found = by_kind()
+    header = "| | parameters | multiply-accumulates | test error, % |"
+    shown = {name: cells for name, *cells in rows(page("how-to/choose-g-and-r.md"), header)}
+    assert shown == {name: [*found[name][2:], found[name][1]] for name in shown} and len(shown) >= 7
+    readme = (ROOT / "README.md").read_text()
+    for name, *cells in rows(readme, "| test error, % | G = 4 | G = 8 | G = 16 |"):
+        assert cells == [found[f"{name}, G={groups}"][1] for groups in (4, 8, 16)]
+    assert f"The dense network has {found['dense'][1]}." in " ".join(readme.split())
+    fewest = min(int(found[name][0]) for name in shown)
+    assert f"ten epochs, {['no', 'one', 'two', 'three'][fewest]} seeds" in " ".join(readme.split())
+
+
+def test_the_fast_recipe_against_the_papers():
+    """In a third of the steps the lower error, as the page says."""
+    header = "| recipe | epochs | steps | seeds | test error, % |"
+    lines = trained("fast-small")
+    told = rows(page("explanation/accuracy.md"), header)
+    for recipe, epochs, *cells in told:
+        chosen = [
+            line
+            for line in lines
+            if (line["settings"]["recipe"], line["settings"]["epochs"]) == (recipe, int(epochs))
+            and line["settings"].keys() <= {*lines[0]["settings"], "lr_milestones"}
+        ]
+        assert cells == [f"{chosen[0]['final']['step']:,}", str(len(chosen)), error_of(chosen)]
+    fast, paper = ((int(row[2].replace(",", "")), float(row[4].split()[0])) for row in told)
+    assert 3 * fast[0] <= paper[0] and fast[1] < paper[1]
 
 
 @pytest.mark.parametrize("groups", [4, 16])
