@@ -4,7 +4,7 @@ RANKS ?= 4
 EPOCHS ?= 12
 # Processes that run tests side by side, each with four ranks of its own.
 JOBS ?= 2
-PYTEST = python -m pytest -n $(JOBS) --dist loadfile
+PYTEST = python -m pytest -n $(JOBS) --dist loadfile --durations 40
 TRAIN = .venv/bin/python -m twolevel.torchrun --standalone --nproc-per-node $(RANKS) \
 	-m twolevel train --model wrn-16-2 --conv gc2l --groups 4
 TESTS =
