@@ -84,7 +84,7 @@ if fabric.local_rank == 0:
 fabric.barrier()
 data = load(config.data, seed=config.run.seed, device=fabric.device, dtype=dtype)
 with torch.device("meta"):  # so that no rank ever holds the whole network
-    whole = models.create(**config.model.create_options() | {"num_classes": data.num_classes})
+    whole = models.create(**config.model.create_options(data.num_classes))
 network = fabric.setup_module(whole)
 optimiser = fabric.setup_optimizers(make_optimiser(network.module, config.optimiser))
 each = data.train.steps_per_epoch

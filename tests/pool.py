@@ -350,7 +350,7 @@ def _job(body: Callable, args: tuple, kwargs: dict, ranks: int, init: bool) -> b
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     return pickle.dumps(
         {
@@ -365,7 +365,7 @@ def _job(body: Callable, args: tuple, kwargs: dict, ranks: int, init: bool) -> b
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port for rank 0 to listen on.
 
     Below the range from which the kernel serves port 0, where other processes get theirs.

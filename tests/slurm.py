@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pool import _free_port
+from pool import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "setpriv")
 # Seconds; every wait is for something that takes at most a minute when the machine is quiet.
@@ -71,7 +71,7 @@ class Cluster:
         self.environ = clean | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
-        conf = CONF.format(host=self.host, ports=[_free_port(), _free_port()], folder=self.folder)
+        conf = CONF.format(host=self.host, ports=[free_port(), free_port()], folder=self.folder)
         (self.folder / "slurm.conf").write_text(conf)
         for name in ("state", "spool"):
             (self.folder / name).mkdir()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pool import _free_port
+from pool import free_port
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 PER_RANK = {  # what a launcher or a recipe would set, which must not come from around the test
@@ -164,7 +164,7 @@ def test_ranks_of_one_machine_listen_to_nobody_else(tmp_path, launcher):
     if launcher == "torchrun":
         done = torchrun_quietly(str(script))
     else:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         environ = environment(PYTHONPATH=str(LAUNCH.parent), OMP_NUM_THREADS="1", **place)
         environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         other = subprocess.Popen([sys.executable, script], env=environ | {"RANK": "1", "LOCAL_RANK": "1"})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from command import FIXED, losses, run, weights
-from pool import _free_port
+from pool import free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("elastic_script.py")
@@ -89,7 +89,7 @@ def test_a_rank_that_is_killed_is_replaced_and_the_run_ends_as_if_it_had_not_bee
 def test_a_machine_that_comes_later_joins_the_run(tiny, undisturbed, tmp_path):
     """Without --resume: torchrun does not count this as a restart, and the run's folder tells."""
     flags = ["--nnodes", "1:2", "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "test"]
-    flags += ["--rdzv-endpoint", f"localhost:{_free_port()}", "--rdzv-conf", "last_call_timeout=1"]
+    flags += ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-conf", "last_call_timeout=1"]
     words = [*flags, SCRIPT, "grow", 5, "train", *tiny, *FIXED, "--output", tmp_path / "run"]
     first = torchrun(*words)
     assert first.stdout is not None

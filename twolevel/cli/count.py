@@ -52,7 +52,7 @@ def run(argv: list[str]) -> None:
     from twolevel.analysis.count import countable
     from twolevel.analysis.report import count_table
 
-    model = countable(**config.model.create_options(), num_classes=config.num_classes)
+    model = countable(**config.model.create_options(config.num_classes))
     size = config.image_size or models.image_size(config.model.model)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     counted = count(model, (3, size, size), ranks=config.ranks, batch_size=config.batch_size, dtype=dtype)

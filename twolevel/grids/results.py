@@ -112,7 +112,7 @@ def line_of(grid: str, run: Run, folder: Path) -> dict[str, Any]:
 
     config = TrainConfig.from_dict(json.loads((folder / "config.json").read_text()), str(folder))
     epochs = list(metrics.read(folder, "epoch"))
-    model = countable(**config.model.create_options(), num_classes=config.data.num_classes)
+    model = countable(**config.model.create_options(config.data.num_classes))
     return {
         "grid": grid,
         "run": run.name,

@@ -117,7 +117,7 @@ class Trainer:
         check_number(optimiser.precise_batch_norm, self.data.train.steps_per_epoch)
         self.strategy = context.strategy(run.precision)
         self.strategy.check_batch(config.data.batch, optimiser.accumulate)
-        options = config.model.create_options() | {"num_classes": self.data.num_classes}
+        options = config.model.create_options(self.data.num_classes)
         sync = config.mesh.sync_batch_norm
         self.placed = context.build(
             self.strategy,

@@ -53,7 +53,7 @@ def rehearse(config: TrainConfig, context: Context) -> None:
     if start is not None:
         with together(context.device):
             check_resumable(config, checkpoint.read_state(start), context.world.size)
-    options = config.model.create_options() | {"num_classes": images.num_classes}
+    options = config.model.create_options(images.num_classes)
     # On the meta device a rank's part has shapes and no memory.
     strategy = strategy_for(config.mesh, context.mesh, "meta", run.precision)
     strategy.check_batch(config.data.batch, config.optimiser.accumulate)
@@ -114,7 +114,7 @@ def _print(
 ) -> None:
     run, optimiser, mesh = config.run, config.optimiser, context.mesh
     replicas, inner = mesh["data"].size(), mesh["group"].size()
-    options = config.model.create_options() | {"num_classes": images.num_classes}
+    options = config.model.create_options(images.num_classes)
     console = Console()
     console.print("dry run: nothing is written and no step is taken")
     counted = count(

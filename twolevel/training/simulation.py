@@ -154,7 +154,7 @@ class Simulation:
         )
 
     def _options(self) -> dict:
-        return self.config.model.create_options() | {"num_classes": self.data.num_classes}
+        return self.config.model.create_options(self.data.num_classes)
 
 
 def _shape(context: Context) -> str:

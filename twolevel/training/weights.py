@@ -60,8 +60,7 @@ class Weights:
         config = _config(path, state)
         if which == "ema" and config.optimiser.ema_decay is None:
             raise UserError(f"{path} has no moving average of the weights: the run had no --ema-decay")
-        options = config.model.create_options()
-        options["num_classes"] = state["num_classes"]
+        options = config.model.create_options(state["num_classes"])
         dtype = torch.float64 if config.run.precision == "float64" else torch.float32
         data = config.to_dict()["data"] | {"download": False}  # nothing is fetched to where a file says
         return cls(path, options, data, which, dtype)

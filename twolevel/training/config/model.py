@@ -78,7 +78,7 @@ class ModelConfig:
                         f"{name}={value} is of conv={conv}, not of conv={self.conv}; leave it out"
                     )
 
-    def create_options(self) -> dict[str, Any]:
-        """Arguments of `twolevel.models.create`, but for the number of classes."""
-        options = {"name": self.model, "conv": self.conv, "groups": self.groups}
+    def create_options(self, num_classes: int | None) -> dict[str, Any]:
+        """Arguments of `twolevel.models.create`; without a number of classes the one that the network is made for."""
+        options = {"name": self.model, "conv": self.conv, "groups": self.groups, "num_classes": num_classes}
         return options | {name: getattr(self, name) for name in CONV_OPTIONS.get(self.conv, ())}

@@ -31,7 +31,7 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     except UserError:
         classes = 1000  # of ImageNet, whose folders are not there
     with torch.device("meta"):
-        network = models.create(**config.model.create_options(), num_classes=classes)
+        network = models.create(**config.model.create_options(classes))
     if config.run.precision == "float64":
         network = network.double()
     whole = sum(tensor.nbytes for tensor in network.state_dict().values())
