@@ -62,8 +62,8 @@ def test_exchange_hides_under_the_local_convolution_and_no_further():
 def two_level(representatives):
     """A layer of 8 channels in 4 groups on 100 pixels."""
     sizes = {"channels_in": 8, "channels_out": 8, "pixels_in": 100, "pixels_out": 100}
-    of_all = 4 * representatives
-    return Work(kind="two-level", batch=1, taps=9, groups=4, all_groups=4, representatives=of_all, **sizes)
+    groups = {"groups": 4, "all_groups": 4, "representatives": representatives}
+    return Work(kind="two-level", batch=1, taps=9, **groups, **sizes)
 
 
 def test_a_measured_machine_takes_as_long_for_each_representative_as_for_the_first():
@@ -81,7 +81,7 @@ def test_a_measured_machine_takes_as_long_for_each_representative_as_for_the_fir
 
 @pytest.mark.parametrize("representatives", [1, 2, 8])
 def test_a_preset_takes_the_products_of_all_representatives(representatives):
-    """1 GFLOP/s and 1 GB/s: 2 m r G operations a pixel, or the input and twice the output of 4 bytes each."""
+    """1 GFLOP/s and 1 GB/s: 2 m R G operations a pixel, or the input and twice the output of 4 bytes each."""
     machine = replace(SIMPLE, representative=1e-3)
     found = Timing(machine)(two_level(representatives))
     products, moved = 2 * 800 * 4 * representatives * 1e-9, 3 * 800 * 4e-9

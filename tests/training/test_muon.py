@@ -85,7 +85,7 @@ def test_restriction_and_coarse_have_rates_of_their_own():
 
 @pytest.mark.parametrize("update", ["momentum", "muon"])
 def test_restriction_and_coarse_have_momenta_of_their_own(update):
-    """After two equal gradients, of 1 and then 1 + mu of it, the sum of what SGD and the state keep."""
+    """By what is kept after two gradients of one: 1 + mu."""
     own = {"local": 0.9, "restriction": 0.5, "coarse": 0.75}
     options = {f"momentum_{part}": value for part, value in own.items() if part != "local"}
     if update == "momentum":

@@ -44,7 +44,7 @@ class Page:
 
     def __init__(self, title: str, figures: Path | None = None):
         self.title, self.figures = title, figures
-        self.sections: list[str] = []
+        self.sections = [title]  # of the page itself: what comes before the first
         self.parts: list[str] = []
         self.open_figures = False
 

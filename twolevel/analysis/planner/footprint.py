@@ -117,7 +117,7 @@ class Part:
     def _representatives(self, layer: Layer) -> int:
         """Bytes of z, which every rank has whole; 0 of other layers."""
         pixels = prod(self.workload.values[layer.output].shape[1:])
-        return self.batch * layer.representatives * pixels * ITEMSIZE[self.precision]
+        return self.batch * layer.maps * pixels * ITEMSIZE[self.precision]
 
     def _storage(self, value: int) -> Hashable:
         return self.workload.values[value].storage

@@ -70,7 +70,7 @@ class Timing:
             layer = self._convolution("two-level", work)
             hidden = (min(local.forward, layer.forward), min(local.backward, layer.backward))
             # Measured is one representative, whose restriction and coarse term are what is beyond the local part.
-            more = work.representatives / work.all_groups - 1
+            more = work.representatives - 1
             forward = layer.forward + more * (layer.forward - hidden[0])
             return Seconds(forward, layer.backward + more * (layer.backward - hidden[1]), *hidden)
         if work.kind == "linear":
@@ -118,8 +118,7 @@ class Timing:
         moved = (work.elements_in + 2 * work.elements_out, 2 * work.elements_out + 3 * work.elements_in)
         steps = (2, 3)
         coarse = self._coarse(work)
-        own = work.representatives // work.all_groups
-        pixels = machine.representative * own * work.batch * work.pixels_out
+        pixels = machine.representative * work.representatives * work.batch * work.pixels_out
         extra = [
             max(elements * size / self._stream, products * coarse)
             + number * machine.overhead
@@ -129,10 +128,10 @@ class Timing:
         return Seconds(local.forward + extra[0], local.backward + extra[1], local.forward, local.backward)
 
     def _coarse(self, work: Work) -> float:
-        """One of the three products of the coarse term: r G channels to those of the output, for each pixel."""
+        """One of the three products of the coarse term: R G channels to those of the output, for each pixel."""
         machine = self.machine
-        share = on_curve(machine.dense[self.precision], min(work.representatives, work.channels_out))
-        return 2 * work.elements_out * work.representatives / (machine.flops[self.precision] * share)
+        share = on_curve(machine.dense[self.precision], min(work.maps, work.channels_out))
+        return 2 * work.elements_out * work.maps / (machine.flops[self.precision] * share)
 
     def _product(self, work: Work) -> float:
         """max(operations / (peak * share), bytes / bandwidth) of one of the three products of a convolution."""

@@ -97,7 +97,7 @@ class _Tracer(TorchFunctionMode):
                     parameters=tuple(tuple(p.shape) for p in module.parameters()),
                     taps=prod(getattr(module, "kernel_size", (1, 1))),
                     groups=getattr(module, "groups", 1),
-                    representatives=_representatives(module),
+                    representatives=getattr(module, "representatives", 0),
                     end=self._end_of(module),
                 )
             )
@@ -143,11 +143,6 @@ class _Tracer(TorchFunctionMode):
             )
         )
         return result
-
-
-def _representatives(module: nn.Module) -> int:
-    """Of all groups."""
-    return module.groups * module.representatives if isinstance(module, TwoLevelConv2d) else 0
 
 
 def _kind_of(module: nn.Module) -> Kind:

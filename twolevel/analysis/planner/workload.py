@@ -56,7 +56,7 @@ class Work:
     groups: int = 1
     all_groups: int = 1
     representatives: int = 0
-    """of all groups, in a two-level convolution"""
+    """of a group, in a two-level convolution"""
     input_grad: bool = True
 
     @property
@@ -65,6 +65,11 @@ class Work:
         if self.kind not in ("conv", "two-level", "linear"):
             return 0
         return self.batch * self.pixels_out * self.taps * self.channels_in * self.channels_out // self.groups
+
+    @property
+    def maps(self) -> int:
+        """Channels of z: the representatives of all groups."""
+        return self.all_groups * self.representatives
 
     @property
     def elements_in(self) -> int:
@@ -93,7 +98,7 @@ class Layer:
     taps: int = 1
     groups: int = 1
     representatives: int = 0
-    """of all groups, in a two-level convolution"""
+    """of a group, in a two-level convolution"""
     end: End | None = None
     block: str = ""
     """the member of a Sequential that contains it, if any; for an operation without a name, that of the layer before"""
@@ -101,6 +106,11 @@ class Layer:
     @property
     def size(self) -> int:
         return sum(map(prod, self.parameters))
+
+    @property
+    def maps(self) -> int:
+        """Channels of z: the representatives of all groups."""
+        return self.groups * self.representatives
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ class Workload:
     @cached_property
     def representatives(self) -> int:
         """Of a group in a two-level convolution; 1 where there is none."""
-        return max((layer.representatives // layer.groups for layer in self.layers), default=0) or 1
+        return max((layer.representatives for layer in self.layers), default=0) or 1
 
     @cached_property
     def uses(self) -> Counter[int]:

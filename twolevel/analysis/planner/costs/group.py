@@ -72,7 +72,7 @@ def _representatives(
     output = workload.values[layer.output]
     gather, scatter = representatives_exchange(
         batch=batch,
-        representatives=layer.representatives,
+        representatives=layer.maps,
         pixels=output.elements // output.shape[0],
         itemsize=itemsize,
         ranks=axis.ranks,

@@ -58,8 +58,8 @@ class Job(NamedTuple):
                 return grouped.input_grad(gy, own, x.shape, layer.geometry, groups, **how)
             return grouped.weight_grad(gy, x, own.shape, layer.geometry, groups, **how)
 
-        maps = layer.representatives if self.joined else 0
-        problem = problem_of(x.shape, own.shape, layer.geometry, groups, x.dtype, maps)
+        joined = layer.representatives if self.joined else 0
+        problem = problem_of(x.shape, own.shape, layer.geometry, groups, x.dtype, joined)
         on_card = layer.device.type == "cuda"
         capability = torch.cuda.get_device_capability(layer.device) if on_card else None
         configs = candidates(problem, self.operation, capability)[:most]

@@ -93,8 +93,8 @@ def tune(
     from triton.testing import do_bench
 
     restriction = restriction if operation == "forward" else None
-    own = representatives_of(restriction, groups)
-    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, own)
+    representatives = representatives_of(restriction, groups)
+    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, representatives)
     run = _runner(operation, problem, x, weight, restriction, precision)
     times = {}
     capability = torch.cuda.get_device_capability(x.device)

@@ -79,15 +79,15 @@ def forward(
     coarse `[m, Z]` and z `[Z, B, H', W']` contiguous add the coarse term of Z representatives to y.
     Raises UserError for a tensor that the kernels cannot read, and for a coarse term without z or the reverse.
     """
-    maps = representatives_of(restriction, groups)
-    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, maps)
+    representatives = representatives_of(restriction, groups)
+    problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, representatives)
     check_image("x", x, x.shape, x)
     check_tensor("weight", weight, weight.shape, x)
     if (coarse is None) != (z is None):
         given, missing = ("coarse", "z") if z is None else ("z", "coarse")
         raise UserError(f"{given} is given without {missing}; the coarse term needs both")
     if restriction is not None:
-        check_tensor("restriction", restriction, (max(1, maps) * groups, *weight.shape[1:]), x)
+        check_tensor("restriction", restriction, (max(1, representatives) * groups, *weight.shape[1:]), x)
     if coarse is not None and z is not None:
         check_tensor("z", z, (len(z), x.shape[0], *problem.out_size), x)
         check_tensor("coarse", coarse, (problem.outputs, len(z)), x)
@@ -100,7 +100,7 @@ def forward(
             raise UserError(f"z of {z.numel()} elements is beyond 32-bit offsets; split the batch")
     config = pick(problem, "forward", config)
     y = _image(x, problem.outputs, problem.out_size)
-    own = None if restriction is None else x.new_empty(maps * groups, x.shape[0], *problem.out_size)
+    own = None if restriction is None else x.new_empty(len(restriction), x.shape[0], *problem.out_size)
     run(
         launches.forward(problem, config, precision, 0 if z is None else len(z)),
         x,

@@ -124,8 +124,8 @@ class TritonKernels(TorchKernels):
         """The measured configuration; None, the estimate, where none can be measured."""
         if not x.is_cuda:
             return None
-        maps = representatives_of(restriction, groups)
-        problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, maps)
+        representatives = representatives_of(restriction, groups)
+        problem = problem_of(x.shape, weight.shape, geometry, groups, x.dtype, representatives)
         card, precision = torch.cuda.get_device_name(x.device), _precision()
         known = self.choices.get(operation, problem, card, precision)
         if known is not None or torch.cuda.is_current_stream_capturing():
